@@ -1,0 +1,5 @@
+//! The client host: volumes, and the protocols that serve them.
+//!
+//! * `device`  what a protocol server needs of a volume
+
+pub mod device;

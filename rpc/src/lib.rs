@@ -1,0 +1,14 @@
+//! How programs of a cluster talk: to a shard over the data plane, to the metadata store, and through which seams.
+//!
+//! * `runtime`   the bundle trait of all seams, and the production one on glommio
+//! * `message`   requests and answers of the data plane as types
+//! * `frame`     their bytes
+//! * `token`     how a shard knows a writer
+//! * `client`    a pipelined connection to one shard
+//! * `server`    one connection from a client
+//! * `metadata`  who is who: etcd, embedded, memory
+
+pub mod error;
+pub mod message;
+pub mod metadata;
+pub mod runtime;

@@ -1,0 +1,177 @@
+@0xb4d0c2a7f1e35986;
+
+# The header of one data-plane frame: what is asked of a shard, and what it answers. Raw payload follows the header
+# in the frame (rpc/src/frame.rs). Field numbers are never reused; retired ones stay, with a sentence.
+
+struct Version {
+  epoch @0 :UInt32;
+  sequence @1 :UInt64;
+}
+
+struct Id {
+  # A uuid or another 128-bit number, in two halves.
+  high @0 :UInt64;
+  low @1 :UInt64;
+}
+
+struct Request {
+  # The envelope: zero in hello, ping and createInstances, checked by the shard in everything else.
+  volumeHigh @0 :UInt64;
+  volumeLow @1 :UInt64;
+  incarnationHigh @2 :UInt64;
+  incarnationLow @3 :UInt64;
+  generation @4 :UInt64;
+  epoch @5 :UInt32;
+  # F: everything up to it is durable on every in-sync replica of the volume.
+  flushEpoch @6 :UInt32;
+  flushSequence @7 :UInt64;
+
+  operation :union {
+    hello @8 :Hello;
+    ping @9 :Void;
+    createInstances @10 :CreateInstances;
+    open @11 :Open;
+    read @12 :BlockRange;
+    write @13 :Write;
+    clear @14 :Clear;
+    flush @15 :Void;
+    describe @16 :Describe;
+  }
+}
+
+struct Hello {
+  protocol @0 :UInt32;
+  clusterHigh @1 :UInt64;
+  clusterLow @2 :UInt64;
+  nodeHigh @3 :UInt64;
+  nodeLow @4 :UInt64;
+  shard @5 :UInt16;
+}
+
+struct CreateInstances {
+  token @0 :Data;
+  placementHigh @1 :UInt64;
+  placementLow @2 :UInt64;
+  width @3 :UInt32;
+  # Slices of the ring.
+  ringSlices @4 :UInt32;
+  slices @5 :List(UInt32);
+}
+
+struct Open {
+  token @0 :Data;
+  owner @1 :Text;
+  slices @2 :List(UInt32);
+}
+
+struct BlockRange {
+  first @0 :UInt64;
+  count @1 :UInt32;
+}
+
+struct Write {
+  first @0 :UInt64;
+  version @1 :Version;
+  durable @2 :Bool;
+  # CRC32C of each block of the payload, made by the client.
+  checksums @3 :List(UInt32);
+}
+
+struct Clear {
+  # The blocks of the range that lie in the slice read as zeros.
+  first @0 :UInt64;
+  count @1 :UInt64;
+  slice @2 :UInt32;
+  durable @3 :Bool;
+  version @4 :Version;
+}
+
+struct Describe {
+  # Newest records above this version, from this block on, in block order.
+  above @0 :Version;
+  from @1 :UInt64;
+}
+
+struct Reply {
+  # The shard takes no new data from clients: its reserve is reached.
+  full @0 :Bool;
+
+  union {
+    hello @1 :UInt32;
+    pong @2 :Void;
+    created @3 :Void;
+    opened @4 :Opened;
+    read @5 :ReadResult;
+    written @6 :Void;
+    cleared @7 :Void;
+    flushed @8 :Void;
+    described @9 :Described;
+    refused @10 :Refusal;
+  }
+}
+
+struct Opened {
+  incarnation @0 :Id;
+  # This incarnation was already open in the epoch before.
+  openInPreviousEpoch @1 :Bool;
+  flushPoint @2 :Version;
+  # Slices asked for of which the shard holds no instance of this generation.
+  missing @3 :List(UInt32);
+}
+
+struct ReadResult {
+  # Runs of blocks in order, together the range asked for.
+  runs @0 :List(Run);
+  # CRC32C of each block that has data, in order; the payload holds just these blocks.
+  checksums @1 :List(UInt32);
+}
+
+struct Run {
+  count @0 :UInt32;
+  data @1 :Bool;
+  version @2 :Version;
+}
+
+struct Described {
+  descriptors @0 :List(Descriptor);
+  # Where to go on, if there is more.
+  next @1 :UInt64;
+  more @2 :Bool;
+}
+
+struct Descriptor {
+  first @0 :UInt64;
+  # Above 1 only for cleared blocks.
+  count @1 :UInt32;
+  checksum @2 :UInt32;
+  cleared @3 :Bool;
+  version @4 :Version;
+}
+
+struct Refusal {
+  union {
+    # The shard knows a later epoch of the volume.
+    staleEpoch @0 :UInt32;
+    otherIncarnation @1 :Void;
+    # No instance of the slice in that generation: never zeros.
+    notOwner @2 :UInt32;
+    notOpen @3 :Void;
+    badToken @4 :Void;
+    noSpace @5 :Void;
+    # The block is damaged here; another replica has it.
+    damaged @6 :UInt64;
+    # The payload does not match its checksum: block, then what was found and expected.
+    corrupt @7 :Corrupt;
+    # Disk error; the shard goes on under another incarnation or not at all.
+    disk @8 :Text;
+    malformed @9 :Text;
+    # Hello: place and both values.
+    wrongPeer @10 :Text;
+  }
+}
+
+struct Corrupt {
+  block @0 :UInt64;
+  found @1 :UInt32;
+  expected @2 :UInt32;
+}

@@ -1,0 +1,25 @@
+//! What everybody has to agree on, and nothing that does I/O.
+//!
+//! * `ids`      newtypes for every id and counter
+//! * `limits`   every bound, with its reason
+//! * `records`  what stands in the metadata store, and under which key
+//! * `ring`     which shards hold a slice, and which slice holds an extent
+//! * `*_capnp`  the messages of the data plane, the control plane and the embedded metadata store
+
+pub mod ids;
+pub mod limits;
+pub mod records;
+pub mod ring;
+
+#[allow(clippy::all)]
+pub mod data_capnp {
+    include!(concat!(env!("OUT_DIR"), "/data_capnp.rs"));
+}
+#[allow(clippy::all)]
+pub mod control_capnp {
+    include!(concat!(env!("OUT_DIR"), "/control_capnp.rs"));
+}
+#[allow(clippy::all)]
+pub mod metadata_capnp {
+    include!(concat!(env!("OUT_DIR"), "/metadata_capnp.rs"));
+}

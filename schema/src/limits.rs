@@ -1,0 +1,86 @@
+//! Every bound of the system, with its reason, and the relations between them checked by the compiler.
+
+use std::time::Duration;
+
+pub const KIB: u64 = 1024;
+pub const MIB: u64 = 1024 * KIB;
+pub const GIB: u64 = 1024 * MIB;
+pub const TIB: u64 = 1024 * GIB;
+
+/// Unit of version and checksum, in bytes; the logical sector of every disk we run on divides it.
+pub const BLOCK_BYTES: u64 = 4 * KIB;
+/// Unit of placement, in bytes: large enough that a page of the index costs little per block.
+pub const EXTENT_BYTES: u64 = 4 * MIB;
+pub const BLOCKS_PER_EXTENT: u64 = EXTENT_BYTES / BLOCK_BYTES;
+
+/// Payload of one data-plane frame at most, in bytes. A larger request is cut, so that one frame never
+/// holds up a connection for longer than about a millisecond.
+pub const PAYLOAD_BYTES_MAX: u64 = MIB;
+pub const BLOCKS_PER_FRAME_MAX: u64 = PAYLOAD_BYTES_MAX / BLOCK_BYTES;
+/// Cap'n Proto header of one frame at most, in bytes; the largest is an Open that lists every slice.
+pub const HEADER_BYTES_MAX: u64 = 256 * KIB;
+/// Descriptors in one answer to Describe; more are fetched by asking again behind the last.
+pub const DESCRIPTORS_PER_REPLY_MAX: usize = 1024;
+
+/// Largest sequence of a version: 48 bits last 8.9 years at a million writes a second in one epoch.
+pub const SEQUENCE_MAX: u64 = (1 << 48) - 1;
+
+/// Volume size at most: block indexes stay far below 2^53 and within every frontend's sector count.
+pub const VOLUME_BYTES_MAX: u64 = 1024 * TIB;
+pub const VOLUME_NAME_BYTES_MAX: usize = 128;
+
+/// Slices of the ring; the default suits up to some hundred shards.
+pub const SLICES_DEFAULT: u32 = 4096;
+pub const SLICES_MAX: u32 = 65536;
+/// Width of a volume by default: a small volume touches few nodes.
+pub const WIDTH_DEFAULT: u32 = 64;
+pub const REPLICAS_DEFAULT: u8 = 3;
+pub const REPLICAS_MAX: u8 = 7;
+
+/// Segment of a shard's block file, in bytes.
+pub const SEGMENT_BYTES: u64 = 64 * MIB;
+/// A shard smaller than this has too few segments to clean with.
+pub const SHARD_BYTES_MIN: u64 = 8 * SEGMENT_BYTES;
+/// Block positions are 32 bits in the index.
+pub const SHARD_BYTES_MAX: u64 = (1 << 32) * BLOCK_BYTES;
+/// Appends in flight per shard; later writes gather meanwhile.
+pub const BATCHES_IN_FLIGHT_MAX: usize = 4;
+/// Share of a shard kept for cleaning, tombstones and resync, in percent.
+pub const RESERVE_PERCENT: u64 = 7;
+
+/// Unflushed bytes of a volume before it flushes by itself.
+pub const UNFLUSHED_BYTES_MAX: u64 = 64 * MIB;
+
+/// Every call to the metadata store ends within this.
+pub const METADATA_DEADLINE: Duration = Duration::from_secs(5);
+/// Lease of a volume's writer.
+pub const OWNER_LEASE_TTL: Duration = Duration::from_secs(10);
+/// Clock drift between hosts over one lease, allowed for on both sides.
+pub const LEASE_DRIFT: Duration = Duration::from_millis(500);
+/// Lease of a node's heartbeat, and how often it is renewed.
+pub const HEARTBEAT_LEASE_TTL: Duration = Duration::from_secs(10);
+pub const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(3);
+
+/// A link with requests outstanding that has been silent this long is probed.
+pub const LINK_PROBE_AFTER: Duration = Duration::from_millis(500);
+/// A link silent this long though probed, or not reconnected within it, is dead.
+pub const LINK_DEAD_AFTER: Duration = Duration::from_secs(2);
+/// A request unanswered this long on a live link makes its replica stale.
+pub const REQUEST_DEADLINE: Duration = Duration::from_secs(5);
+
+const _: () = assert!(EXTENT_BYTES.is_multiple_of(BLOCK_BYTES));
+const _: () = assert!(PAYLOAD_BYTES_MAX.is_multiple_of(BLOCK_BYTES));
+const _: () = assert!(PAYLOAD_BYTES_MAX <= EXTENT_BYTES);
+const _: () = assert!(SEGMENT_BYTES.is_multiple_of(BLOCK_BYTES));
+const _: () = assert!(SEGMENT_BYTES >= 8 * PAYLOAD_BYTES_MAX);
+const _: () = assert!(VOLUME_BYTES_MAX.is_multiple_of(EXTENT_BYTES));
+const _: () = assert!(VOLUME_BYTES_MAX / BLOCK_BYTES < 1 << 53);
+const _: () = assert!(SLICES_DEFAULT.is_power_of_two() && SLICES_MAX.is_power_of_two());
+const _: () = assert!(WIDTH_DEFAULT.is_power_of_two() && WIDTH_DEFAULT <= SLICES_DEFAULT);
+const _: () = assert!(LINK_PROBE_AFTER.as_millis() * 2 < LINK_DEAD_AFTER.as_millis());
+const _: () = assert!(LINK_DEAD_AFTER.as_millis() < REQUEST_DEADLINE.as_millis());
+const _: () = assert!(HEARTBEAT_INTERVAL.as_millis() * 3 < HEARTBEAT_LEASE_TTL.as_millis());
+const _: () = assert!(LEASE_DRIFT.as_millis() * 4 < OWNER_LEASE_TTL.as_millis());
+// An Open with every slice of the largest ring (4 bytes each) has to fit in one header, twice over.
+const _: () = assert!(SLICES_MAX as u64 * 4 <= HEADER_BYTES_MAX);
+const _: () = assert!(DESCRIPTORS_PER_REPLY_MAX as u64 * 40 < HEADER_BYTES_MAX);
