@@ -9,6 +9,7 @@
 //! * `metadata`  who is who: etcd, embedded, memory
 
 pub mod error;
+pub mod frame;
 pub mod message;
 pub mod metadata;
 pub mod runtime;
