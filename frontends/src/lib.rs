@@ -1,5 +1,7 @@
 //! The client host: volumes, and the protocols that serve them.
 //!
 //! * `device`  what a protocol server needs of a volume
+//! * `volume`  the writer: attach, fan-out, flush, reads
 
 pub mod device;
+pub mod volume;
