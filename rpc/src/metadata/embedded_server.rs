@@ -225,14 +225,12 @@ impl Service {
             return Err(capnp::Error::disconnected(error.to_string()));
         }
         let is_empty = commit.changes.is_empty() && commit.lease.is_none();
-        if !is_empty {
-            if let Err(error) = self.database.commit(&commit, store.last_lease(), store.oldest()) {
-                // Whether it is durable is not known, so nothing more may be answered from this state.
-                let answer = capnp::Error::disconnected(error.to_string());
-                *self.failed.borrow_mut() = Some(error);
-                self.failure.notify_one();
-                return Err(answer);
-            }
+        if !is_empty && let Err(error) = self.database.commit(&commit, store.last_lease(), store.oldest()) {
+            // Whether it is durable is not known, so nothing more may be answered from this state.
+            let answer = capnp::Error::disconnected(error.to_string());
+            *self.failed.borrow_mut() = Some(error);
+            self.failure.notify_one();
+            return Err(answer);
         }
         store.apply(commit, now());
         drop(store);

@@ -105,11 +105,14 @@ pub async fn events(watch: &mut impl Watch, count: usize) -> Vec<Event> {
 
 /// (key, value), or (key, nothing) if it was deleted.
 pub fn brief(events: &[Event]) -> Vec<(&str, Option<&[u8]>)> {
-    let brief = |event| match event {
-        &Event::Put(ref entry) => (entry.key.as_str(), Some(entry.value.as_slice())),
-        Event::Deleted { key, .. } => (key.as_str(), None),
-    };
-    events.iter().map(brief).collect()
+    events.iter().map(|event| (event.key(), value_of(event))).collect()
+}
+
+fn value_of(event: &Event) -> Option<&[u8]> {
+    match event {
+        Event::Put(entry) => Some(&entry.value),
+        Event::Deleted { .. } => None,
+    }
 }
 
 async fn a_key_is_absent_then_present_then_absent_again<M: Metadata>(one: &M, other: &M, at: &str) {
