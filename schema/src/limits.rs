@@ -57,6 +57,23 @@ pub const UNFLUSHED_BYTES_MAX: u64 = 64 * MIB;
 
 /// Every call to the metadata store ends within this.
 pub const METADATA_DEADLINE: Duration = Duration::from_secs(5);
+/// Operations in one metadata transaction: what etcd accepts by default (`--max-txn-ops`).
+pub const METADATA_OPERATIONS_MAX: usize = 128;
+/// Keys and values of one metadata transaction: etcd refuses requests above 1.5 MiB by default, framing included.
+pub const METADATA_TRANSACTION_BYTES_MAX: u64 = MIB + MIB / 4;
+/// One answer of the metadata store, in bytes; listing every volume has to fit.
+pub const METADATA_ANSWER_BYTES_MAX: u64 = 256 * MIB;
+/// Revisions the embedded store keeps for watches that were away; a longer absence reads the range again.
+pub const METADATA_HISTORY_REVISIONS_MAX: usize = 4096;
+/// Bytes of that history, kept in memory and on disk.
+pub const METADATA_HISTORY_BYTES_MAX: u64 = 64 * MIB;
+/// A watch that is behind gets about this much at a time, so that it never holds up the store.
+pub const METADATA_WATCH_BATCH_BYTES: u64 = MIB;
+/// Pause before a failed call or watch of the metadata store is tried again, growing from the first to the second.
+pub const METADATA_RETRY_PAUSE_MIN: Duration = Duration::from_millis(10);
+pub const METADATA_RETRY_PAUSE_MAX: Duration = Duration::from_millis(500);
+/// A metadata connection with nothing heard on it for this long is probed, so that a watch on a dead host ends.
+pub const METADATA_PROBE_AFTER: Duration = Duration::from_secs(10);
 /// Lease of a volume's writer.
 pub const OWNER_LEASE_TTL: Duration = Duration::from_secs(10);
 /// Clock drift between hosts over one lease, allowed for on both sides.
@@ -86,6 +103,11 @@ const _: () = assert!(LINK_PROBE_AFTER.as_millis() * 2 < LINK_DEAD_AFTER.as_mill
 const _: () = assert!(LINK_DEAD_AFTER.as_millis() < REQUEST_DEADLINE.as_millis());
 const _: () = assert!(HEARTBEAT_INTERVAL.as_millis() * 3 < HEARTBEAT_LEASE_TTL.as_millis());
 const _: () = assert!(LEASE_DRIFT.as_millis() * 4 < OWNER_LEASE_TTL.as_millis());
+const _: () = assert!(METADATA_TRANSACTION_BYTES_MAX < MIB + MIB / 2);
+// A transaction that reads as many of the largest values as it may has to be answered.
+const _: () = assert!(METADATA_OPERATIONS_MAX as u64 * METADATA_TRANSACTION_BYTES_MAX < METADATA_ANSWER_BYTES_MAX);
+const _: () = assert!(METADATA_TRANSACTION_BYTES_MAX < METADATA_HISTORY_BYTES_MAX);
+const _: () = assert!(METADATA_RETRY_PAUSE_MAX.as_millis() * 2 < METADATA_DEADLINE.as_millis());
 // An Open with every slice of the largest ring (4 bytes each) has to fit in one header, twice over.
 const _: () = assert!(SLICES_MAX as u64 * 4 <= HEADER_BYTES_MAX);
 const _: () = assert!(DESCRIPTORS_PER_REPLY_MAX as u64 * 40 < HEADER_BYTES_MAX);
