@@ -1,12 +1,11 @@
 //! Where a server listens: TCP or unix sockets. Bound before there is an executor, so that a port that is taken is
-//! found out first, and cloned for every executor that accepts from it.
+//! found out first.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use thiserror::Error;
 
 #[derive(Debug, Error)]
@@ -25,15 +24,16 @@ fn failed(address: &str, because: io::Error) -> ListenerError {
     }
 }
 
-/// Clones accept from the same socket; a unix socket's file goes with the last one.
-#[derive(Clone, Debug)]
+/// For one executor: glommio's accept flips the socket's O_NONBLOCK, so two on one socket could block each other.
+#[derive(Debug)]
 pub struct Listener {
-    socket: Arc<OwnedFd>,
+    socket: OwnedFd,
     address: String,
     tcp: Option<SocketAddr>,
-    _file: Option<Arc<SocketFile>>,
+    _file: Option<SocketFile>,
 }
 
+/// The file goes with the listener.
 #[derive(Debug)]
 struct SocketFile(PathBuf);
 
@@ -51,7 +51,7 @@ impl Listener {
     pub fn tcp(address: &str) -> Result<Self, ListenerError> {
         let socket = TcpListener::bind(address).map_err(|because| failed(address, because))?;
         let bound = socket.local_addr().map_err(|because| failed(address, because))?;
-        Ok(Self { socket: Arc::new(socket.into()), address: bound.to_string(), tcp: Some(bound), _file: None })
+        Ok(Self { socket: socket.into(), address: bound.to_string(), tcp: Some(bound), _file: None })
     }
 
     /// A file that a dead server left behind is replaced, a live one's is not.
@@ -69,8 +69,8 @@ impl Listener {
             other => other,
         }
         .map_err(|because| failed(&address, because))?;
-        let file = Arc::new(SocketFile(path.to_owned()));
-        Ok(Self { socket: Arc::new(socket.into()), address, tcp: None, _file: Some(file) })
+        let file = SocketFile(path.to_owned());
+        Ok(Self { socket: socket.into(), address, tcp: None, _file: Some(file) })
     }
 
     /// The address with the port that was taken, or the path.
@@ -90,9 +90,9 @@ impl Listener {
         }
     }
 
-    /// The socket for one executor.
+    /// A file descriptor of its own for glommio, which closes what it is given.
     pub(crate) fn socket(&self) -> io::Result<OwnedFd> {
-        self.socket.as_fd().try_clone_to_owned()
+        self.socket.try_clone()
     }
 }
 
@@ -119,10 +119,7 @@ mod tests {
         let listener = Listener::unix(&path).expect("nobody listens");
         let error = Listener::unix(&path).expect_err("we listen").to_string();
         assert!(error.contains("in use"), "{error}");
-        let clone = listener.clone();
         drop(listener);
-        assert!(path.exists());
-        drop(clone);
         assert!(!path.exists());
     }
 }
