@@ -89,6 +89,30 @@ pub const LINK_DEAD_AFTER: Duration = Duration::from_secs(2);
 /// A request unanswered this long on a live link makes its replica stale.
 pub const REQUEST_DEADLINE: Duration = Duration::from_secs(5);
 
+/// NBD: payload of one request at most, in bytes; what the specification has every server accept.
+pub const NBD_PAYLOAD_BYTES_MAX: u64 = 32 * MIB;
+/// NBD: payload of a refused write that is still read and thrown away, in bytes, so that the connection can go on.
+/// More is taken for an attack: the connection is closed.
+pub const NBD_DISCARD_BYTES_MAX: u64 = 64 * MIB;
+/// NBD: requests of one connection that are not answered yet; no more are read meanwhile.
+pub const NBD_REQUESTS_MAX: usize = 256;
+/// NBD: payload of those requests, in bytes, received or to be sent.
+pub const NBD_OUTSTANDING_BYTES_MAX: u64 = 64 * MIB;
+/// NBD: options of one handshake; a client that looks at a hundred exports before it takes one is served.
+pub const NBD_OPTIONS_MAX: u32 = 256;
+/// NBD: data of one option that is looked at, in bytes: the longest name and a thousand information requests.
+pub const NBD_OPTION_BYTES_MAX: u64 = 8 * KIB;
+/// NBD: data of an option that is still read and thrown away, in bytes; more closes the connection.
+pub const NBD_OPTION_DISCARD_BYTES_MAX: u64 = MIB;
+/// NBD: a name, as the specification bounds every string.
+pub const NBD_NAME_BYTES_MAX: usize = 4096;
+/// NBD: time from the connection to the transmission phase; enough for a human who types the options.
+pub const NBD_HANDSHAKE_DEADLINE: Duration = Duration::from_secs(60);
+/// NBD: connections of one listener and executor; each may hold NBD_OUTSTANDING_BYTES_MAX.
+pub const NBD_CONNECTIONS_MAX: usize = 1024;
+/// NBD: what a stopping server waits for requests in flight and for clients to take their replies.
+pub const NBD_STOP_GRACE: Duration = Duration::from_secs(10);
+
 const _: () = assert!(EXTENT_BYTES.is_multiple_of(BLOCK_BYTES));
 const _: () = assert!(PAYLOAD_BYTES_MAX.is_multiple_of(BLOCK_BYTES));
 const _: () = assert!(PAYLOAD_BYTES_MAX <= EXTENT_BYTES);
@@ -111,3 +135,9 @@ const _: () = assert!(METADATA_RETRY_PAUSE_MAX.as_millis() * 2 < METADATA_DEADLI
 // An Open with every slice of the largest ring (4 bytes each) has to fit in one header, twice over.
 const _: () = assert!(SLICES_MAX as u64 * 4 <= HEADER_BYTES_MAX);
 const _: () = assert!(DESCRIPTORS_PER_REPLY_MAX as u64 * 40 < HEADER_BYTES_MAX);
+const _: () = assert!(VOLUME_NAME_BYTES_MAX <= NBD_NAME_BYTES_MAX);
+const _: () = assert!(NBD_NAME_BYTES_MAX as u64 + 1024 * 2 + 8 <= NBD_OPTION_BYTES_MAX);
+const _: () = assert!(NBD_OPTION_BYTES_MAX < NBD_OPTION_DISCARD_BYTES_MAX);
+// The largest request fits beside another one, so that a connection never waits for itself.
+const _: () = assert!(2 * NBD_PAYLOAD_BYTES_MAX <= NBD_OUTSTANDING_BYTES_MAX);
+const _: () = assert!(NBD_PAYLOAD_BYTES_MAX <= NBD_DISCARD_BYTES_MAX);
