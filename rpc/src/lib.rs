@@ -13,3 +13,4 @@ pub mod frame;
 pub mod message;
 pub mod metadata;
 pub mod runtime;
+pub mod token;
