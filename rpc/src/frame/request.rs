@@ -1,0 +1,292 @@
+//! `Request` of data.capnp ⇄ `Envelope` and `Operation`.
+
+use super::{Prefix, SCRATCH_BYTES, Scratch, append_frame, from_halves, get_version, reader_options, set_version};
+use super::{to_halves, version};
+use crate::error::FrameError;
+use crate::message::{Envelope, Operation, Token};
+use capnp::message::{Builder, ScratchSpaceHeapAllocator};
+use torus_schema::data_capnp::{clear, create_instances, describe, hello, open, request, write};
+use torus_schema::ids::VolumeId;
+use torus_schema::ids::{BlockIndex, ClusterId, Epoch, Incarnation, NodeId, RingGeneration, ShardIndex, SliceId};
+
+/// Appends the frame up to its payload, of which `payload_bytes` are to follow.
+pub fn encode_request(
+    out: &mut Vec<u8>,
+    request_id: u64,
+    envelope: &Envelope,
+    operation: &Operation,
+    payload_bytes: usize,
+) {
+    let mut scratch = Scratch([0; SCRATCH_BYTES]);
+    let mut message = Builder::new(ScratchSpaceHeapAllocator::new(&mut scratch.0));
+    let mut request = message.init_root::<request::Builder<'_>>();
+    let (high, low) = to_halves(envelope.volume.to_bytes());
+    request.set_volume_high(high);
+    request.set_volume_low(low);
+    request.set_incarnation_high((envelope.incarnation.0 >> 64) as u64);
+    request.set_incarnation_low(envelope.incarnation.0 as u64);
+    request.set_generation(envelope.generation.0);
+    request.set_epoch(envelope.epoch.0);
+    request.set_flush_epoch(envelope.flush_point.epoch.0);
+    request.set_flush_sequence(envelope.flush_point.sequence);
+    set_operation(request.init_operation(), operation);
+    append_frame(out, request_id, payload_bytes, &message);
+}
+
+fn set_operation(mut builder: request::operation::Builder<'_>, operation: &Operation) {
+    match operation {
+        Operation::Hello { protocol, cluster, node, shard } => {
+            let mut hello = builder.init_hello();
+            hello.set_protocol(*protocol);
+            let (high, low) = to_halves(cluster.to_bytes());
+            hello.set_cluster_high(high);
+            hello.set_cluster_low(low);
+            let (high, low) = to_halves(node.to_bytes());
+            hello.set_node_high(high);
+            hello.set_node_low(low);
+            hello.set_shard(shard.0);
+        }
+        Operation::Ping => builder.set_ping(()),
+        Operation::CreateInstances { token, placement, width, ring_slices, slices } => {
+            let mut create = builder.init_create_instances();
+            create.set_token(&token.0);
+            let (high, low) = to_halves(placement.to_bytes());
+            create.set_placement_high(high);
+            create.set_placement_low(low);
+            create.set_width(*width);
+            create.set_ring_slices(*ring_slices);
+            set_slices(create.init_slices(slices.len() as u32), slices);
+        }
+        Operation::Open { token, owner, slices } => {
+            let mut open = builder.init_open();
+            open.set_token(&token.0);
+            open.set_owner(owner.as_str());
+            set_slices(open.init_slices(slices.len() as u32), slices);
+        }
+        Operation::Read { first, count } => {
+            let mut read = builder.init_read();
+            read.set_first(first.0);
+            read.set_count(*count);
+        }
+        Operation::Write { first, version, durable, checksums } => {
+            let mut write = builder.init_write();
+            write.set_first(first.0);
+            write.set_durable(*durable);
+            set_version(write.reborrow().init_version(), *version);
+            let mut list = write.init_checksums(checksums.len() as u32);
+            for (index, checksum) in checksums.iter().enumerate() {
+                list.set(index as u32, *checksum);
+            }
+        }
+        Operation::Clear { first, count, slice, version, durable } => {
+            let mut clear = builder.init_clear();
+            clear.set_first(first.0);
+            clear.set_count(*count);
+            clear.set_slice(slice.0);
+            clear.set_durable(*durable);
+            set_version(clear.init_version(), *version);
+        }
+        Operation::Flush => builder.set_flush(()),
+        Operation::Describe { above, from } => {
+            let mut describe = builder.init_describe();
+            describe.set_from(from.0);
+            set_version(describe.init_above(), *above);
+        }
+    }
+}
+
+fn set_slices(mut list: capnp::primitive_list::Builder<'_, u32>, slices: &[SliceId]) {
+    for (index, slice) in slices.iter().enumerate() {
+        list.set(index as u32, slice.0);
+    }
+}
+
+pub fn decode_request(prefix: &Prefix, header: &[u8]) -> Result<(Envelope, Operation), FrameError> {
+    let mut header = prefix.verify(header)?;
+    let message = capnp::serialize::read_message_from_flat_slice_no_alloc(&mut header, reader_options())?;
+    let request = message.get_root::<request::Reader<'_>>()?;
+    let envelope = Envelope {
+        volume: VolumeId::from_bytes(from_halves(request.get_volume_high(), request.get_volume_low())),
+        epoch: Epoch(request.get_epoch()),
+        incarnation: Incarnation(
+            u128::from(request.get_incarnation_high()) << 64 | u128::from(request.get_incarnation_low()),
+        ),
+        generation: RingGeneration(request.get_generation()),
+        flush_point: version(request.get_flush_epoch(), request.get_flush_sequence())?,
+    };
+    let operation = match request.get_operation().which()? {
+        request::operation::Hello(hello) => get_hello(hello?),
+        request::operation::Ping(()) => Operation::Ping,
+        request::operation::CreateInstances(create) => get_create_instances(create?)?,
+        request::operation::Open(open) => get_open(open?)?,
+        request::operation::Read(read) => {
+            let read = read?;
+            Operation::Read { first: BlockIndex(read.get_first()), count: read.get_count() }
+        }
+        request::operation::Write(write) => get_write(write?)?,
+        request::operation::Clear(clear) => get_clear(clear?)?,
+        request::operation::Flush(()) => Operation::Flush,
+        request::operation::Describe(describe) => get_describe(describe?)?,
+    };
+    Ok((envelope, operation))
+}
+
+fn get_hello(hello: hello::Reader<'_>) -> Operation {
+    Operation::Hello {
+        protocol: hello.get_protocol(),
+        cluster: ClusterId::from_bytes(from_halves(hello.get_cluster_high(), hello.get_cluster_low())),
+        node: NodeId::from_bytes(from_halves(hello.get_node_high(), hello.get_node_low())),
+        shard: ShardIndex(hello.get_shard()),
+    }
+}
+
+fn get_create_instances(create: create_instances::Reader<'_>) -> Result<Operation, FrameError> {
+    Ok(Operation::CreateInstances {
+        token: get_token(create.get_token()?)?,
+        placement: VolumeId::from_bytes(from_halves(create.get_placement_high(), create.get_placement_low())),
+        width: create.get_width(),
+        ring_slices: create.get_ring_slices(),
+        slices: create.get_slices()?.iter().map(SliceId).collect(),
+    })
+}
+
+fn get_open(open: open::Reader<'_>) -> Result<Operation, FrameError> {
+    Ok(Operation::Open {
+        token: get_token(open.get_token()?)?,
+        owner: open.get_owner()?.to_str()?.to_string(),
+        slices: open.get_slices()?.iter().map(SliceId).collect(),
+    })
+}
+
+fn get_write(write: write::Reader<'_>) -> Result<Operation, FrameError> {
+    Ok(Operation::Write {
+        first: BlockIndex(write.get_first()),
+        version: get_version(write.get_version()?)?,
+        durable: write.get_durable(),
+        checksums: write.get_checksums()?.iter().collect(),
+    })
+}
+
+fn get_clear(clear: clear::Reader<'_>) -> Result<Operation, FrameError> {
+    Ok(Operation::Clear {
+        first: BlockIndex(clear.get_first()),
+        count: clear.get_count(),
+        slice: SliceId(clear.get_slice()),
+        version: get_version(clear.get_version()?)?,
+        durable: clear.get_durable(),
+    })
+}
+
+fn get_describe(describe: describe::Reader<'_>) -> Result<Operation, FrameError> {
+    Ok(Operation::Describe { above: get_version(describe.get_above()?)?, from: BlockIndex(describe.get_from()) })
+}
+
+fn get_token(bytes: &[u8]) -> Result<Token, FrameError> {
+    let length = bytes.len();
+    bytes
+        .try_into()
+        .map(Token)
+        .map_err(|_| FrameError::Header { because: format!("token of {length} bytes, expected 32") })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::frame::PREFIX_BYTES;
+    use proptest::prelude::*;
+    use torus_schema::ids::Version;
+
+    fn envelope() -> Envelope {
+        Envelope {
+            volume: VolumeId::from_bytes(*b"0123456789abcdef"),
+            epoch: Epoch(7),
+            incarnation: Incarnation(0x1122_3344_5566_7788_99aa_bbcc_ddee_ff00),
+            generation: RingGeneration(3),
+            flush_point: Version::new(Epoch(6), 12345),
+        }
+    }
+
+    fn operations() -> Vec<Operation> {
+        let version = Version::new(Epoch(7), 99);
+        let slices = vec![SliceId(1), SliceId(4095)];
+        vec![
+            Operation::Hello {
+                protocol: 1,
+                cluster: ClusterId::from_bytes([1; 16]),
+                node: NodeId::from_bytes([2; 16]),
+                shard: ShardIndex(3),
+            },
+            Operation::Ping,
+            Operation::CreateInstances {
+                token: Token([9; 32]),
+                placement: VolumeId::from_bytes([5; 16]),
+                width: 64,
+                ring_slices: 4096,
+                slices: slices.clone(),
+            },
+            Operation::Open { token: Token([8; 32]), owner: "host/12".to_string(), slices },
+            Operation::Read { first: BlockIndex(1 << 40), count: 256 },
+            Operation::Write { first: BlockIndex(5), version, durable: true, checksums: vec![1, 2, 3] },
+            Operation::Clear { first: BlockIndex(0), count: 1 << 30, slice: SliceId(17), version, durable: false },
+            Operation::Flush,
+            Operation::Describe { above: version, from: BlockIndex(1024) },
+        ]
+    }
+
+    fn decode(bytes: &[u8]) -> Result<(Envelope, Operation), FrameError> {
+        let Some(prefix) = Prefix::parse(bytes)? else {
+            return Err(FrameError::Header { because: "cut short".to_string() });
+        };
+        match bytes.get(PREFIX_BYTES..PREFIX_BYTES + prefix.header_bytes) {
+            Some(header) => decode_request(&prefix, header),
+            None => Err(FrameError::Header { because: "cut short".to_string() }),
+        }
+    }
+
+    #[test]
+    fn every_operation_survives_its_encoding() {
+        for operation in operations() {
+            let mut out = Vec::new();
+            encode_request(&mut out, 42, &envelope(), &operation, 0);
+            assert_eq!(Prefix::parse(&out).unwrap().unwrap().request_id, 42);
+            assert_eq!(decode(&out), Ok((envelope(), operation)));
+        }
+    }
+
+    #[test]
+    fn the_bytes_of_a_request_do_not_change_by_accident() {
+        let mut out = Vec::new();
+        encode_request(&mut out, 1, &envelope(), &Operation::Read { first: BlockIndex(2), count: 3 }, 4096);
+        assert_eq!(hex::encode(&out), GOLDEN_READ);
+    }
+
+    const GOLDEN_READ: &str = "\
+        544f52316800000000100000000000000100000000000000a014a01df46ff309000000000c0000000000000008000100\
+        37363534333231306665646362613938887766554433221100ffeeddccbbaa9903000000000000000700000006000000\
+        39300000000000000400000000000000000000000200000002000000000000000300000000000000";
+
+    #[test]
+    fn a_flipped_bit_anywhere_before_the_payload_is_noticed() {
+        let mut out = Vec::new();
+        encode_request(&mut out, 1, &envelope(), &operations()[5], 4096 * 3);
+        for bit in 0..out.len() * 8 {
+            let mut damaged = out.clone();
+            damaged[bit / 8] ^= 1 << (bit % 8);
+            assert!(decode(&damaged).is_err(), "bit {bit}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_the_decoder_panic(header in proptest::collection::vec(any::<u8>(), 0..512)) {
+            let header = &header[..header.len() / 8 * 8];
+            let prefix = Prefix {
+                header_bytes: header.len(),
+                payload_bytes: 0,
+                request_id: 0,
+                header_checksum: crc32c::crc32c(header),
+            };
+            let _ = decode_request(&prefix, header);
+        }
+    }
+}
