@@ -78,6 +78,18 @@ fn etcd_survives_kill_9_and_its_clients_go_on() {
 }
 
 #[test]
+fn the_embedded_store_loses_nothing_it_answered_however_it_is_killed() {
+    let mut server = EmbeddedProcess::start();
+    run(async { restart::nothing_that_was_answered_is_lost(&mut server).await });
+}
+
+#[test]
+fn a_client_of_etcd_is_told_nothing_that_is_lost() {
+    let mut server = Etcd::start();
+    run(async { restart::nothing_that_was_answered_is_lost(&mut server).await });
+}
+
+#[test]
 fn answers_may_be_awaited_on_glommio() {
     let server = EmbeddedProcess::start();
     let store = connect(&server);
