@@ -103,6 +103,20 @@ fn answers_may_be_awaited_on_glommio() {
 }
 
 #[test]
+fn a_dead_and_a_silent_etcd_member_do_not_keep_clients_from_a_live_one() {
+    let server = Etcd::start();
+    let silent = std::net::TcpListener::bind(("127.0.0.1", 0)).expect("a port");
+    let silent = silent.local_addr().expect("it is bound");
+    let url = format!("etcd://127.0.0.1:{},{silent},{}", servers::free_port(), server.address());
+    run(async {
+        within(connect(&server).get("key")).await.expect("etcd has started");
+        let store = AnyMetadata::connect(&url, Duration::from_secs(8)).expect("a URL");
+        let lease = within(store.grant_lease(Duration::from_secs(60))).await.expect("one of them answers");
+        within(store.keep_alive(lease)).await.expect("and goes on answering");
+    });
+}
+
+#[test]
 fn etcd_reports_what_it_has_compacted() {
     let server = Etcd::start();
     run(async {
