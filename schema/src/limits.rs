@@ -43,6 +43,14 @@ pub const SEGMENT_BYTES: u64 = 64 * MIB;
 pub const SHARD_BYTES_MIN: u64 = 8 * SEGMENT_BYTES;
 /// Block positions are 32 bits in the index.
 pub const SHARD_BYTES_MAX: u64 = (1 << 32) * BLOCK_BYTES;
+/// Executors of one node: beyond this a machine runs several nodes.
+pub const SHARDS_PER_NODE_MAX: u16 = 256;
+/// Cores that `--cpus` can name: what a kernel's CPU set holds.
+pub const CPUS_MAX: usize = 1024;
+/// Locked memory below which an executor does not start: its io_uring queues are charged to it.
+pub const MEMLOCK_BYTES_MIN: u64 = 512 * KIB;
+/// An executor gives way to timers and I/O at least this often; the default of glommio lets a 2 ms sleep take 198 ms.
+pub const PREEMPT_INTERVAL: Duration = Duration::from_micros(500);
 /// Appends in flight per shard; later writes gather meanwhile.
 pub const BATCHES_IN_FLIGHT_MAX: usize = 4;
 /// Share of a shard kept for cleaning, tombstones and resync, in percent.
