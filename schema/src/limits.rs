@@ -47,10 +47,6 @@ pub const SHARD_BYTES_MAX: u64 = (1 << 32) * BLOCK_BYTES;
 pub const SHARDS_PER_NODE_MAX: u16 = 256;
 /// Cores that `--cpus` can name: what a kernel's CPU set holds.
 pub const CPUS_MAX: usize = 1024;
-/// Locked memory below which an executor does not start: its io_uring queues are charged to it.
-pub const MEMLOCK_BYTES_MIN: u64 = 512 * KIB;
-/// An executor gives way to timers and I/O at least this often; the default of glommio lets a 2 ms sleep take 198 ms.
-pub const PREEMPT_INTERVAL: Duration = Duration::from_micros(500);
 /// Appends in flight per shard; later writes gather meanwhile.
 pub const BATCHES_IN_FLIGHT_MAX: usize = 4;
 /// Share of a shard kept for cleaning, tombstones and resync, in percent.
@@ -68,6 +64,13 @@ pub const LEASE_DRIFT: Duration = Duration::from_millis(500);
 /// Lease of a node's heartbeat, and how often it is renewed.
 pub const HEARTBEAT_LEASE_TTL: Duration = Duration::from_secs(10);
 pub const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(3);
+
+/// Connections to a node's control port: people and monitoring, not data.
+pub const CONTROL_CONNECTIONS_MAX: usize = 64;
+/// A message to the control port, in words of 8 bytes: its calls carry a few numbers.
+pub const CONTROL_MESSAGE_WORDS_MAX: usize = 16 * 1024;
+/// Pause after a failed accept: it failed for want of descriptors, which are not back at once.
+pub const ACCEPT_RETRY_AFTER: Duration = Duration::from_millis(100);
 
 /// A link with requests outstanding that has been silent this long is probed.
 pub const LINK_PROBE_AFTER: Duration = Duration::from_millis(500);
