@@ -11,15 +11,15 @@ pub mod limits;
 pub mod records;
 pub mod ring;
 
-#[allow(clippy::all)]
+#[allow(clippy::all, clippy::unimplemented)]
 pub mod data_capnp {
     include!(concat!(env!("OUT_DIR"), "/data_capnp.rs"));
 }
-#[allow(clippy::all)]
+#[allow(clippy::all, clippy::unimplemented)]
 pub mod control_capnp {
     include!(concat!(env!("OUT_DIR"), "/control_capnp.rs"));
 }
-#[allow(clippy::all)]
+#[allow(clippy::all, clippy::unimplemented)]
 pub mod metadata_capnp {
     include!(concat!(env!("OUT_DIR"), "/metadata_capnp.rs"));
 }

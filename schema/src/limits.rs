@@ -52,6 +52,10 @@ pub const BATCHES_IN_FLIGHT_MAX: usize = 4;
 /// Share of a shard kept for cleaning, tombstones and resync, in percent.
 pub const RESERVE_PERCENT: u64 = 7;
 
+/// What one connection to a shard may have under way before it is not read from; an idle one may always start.
+pub const CONNECTION_REQUESTS_MAX: usize = 1024;
+pub const CONNECTION_BYTES_MAX: u64 = 64 * MIB;
+
 /// Unflushed bytes of a volume before it flushes by itself.
 pub const UNFLUSHED_BYTES_MAX: u64 = 64 * MIB;
 
@@ -82,6 +86,7 @@ pub const REQUEST_DEADLINE: Duration = Duration::from_secs(5);
 const _: () = assert!(EXTENT_BYTES.is_multiple_of(BLOCK_BYTES));
 const _: () = assert!(PAYLOAD_BYTES_MAX.is_multiple_of(BLOCK_BYTES));
 const _: () = assert!(PAYLOAD_BYTES_MAX <= EXTENT_BYTES);
+const _: () = assert!(CONNECTION_BYTES_MAX >= 8 * (PAYLOAD_BYTES_MAX + HEADER_BYTES_MAX));
 const _: () = assert!(SEGMENT_BYTES.is_multiple_of(BLOCK_BYTES));
 const _: () = assert!(SEGMENT_BYTES >= 8 * PAYLOAD_BYTES_MAX);
 const _: () = assert!(VOLUME_BYTES_MAX.is_multiple_of(EXTENT_BYTES));
