@@ -328,7 +328,9 @@ pub enum DataDirError {
     BlockFileLength { path: PathBuf, found: u64, expected: u64 },
     #[error("data dir {path} is empty and will be formatted: say how much of the disk to take with --size")]
     SizeMissing { path: PathBuf },
-    #[error("disk too small: found {found} bytes free at {path}, needed {needed}; choose a smaller --size or free space")]
+    #[error(
+        "disk too small: found {found} bytes free at {path}, needed {needed}; choose a smaller --size or free space"
+    )]
     DiskTooSmall { path: PathBuf, found: u64, needed: u64 },
     #[error("--size {size} is {found} bytes, {shards} shards need at least {needed}; choose more, or fewer --shards")]
     SizeTooSmall { size: String, found: u64, needed: u64, shards: u16 },

@@ -69,6 +69,9 @@ pub const LEASE_DRIFT: Duration = Duration::from_millis(500);
 pub const HEARTBEAT_LEASE_TTL: Duration = Duration::from_secs(10);
 pub const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(3);
 
+/// Pause before a background task asks a metadata store again that failed it.
+pub const METADATA_RETRY_AFTER: Duration = Duration::from_secs(1);
+
 /// Connections to a node's control port: people and monitoring, not data.
 pub const CONTROL_CONNECTIONS_MAX: usize = 64;
 /// A message to the control port, in words of 8 bytes: its calls carry a few numbers.

@@ -1,6 +1,7 @@
 //! Deleted volumes: a node drops its instances on the record `deleting/<uuid>` and on nothing else, and confirms by
 //! taking itself off the record's list. The last one deletes the record.
 
+use std::convert::Infallible;
 use std::future::Future;
 use thiserror::Error;
 use torus_rpc::metadata::{Compare, Entry, Event, Metadata, MetadataError, Revision, Transaction, Watch, Write};
@@ -28,7 +29,7 @@ pub async fn follow<M: Metadata, I: Instances>(
     metadata: &M,
     node: NodeId,
     instances: &I,
-) -> Result<(), DeletingError> {
+) -> Result<Infallible, DeletingError> {
     let existing = metadata.range(&keys::deletings()).await?;
     let mut watch = metadata.watch(&keys::deletings(), Revision(existing.revision.0 + 1)).await?;
     for entry in existing.entries {

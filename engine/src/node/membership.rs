@@ -95,7 +95,12 @@ impl<'a, M: Metadata> Membership<'a, M> {
         }
     }
 
-    pub fn heartbeat(&self, shards: Vec<ShardUsage>) -> HeartbeatRecord {
+    /// Seconds since the epoch of Unix.
+    pub fn started_s(&self) -> u64 {
+        self.started_s
+    }
+
+    fn heartbeat(&self, shards: Vec<ShardUsage>) -> HeartbeatRecord {
         HeartbeatRecord { node: self.record.id, updated_s: now_s(), started_s: self.started_s, shards }
     }
 
@@ -146,11 +151,7 @@ impl<'a, M: Metadata> Membership<'a, M> {
             let first = *first_found.get_or_insert(found.mod_revision);
             if first != found.mod_revision || waited > HEARTBEAT_LEASE_TTL + LEASE_DRIFT * 2 {
                 let place = self.dir.path().display().to_string();
-                return Err(MembershipError::AnotherProcess {
-                    node: self.record.id,
-                    found: found.mod_revision,
-                    place,
-                });
+                return Err(MembershipError::AnotherProcess { node: self.record.id, found: found.mod_revision, place });
             }
             tokio::time::sleep(LOOK_AGAIN).await;
             waited += LOOK_AGAIN;
@@ -193,6 +194,6 @@ impl<'a, M: Metadata> Membership<'a, M> {
     }
 }
 
-fn now_s() -> u64 {
+pub fn now_s() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
