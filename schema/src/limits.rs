@@ -43,6 +43,10 @@ pub const SEGMENT_BYTES: u64 = 64 * MIB;
 pub const SHARD_BYTES_MIN: u64 = 8 * SEGMENT_BYTES;
 /// Block positions are 32 bits in the index.
 pub const SHARD_BYTES_MAX: u64 = (1 << 32) * BLOCK_BYTES;
+/// Executors of one node: beyond this a machine runs several nodes.
+pub const SHARDS_PER_NODE_MAX: u16 = 256;
+/// Cores that `--cpus` can name: what a kernel's CPU set holds.
+pub const CPUS_MAX: usize = 1024;
 /// Appends in flight per shard; later writes gather meanwhile.
 pub const BATCHES_IN_FLIGHT_MAX: usize = 4;
 /// Share of a shard kept for cleaning, tombstones and resync, in percent.
@@ -81,6 +85,16 @@ pub const LEASE_DRIFT: Duration = Duration::from_millis(500);
 /// Lease of a node's heartbeat, and how often it is renewed.
 pub const HEARTBEAT_LEASE_TTL: Duration = Duration::from_secs(10);
 pub const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(3);
+
+/// Pause before a background task asks a metadata store again that failed it.
+pub const METADATA_RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// Connections to a node's control port: people and monitoring, not data.
+pub const CONTROL_CONNECTIONS_MAX: usize = 64;
+/// A message to the control port, in words of 8 bytes: its calls carry a few numbers.
+pub const CONTROL_MESSAGE_WORDS_MAX: usize = 16 * 1024;
+/// Pause after a failed accept: it failed for want of descriptors, which are not back at once.
+pub const ACCEPT_RETRY_AFTER: Duration = Duration::from_millis(100);
 
 /// A link with requests outstanding that has been silent this long is probed.
 pub const LINK_PROBE_AFTER: Duration = Duration::from_millis(500);

@@ -1,1 +1,12 @@
-//! Under construction.
+//! What integration tests share: real processes on this machine, and ways to await what they do.
+//!
+//! * `wait`     await a state, with a deadline
+//! * `process`  a program that ends with its test
+//! * `store`    a metadata store: etcd, or our own
+
+pub mod process;
+pub mod store;
+pub mod wait;
+
+pub use process::{Outcome, Process};
+pub use store::StoreKind;
