@@ -1,5 +1,9 @@
 //! The client host: volumes, and the protocols that serve them.
 //!
 //! * `device`  what a protocol server needs of a volume
+//! * `nbd`     the NBD server
+//! * `volume`  the writer: attach, fan-out, flush, reads
 
 pub mod device;
+pub mod nbd;
+pub mod volume;

@@ -17,3 +17,4 @@ pub mod outbox;
 pub mod receive;
 pub mod runtime;
 pub mod server;
+pub mod token;

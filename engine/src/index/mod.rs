@@ -1,0 +1,319 @@
+//! Where the newest version of every block lies: a cache of the log, made anew at each start.
+//!
+//! `ahash` finds a volume's page by its extent, the page its block. The highest version wins, in whatever order
+//! records come: one that is lower than what is there does not become current. What loses is handed back to the
+//! caller, who accounts for its space.
+//!
+//! * `page`     the blocks of one extent
+//! * `cleared`  whole extents that were cleared
+
+pub mod cleared;
+pub mod page;
+
+use crate::log::Position;
+use ahash::AHashMap;
+use cleared::ClearedExtents;
+use page::{InExtent, Page};
+use torus_rpc::message::Descriptor;
+use torus_schema::ids::{BlockIndex, ExtentIndex, SliceId, Version, VolumeId};
+use torus_schema::limits::BLOCKS_PER_EXTENT;
+use torus_schema::ring::placement::Placement;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Entry {
+    pub position: Position,
+    pub checksum: u32,
+    pub version: Version,
+}
+
+/// What is known of a block.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Found {
+    Never,
+    Cleared(Version),
+    Data(Entry),
+    /// Its data is lost here; another replica has it.
+    Damaged {
+        version: Version,
+        checksum: u32,
+    },
+}
+
+impl Found {
+    /// Zero where nothing was written.
+    pub fn version(&self) -> Version {
+        match self {
+            Found::Never => Version::ZERO,
+            Found::Cleared(version) | Found::Damaged { version, .. } => *version,
+            Found::Data(entry) => entry.version,
+        }
+    }
+
+    fn entry(&self) -> Option<Entry> {
+        if let Found::Data(entry) = self { Some(*entry) } else { None }
+    }
+}
+
+/// What became of a record of data.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Applied {
+    /// It is current; what was current lies there, if it lies anywhere.
+    Current { replaced: Option<Entry> },
+    /// Something newer is current.
+    Superseded { by: Version },
+}
+
+#[derive(Default)]
+pub struct Index {
+    volumes: AHashMap<VolumeId, VolumeIndex>,
+}
+
+#[derive(Default)]
+struct VolumeIndex {
+    pages: AHashMap<ExtentIndex, Page>,
+    cleared: AHashMap<SliceId, ClearedExtents>,
+}
+
+/// A block of a volume, and the slice its extent lies in.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Place {
+    pub volume: VolumeId,
+    pub slice: SliceId,
+    pub block: BlockIndex,
+}
+
+/// The blocks of first..end that lie in the slice.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ClearRange {
+    pub volume: VolumeId,
+    pub slice: SliceId,
+    pub first: BlockIndex,
+    pub end: BlockIndex,
+}
+
+fn in_extent(block: BlockIndex) -> InExtent {
+    block.in_extent() as InExtent
+}
+
+impl VolumeIndex {
+    fn find(&self, slice: SliceId, block: BlockIndex) -> Found {
+        let found = self.pages.get(&block.extent()).map_or(Found::Never, |page| page.get(in_extent(block)));
+        // What a page holds is above its extent's clear, or it would have been forgotten.
+        if found != Found::Never {
+            return found;
+        }
+        match self.cleared_version(slice, block.extent()) {
+            Version::ZERO => Found::Never,
+            version => Found::Cleared(version),
+        }
+    }
+
+    fn cleared_version(&self, slice: SliceId, extent: ExtentIndex) -> Version {
+        self.cleared.get(&slice).map_or(Version::ZERO, |cleared| cleared.version(extent))
+    }
+}
+
+impl Index {
+    pub fn find(&self, place: Place) -> Found {
+        self.volumes.get(&place.volume).map_or(Found::Never, |volume| volume.find(place.slice, place.block))
+    }
+
+    /// `count` blocks within one extent.
+    pub fn find_range(&self, first: Place, count: u32) -> Vec<Found> {
+        let Some(volume) = self.volumes.get(&first.volume) else { return vec![Found::Never; count as usize] };
+        let blocks = first.block.0..first.block.0 + u64::from(count);
+        blocks.map(|block| volume.find(first.slice, BlockIndex(block))).collect()
+    }
+
+    /// At an equal version the newcomer becomes current: it is a copy, and the one that will stay.
+    pub fn apply(&mut self, place: Place, entry: Entry) -> Applied {
+        let volume = self.volumes.entry(place.volume).or_default();
+        let found = volume.find(place.slice, place.block);
+        if found.version() > entry.version {
+            return Applied::Superseded { by: found.version() };
+        }
+        volume.pages.entry(place.block.extent()).or_default().put(in_extent(place.block), entry);
+        Applied::Current { replaced: found.entry() }
+    }
+
+    /// `replaced` is told of each block with data that this hides.
+    pub fn clear(
+        &mut self,
+        range: ClearRange,
+        version: Version,
+        placement: &Placement,
+        mut replaced: impl FnMut(Place, Entry),
+    ) {
+        let volume = self.volumes.entry(range.volume).or_default();
+        let mut tell = |extent: ExtentIndex, block: InExtent, found: Found| {
+            let block = BlockIndex(extent.first_block().0 + u64::from(block));
+            let place = Place { volume: range.volume, slice: range.slice, block };
+            found.entry().into_iter().for_each(|entry| replaced(place, entry));
+        };
+        let (head, whole, tail) = cut(range.first, range.end);
+        for (first, count) in [head, tail].into_iter().flatten() {
+            let extent = first.extent();
+            if placement.slice_of(extent) == range.slice && volume.cleared_version(range.slice, extent) < version {
+                let page = volume.pages.entry(extent).or_default();
+                page.clear(in_extent(first), count, version, &mut |block, found| tell(extent, block, found));
+            }
+        }
+        let Some((first, end)) = whole else { return };
+        volume.cleared.entry(range.slice).or_default().insert(first, end, version);
+        let inside = |extent: &ExtentIndex| *extent >= first && *extent < end;
+        // Whichever is fewer: the extents of the range, or those that have a page.
+        let touched: Vec<ExtentIndex> = if end.0 - first.0 <= volume.pages.len() as u64 {
+            (first.0..end.0).map(ExtentIndex).filter(|extent| volume.pages.contains_key(extent)).collect()
+        } else {
+            volume.pages.keys().copied().filter(inside).collect()
+        };
+        for extent in touched.into_iter().filter(|extent| placement.slice_of(*extent) == range.slice) {
+            let page = volume.pages.get_mut(&extent).expect("just found");
+            page.forget_below(version, &mut |block, found| tell(extent, block, found));
+            if page.is_empty() {
+                volume.pages.remove(&extent);
+            }
+        }
+    }
+
+    /// The block's record was copied by the cleaner; false if something newer is current, or it lies elsewhere.
+    pub fn relocate(&mut self, place: Place, from: Position, to: Position) -> bool {
+        let Some(page) =
+            self.volumes.get_mut(&place.volume).and_then(|volume| volume.pages.get_mut(&place.block.extent()))
+        else {
+            return false;
+        };
+        let here = page.get(in_extent(place.block)).entry().is_some_and(|entry| entry.position == from);
+        if here {
+            page.relocate(in_extent(place.block), to);
+        }
+        here
+    }
+
+    /// What lies at `from` is not what was written there; false if that is not current any more.
+    pub fn mark_damaged(&mut self, place: Place, from: Position) -> bool {
+        let Some(page) =
+            self.volumes.get_mut(&place.volume).and_then(|volume| volume.pages.get_mut(&place.block.extent()))
+        else {
+            return false;
+        };
+        let here = page.get(in_extent(place.block)).entry().is_some_and(|entry| entry.position == from);
+        if here {
+            page.mark_damaged(in_extent(place.block));
+        }
+        here
+    }
+
+    /// Every block of the range is current at a version above `version` and at most `limit`. May say no where the
+    /// answer would be costly.
+    pub fn is_superseded(&self, range: ClearRange, version: Version, limit: Version, placement: &Placement) -> bool {
+        let Some(volume) = self.volumes.get(&range.volume) else { return false };
+        let superseded = |first: BlockIndex, count: u16| {
+            let mut blocks = (first.0..first.0 + u64::from(count)).map(BlockIndex);
+            placement.slice_of(first.extent()) != range.slice
+                || blocks.all(|block| {
+                    let found = volume.find(range.slice, block).version();
+                    found > version && found <= limit
+                })
+        };
+        let (head, whole, tail) = cut(range.first, range.end);
+        let ends = [head, tail].into_iter().flatten().all(|(first, count)| superseded(first, count));
+        let covered = |(first, end): (ExtentIndex, ExtentIndex)| {
+            let cleared = volume.cleared.get(&range.slice);
+            cleared.is_some_and(|cleared| cleared.covers_above(first, end, version, limit))
+                || (end.0 - first.0 == 1 && superseded(first.first_block(), BLOCKS_PER_EXTENT as u16))
+        };
+        ends && whole.is_none_or(covered)
+    }
+
+    /// At most `limit` newest records above `above`, from `from` on, in block order; where to go on, if there is more.
+    pub fn describe(
+        &self,
+        volume: VolumeId,
+        above: Version,
+        from: BlockIndex,
+        placement: &Placement,
+        limit: usize,
+    ) -> (Vec<Descriptor>, Option<BlockIndex>) {
+        let mut descriptors = Vec::new();
+        let Some(volume) = self.volumes.get(&volume) else { return (descriptors, None) };
+        let mut at = from;
+        while let Some(extent) = volume.next_extent_above(above, at.extent(), placement) {
+            let start = at.max(extent.first_block());
+            for block in start.0..extent.first_block().0 + BLOCKS_PER_EXTENT {
+                let found = volume.find(placement.slice_of(extent), BlockIndex(block));
+                if found.version() > above && !push_descriptor(&mut descriptors, BlockIndex(block), found, limit) {
+                    return (descriptors, Some(BlockIndex(block)));
+                }
+            }
+            at = ExtentIndex(extent.0 + 1).first_block();
+        }
+        (descriptors, None)
+    }
+
+    /// Tells of every block with data, then forgets the volume.
+    pub fn drop_volume(&mut self, volume: VolumeId, mut freed: impl FnMut(Entry)) {
+        let Some(index) = self.volumes.remove(&volume) else { return };
+        for page in index.pages.values() {
+            page.for_each_data(|_, found| found.entry().into_iter().for_each(&mut freed));
+        }
+    }
+}
+
+impl VolumeIndex {
+    /// The first extent from `from` on that may hold a version above `above`.
+    fn next_extent_above(&self, above: Version, from: ExtentIndex, placement: &Placement) -> Option<ExtentIndex> {
+        let pages = self.pages.iter().filter(|(extent, page)| **extent >= from && page.highest() > above);
+        let first_page = pages.map(|(extent, _)| *extent).min();
+        let first_cleared = self.cleared.iter().filter_map(|(slice, cleared)| {
+            let ranges = cleared.ranges_from(from).filter(|(_, _, version)| *version > above);
+            ranges
+                .flat_map(|(first, end, _)| first.0..end.0)
+                .take_while(|extent| first_page.is_none_or(|page| *extent < page.0))
+                .map(ExtentIndex)
+                .find(|extent| placement.slice_of(*extent) == *slice)
+        });
+        first_page.into_iter().chain(first_cleared).min()
+    }
+}
+
+/// False if there is no room for it.
+fn push_descriptor(descriptors: &mut Vec<Descriptor>, block: BlockIndex, found: Found, limit: usize) -> bool {
+    let version = found.version();
+    let checksum = match found {
+        Found::Data(Entry { checksum, .. }) | Found::Damaged { checksum, .. } => Some(checksum),
+        Found::Cleared(_) | Found::Never => None,
+    };
+    if let Some(last) = descriptors.last_mut()
+        && checksum.is_none()
+        && last.checksum.is_none()
+        && last.version == version
+        && last.first.0 + u64::from(last.count) == block.0
+        && last.first.extent() == block.extent()
+    {
+        last.count += 1;
+        return true;
+    }
+    if descriptors.len() >= limit {
+        return false;
+    }
+    descriptors.push(Descriptor { first: block, count: 1, version, checksum });
+    true
+}
+
+type Blocks = Option<(BlockIndex, u16)>;
+
+/// A range as a part of an extent, whole extents, a part of an extent.
+fn cut(first: BlockIndex, end: BlockIndex) -> (Blocks, Option<(ExtentIndex, ExtentIndex)>, Blocks) {
+    let part = |first: u64, end: u64| (first < end).then_some((BlockIndex(first), (end - first) as u16));
+    let whole_first = ExtentIndex(first.0.div_ceil(BLOCKS_PER_EXTENT));
+    let whole_end = end.extent();
+    if whole_first > whole_end {
+        return (part(first.0, end.0), None, None);
+    }
+    let whole = (whole_first < whole_end).then_some((whole_first, whole_end));
+    (part(first.0, whole_first.first_block().0.min(end.0)), whole, part(whole_end.first_block().0.max(first.0), end.0))
+}
+
+#[cfg(test)]
+mod tests;

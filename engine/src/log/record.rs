@@ -1,0 +1,333 @@
+//! What a batch header and a footer list: one record after the other, each led by its kind and length.
+//!
+//! | offset | bytes | all kinds                                                                        |
+//! |--------|-------|----------------------------------------------------------------------------------|
+//! | 0      | 4     | kind: 1 data, 2 clear, 3 instances, 4 open, 5 drop                               |
+//! | 4      | 4     | length of the record in bytes, this field and the kind included                  |
+//! | 8      | 16    | volume id                                                                        |
+//!
+//! | offset | bytes | data                                                                             |
+//! |--------|-------|----------------------------------------------------------------------------------|
+//! | 24     | 8     | first block of the volume                                                        |
+//! | 32     | 12    | version: epoch (4), sequence (8)                                                 |
+//! | 44     | 12    | F of the volume, as its writer last told: epoch (4), sequence (8)                |
+//! | 56     | 4     | position of the first payload block on the disk: what lies elsewhere is not it   |
+//! | 60     | 4     | count of blocks                                                                  |
+//! | 64     | 4 × n | CRC32C of each block, made by the client                                         |
+//!
+//! | offset | bytes | clear: the blocks of the range that lie in the slice read as zeros               |
+//! |--------|-------|----------------------------------------------------------------------------------|
+//! | 24     | 8     | first block of the volume                                                        |
+//! | 32     | 24    | version, F                                                                       |
+//! | 56     | 4     | slice                                                                            |
+//! | 60     | 8     | count of blocks                                                                  |
+//!
+//! | offset | bytes | instances: the shard is a replica of these slices                                |
+//! |--------|-------|----------------------------------------------------------------------------------|
+//! | 24     | 16    | placement id                                                                     |
+//! | 40     | 8     | ring generation in which they were given                                         |
+//! | 48     | 8     | number of the batch at their creation; kept when the record is carried forward   |
+//! | 56     | 12    | width, slices of the ring, count                                                 |
+//! | 68     | 4 × n | slices                                                                           |
+//!
+//! | offset | bytes | open: a writer attached                                                          |
+//! |--------|-------|----------------------------------------------------------------------------------|
+//! | 24     | 12    | F                                                                                |
+//! | 36     | 4     | epoch                                                                            |
+//! | 40     | 32    | token, by which the same writer is known when it opens again                     |
+//!
+//! A drop has nothing further: all of the volume is gone, and since ids are never reused, for good.
+//!
+//! All of them can be applied in any order and more than once: versions, epochs and F by maximum, slices by union,
+//! a drop wins over all. That is what lets batches complete out of order and the cleaner move records.
+
+use super::bytes::{Reader, put_u32, put_u64};
+use super::{BatchNumber, FormatError, Position};
+use torus_rpc::message::Token;
+use torus_schema::ids::{BlockIndex, Epoch, RingGeneration, SliceId, Version, VolumeId};
+use torus_schema::limits::SEQUENCE_MAX;
+
+/// Of a data record, without its checksums.
+pub const DATA_BYTES: usize = 64;
+const WHAT: &str = "record";
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Data {
+    pub volume: VolumeId,
+    pub first: BlockIndex,
+    pub version: Version,
+    pub flush_point: Version,
+    pub position: Position,
+    /// One for each block.
+    pub checksums: Vec<u32>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Clear {
+    pub volume: VolumeId,
+    pub first: BlockIndex,
+    pub version: Version,
+    pub flush_point: Version,
+    pub slice: SliceId,
+    pub count: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Instances {
+    pub volume: VolumeId,
+    pub placement: VolumeId,
+    pub generation: RingGeneration,
+    pub created: BatchNumber,
+    pub width: u32,
+    pub ring_slices: u32,
+    pub slices: Vec<SliceId>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Open {
+    pub volume: VolumeId,
+    pub flush_point: Version,
+    pub epoch: Epoch,
+    pub token: Token,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Record {
+    Data(Data),
+    Clear(Clear),
+    Instances(Instances),
+    Open(Open),
+    Drop(VolumeId),
+}
+
+impl Record {
+    pub fn volume(&self) -> VolumeId {
+        match self {
+            Record::Data(data) => data.volume,
+            Record::Clear(clear) => clear.volume,
+            Record::Instances(instances) => instances.volume,
+            Record::Open(open) => open.volume,
+            Record::Drop(volume) => *volume,
+        }
+    }
+
+    /// Length in a header or footer.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Record::Data(data) => DATA_BYTES + 4 * data.checksums.len(),
+            Record::Clear(_) => 68,
+            Record::Instances(instances) => 68 + 4 * instances.slices.len(),
+            Record::Open(_) => 72,
+            Record::Drop(_) => 24,
+        }
+    }
+
+    pub fn payload_blocks(&self) -> u32 {
+        if let Record::Data(data) = self { data.checksums.len() as u32 } else { 0 }
+    }
+
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        let (start, kind) = (out.len(), self.kind());
+        put_u32(out, kind);
+        put_u32(out, self.bytes() as u32);
+        out.extend_from_slice(&self.volume().to_bytes());
+        match self {
+            Record::Data(data) => {
+                put_u64(out, data.first.0);
+                put_version(out, data.version);
+                put_version(out, data.flush_point);
+                put_u32(out, data.position.0);
+                put_u32(out, data.checksums.len() as u32);
+                data.checksums.iter().for_each(|checksum| put_u32(out, *checksum));
+            }
+            Record::Clear(clear) => {
+                put_u64(out, clear.first.0);
+                put_version(out, clear.version);
+                put_version(out, clear.flush_point);
+                put_u32(out, clear.slice.0);
+                put_u64(out, clear.count);
+            }
+            Record::Instances(instances) => {
+                out.extend_from_slice(&instances.placement.to_bytes());
+                put_u64(out, instances.generation.0);
+                put_u64(out, instances.created.0);
+                put_u32(out, instances.width);
+                put_u32(out, instances.ring_slices);
+                put_u32(out, instances.slices.len() as u32);
+                instances.slices.iter().for_each(|slice| put_u32(out, slice.0));
+            }
+            Record::Open(open) => {
+                put_version(out, open.flush_point);
+                put_u32(out, open.epoch.0);
+                out.extend_from_slice(&open.token.0);
+            }
+            Record::Drop(_) => {}
+        }
+        assert_eq!(out.len() - start, self.bytes());
+    }
+
+    fn kind(&self) -> u32 {
+        match self {
+            Record::Data(_) => 1,
+            Record::Clear(_) => 2,
+            Record::Instances(_) => 3,
+            Record::Open(_) => 4,
+            Record::Drop(_) => 5,
+        }
+    }
+}
+
+fn put_version(out: &mut Vec<u8>, version: Version) {
+    put_u32(out, version.epoch.0);
+    put_u64(out, version.sequence);
+}
+
+fn version(reader: &mut Reader) -> Result<Version, FormatError> {
+    let (epoch, sequence) = (Epoch(reader.u32()?), reader.u64()?);
+    reader.expect("sequence", sequence, sequence & SEQUENCE_MAX)?;
+    Ok(Version { epoch, sequence })
+}
+
+/// `count` records that fill `bytes`; the checksum over them was checked.
+pub fn decode_all(bytes: &[u8], count: u32) -> Result<Vec<Record>, FormatError> {
+    let mut outer = Reader::new(WHAT, bytes);
+    // The smallest record bounds what a wrong count can make us allocate.
+    let mut records = Vec::with_capacity((count as usize).min(bytes.len() / 24));
+    for _ in 0..count {
+        let (kind, length) = (outer.u32()?, outer.u32()?);
+        let body = outer.take((length as usize).saturating_sub(8))?;
+        records.push(decode_body(kind, body)?);
+    }
+    outer.expect("bytes behind the last record", u64::from(!outer.is_empty()), 0)?;
+    Ok(records)
+}
+
+fn decode_body(kind: u32, body: &[u8]) -> Result<Record, FormatError> {
+    let mut reader = Reader::new(WHAT, body);
+    let volume = VolumeId::from_bytes(reader.array()?);
+    let record = match kind {
+        1 => Record::Data(decode_data(volume, &mut reader)?),
+        2 => {
+            let first = BlockIndex(reader.u64()?);
+            let (version, flush_point) = (version(&mut reader)?, version(&mut reader)?);
+            let (slice, count) = (SliceId(reader.u32()?), reader.u64()?);
+            Record::Clear(Clear { volume, first, version, flush_point, slice, count })
+        }
+        3 => Record::Instances(decode_instances(volume, &mut reader)?),
+        4 => {
+            let flush_point = version(&mut reader)?;
+            let (epoch, token) = (Epoch(reader.u32()?), Token(reader.array()?));
+            Record::Open(Open { volume, flush_point, epoch, token })
+        }
+        5 => Record::Drop(volume),
+        _ => return Err(FormatError::Field { what: WHAT, field: "kind", found: u64::from(kind), expected: 5 }),
+    };
+    reader.expect("bytes left over", u64::from(!reader.is_empty()), 0)?;
+    Ok(record)
+}
+
+fn decode_data(volume: VolumeId, reader: &mut Reader) -> Result<Data, FormatError> {
+    let first = BlockIndex(reader.u64()?);
+    let (version, flush_point) = (version(reader)?, version(reader)?);
+    let position = Position(reader.u32()?);
+    let checksums = u32s(reader)?;
+    Ok(Data { volume, first, version, flush_point, position, checksums })
+}
+
+fn decode_instances(volume: VolumeId, reader: &mut Reader) -> Result<Instances, FormatError> {
+    let placement = VolumeId::from_bytes(reader.array()?);
+    let (generation, created) = (RingGeneration(reader.u64()?), BatchNumber(reader.u64()?));
+    let (width, ring_slices) = (reader.u32()?, reader.u32()?);
+    let fits = width.is_power_of_two() && ring_slices.is_power_of_two() && width <= ring_slices;
+    reader.expect("width and slices that do not fit", u64::from(!fits), 0)?;
+    let slices = u32s(reader)?.into_iter().map(SliceId).collect();
+    Ok(Instances { volume, placement, generation, created, width, ring_slices, slices })
+}
+
+/// A count, then as many numbers.
+fn u32s(reader: &mut Reader) -> Result<Vec<u32>, FormatError> {
+    let count = reader.u32()? as usize;
+    let bytes = reader.take(count.saturating_mul(4))?;
+    Ok(bytes.chunks_exact(4).map(|four| u32::from_le_bytes(four.try_into().expect("chunks of four"))).collect())
+}
+
+#[cfg(test)]
+pub mod tests {
+    use super::*;
+
+    pub fn examples() -> Vec<Record> {
+        let volume = VolumeId::from_bytes([9; 16]);
+        let (version, flush_point) = (Version::new(Epoch(2), 7), Version::new(Epoch(1), 6));
+        let first = BlockIndex(0x1122);
+        let (position, checksums) = (Position(77), vec![0xaabbccdd, 5]);
+        vec![
+            Record::Data(Data { volume, first, version, flush_point, position, checksums }),
+            Record::Clear(Clear { volume, first, version, flush_point, slice: SliceId(3), count: 1 << 40 }),
+            Record::Instances(Instances {
+                volume,
+                placement: VolumeId::from_bytes([8; 16]),
+                generation: RingGeneration(4),
+                created: BatchNumber(5),
+                width: 2,
+                ring_slices: 16,
+                slices: vec![SliceId(1), SliceId(15)],
+            }),
+            Record::Open(Open { volume, flush_point, epoch: Epoch(2), token: Token([6; 32]) }),
+            Record::Drop(volume),
+        ]
+    }
+
+    fn encode(records: &[Record]) -> Vec<u8> {
+        let mut out = Vec::new();
+        records.iter().for_each(|record| record.encode(&mut out));
+        out
+    }
+
+    #[test]
+    fn the_bytes_of_records_never_change() {
+        let volume = [9; 16];
+        let versions = b"\x02\0\0\0\x07\0\0\0\0\0\0\0\x01\0\0\0\x06\0\0\0\0\0\0\0";
+        let first = b"\x22\x11\0\0\0\0\0\0";
+        let golden: Vec<&[u8]> = vec![
+            b"\x01\0\0\0\x48\0\0\0",
+            &volume,
+            first,
+            versions,
+            b"\x4d\0\0\0\x02\0\0\0\xdd\xcc\xbb\xaa\x05\0\0\0",
+            b"\x02\0\0\0\x44\0\0\0",
+            &volume,
+            first,
+            versions,
+            b"\x03\0\0\0\0\0\0\0\0\x01\0\0",
+            b"\x03\0\0\0\x4c\0\0\0",
+            &volume,
+            &[8; 16],
+            b"\x04\0\0\0\0\0\0\0\x05\0\0\0\0\0\0\0\x02\0\0\0\x10\0\0\0\x02\0\0\0\x01\0\0\0\x0f\0\0\0",
+            b"\x04\0\0\0\x48\0\0\0",
+            &volume,
+            b"\x01\0\0\0\x06\0\0\0\0\0\0\0\x02\0\0\0",
+            &[6; 32],
+            b"\x05\0\0\0\x18\0\0\0",
+            &volume,
+        ];
+        assert_eq!(encode(&examples()), golden.concat());
+        assert_eq!(decode_all(&golden.concat(), 5).unwrap(), examples());
+    }
+
+    #[test]
+    fn records_cut_anywhere_are_refused_and_never_panic() {
+        let bytes = encode(&examples());
+        for end in 0..bytes.len() {
+            assert!(decode_all(&bytes[..end], 5).is_err(), "{end}");
+        }
+        assert!(decode_all(&bytes, 4).is_err() && decode_all(&bytes, u32::MAX).is_err());
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_bytes_decode_or_are_refused(bytes: Vec<u8>, count in 0u32..9, kind in 0u32..7) {
+            let _ = decode_all(&bytes, count);
+            let _ = decode_body(kind, &bytes);
+        }
+    }
+}
