@@ -10,3 +10,4 @@
 pub mod disk;
 pub mod index;
 pub mod log;
+pub mod shard;
