@@ -221,10 +221,8 @@ impl Cluster {
             created_s: 0,
         };
         self.create_instances(&record, &ring).await;
-        let writes = vec![
-            put(keys::volume(id), encode(&record)),
-            put(keys::name(name), encode(&NameRecord { volume: id })),
-        ];
+        let writes =
+            vec![put(keys::volume(id), encode(&record)), put(keys::name(name), encode(&NameRecord { volume: id }))];
         self.store.transact(Transaction { writes, ..Transaction::default() }).await.expect("available");
         id
     }
@@ -255,11 +253,8 @@ impl Cluster {
                 ring_slices: SLICES,
                 slices,
             };
-            let envelope = Envelope {
-                volume: record.id,
-                generation: RingGeneration(record.generation.0),
-                ..Envelope::NONE
-            };
+            let envelope =
+                Envelope { volume: record.id, generation: RingGeneration(record.generation.0), ..Envelope::NONE };
             let answer = link.call(&envelope, &operation, &Default::default()).await.expect("it runs").0.answer;
             assert_eq!(answer, Answer::Created);
         }

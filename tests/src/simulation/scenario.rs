@@ -52,12 +52,7 @@ where
     world.block_on(async move {
         let cluster = Cluster::start(&here, 3).await;
         cluster.create_volume(VOLUME, VOLUME_BYTES, 3, min_replicas).await;
-        let run = Rc::new(Run {
-            workload: Workload::new(&here),
-            world: here,
-            cluster,
-            powerless: RefCell::default(),
-        });
+        let run = Rc::new(Run { workload: Workload::new(&here), world: here, cluster, powerless: RefCell::default() });
         scenario(run.clone()).await;
         run.workload.verdict();
         assert!(run.workload.history.borrow().reads_checked > 0, "seed {seed}: nothing was read");
@@ -104,10 +99,7 @@ impl Run {
     }
 
     /// Tries for as long as a dead owner's lease may last.
-    pub async fn attach(
-        &self,
-        client: &Client,
-    ) -> Result<AttachedVolume<super::cluster::Runtime>, VolumeError> {
+    pub async fn attach(&self, client: &Client) -> Result<AttachedVolume<super::cluster::Runtime>, VolumeError> {
         let mut attempts = 0;
         loop {
             let attaching = Box::pin(client.exports.attach(VOLUME));

@@ -20,12 +20,7 @@ pub struct Workload {
 
 impl Workload {
     pub fn new(world: &World) -> Self {
-        Self {
-            world: world.clone(),
-            history: Rc::default(),
-            next_value: Rc::new(Cell::new(1)),
-            failed: Rc::default(),
-        }
+        Self { world: world.clone(), history: Rc::default(), next_value: Rc::new(Cell::new(1)), failed: Rc::default() }
     }
 
     /// Operations on blocks `first..first + count` until one fails or `operations` are done; the error, if any.
