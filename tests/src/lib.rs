@@ -2,9 +2,11 @@
 //!
 //! * `wait`     await a state, with a deadline
 //! * `process`  a program that ends with its test
+//! * `simulation`  a whole cluster in one thread, from one seed
 //! * `store`    a metadata store: etcd, or our own
 
 pub mod process;
+pub mod simulation;
 pub mod store;
 pub mod wait;
 

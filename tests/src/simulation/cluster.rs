@@ -18,7 +18,7 @@ use torus_schema::records::{
 };
 use torus_schema::ring::placement::Placement;
 use torus_schema::ring::planner;
-use torus_schema::ring::record::RingRecord;
+use torus_schema::ring::record::{RingRecord, RingShard};
 use torus_schema::ring::table::Ring;
 
 pub type Disk = SimulatedDisk<Here>;
@@ -118,13 +118,12 @@ impl Cluster {
             created_s: 0,
         };
         let mut writes = vec![put(keys::cluster(), encode(&record))];
-        let candidates: Vec<_> = self.nodes.iter().map(|node| self.node_record(node)).collect();
-        let mut records = candidates.clone();
-        records.sort_by_key(|record| record.id);
-        for record in &records {
-            writes.push(put(keys::node(record.id), encode(record)));
+        for node in &self.nodes {
+            let record = self.node_record(node);
+            writes.push(put(keys::node(record.id), encode(&record)));
         }
-        let ring = planner::plan(&Ring::empty(SLICES), &candidates).expect("nodes of equal size");
+        let planned: Vec<_> = self.nodes.iter().map(plan_node).collect();
+        let ring = planner::plan(&Ring::empty(SLICES), &planned);
         writes.push(put(keys::ring(), encode::<RingRecord>(&ring)));
         let result = self.store.transact(Transaction { writes, ..Transaction::default() }).await;
         assert!(result.expect("the store is available").applied);
@@ -222,10 +221,8 @@ impl Cluster {
             created_s: 0,
         };
         self.create_instances(&record, &ring).await;
-        let writes = vec![
-            put(keys::volume(id), encode(&record)),
-            put(keys::name(name), encode(&NameRecord { volume: id })),
-        ];
+        let writes =
+            vec![put(keys::volume(id), encode(&record)), put(keys::name(name), encode(&NameRecord { volume: id }))];
         self.store.transact(Transaction { writes, ..Transaction::default() }).await.expect("available");
         id
     }
@@ -256,14 +253,21 @@ impl Cluster {
                 ring_slices: SLICES,
                 slices,
             };
-            let envelope = Envelope {
-                volume: record.id,
-                generation: RingGeneration(record.generation.0),
-                ..Envelope::NONE
-            };
+            let envelope =
+                Envelope { volume: record.id, generation: RingGeneration(record.generation.0), ..Envelope::NONE };
             let answer = link.call(&envelope, &operation, &Default::default()).await.expect("it runs").0.answer;
             assert_eq!(answer, Answer::Created);
         }
+    }
+}
+
+fn plan_node(node: &Node) -> planner::PlanNode {
+    planner::PlanNode {
+        id: node.id,
+        host: node.address.clone(),
+        zone: String::new(),
+        rack: String::new(),
+        shards: vec![RingShard { index: ShardIndex(0), weight_bytes: SHARD_BYTES }],
     }
 }
 

@@ -47,7 +47,8 @@ impl History {
 
     /// What was answered before a flush; taken at its start, applied when it succeeds.
     pub fn before_flush(&self) -> Vec<(u64, usize)> {
-        let answered = |state: &Sector| state.writes.iter().rposition(|written| written.answered).map_or(0, |at| at + 1);
+        let answered =
+            |state: &Sector| state.writes.iter().rposition(|written| written.answered).map_or(0, |at| at + 1);
         self.sectors.iter().map(|(sector, state)| (*sector, answered(state))).collect()
     }
 
