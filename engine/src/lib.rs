@@ -18,3 +18,4 @@ pub mod disk;
 pub mod index;
 pub mod log;
 pub mod node;
+pub mod shard;

@@ -3,10 +3,13 @@
 //! * `wait`     await a state, with a deadline
 //! * `process`  a program that ends with its test
 //! * `store`    a metadata store: etcd, or our own
+//! * `cluster`  a store, nodes and the commands to administer them
 
+pub mod cluster;
 pub mod process;
 pub mod store;
 pub mod wait;
 
+pub use cluster::{Cluster, ClusterOptions};
 pub use process::{Outcome, Process};
 pub use store::StoreKind;

@@ -13,7 +13,7 @@ use bytes::Bytes;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
-use torus_rpc::message::{Answer, Operation, Opened, Refusal};
+use torus_rpc::message::{Answer, Opened, Operation, Refusal};
 use torus_rpc::metadata::{Compare, Entry, Metadata, MetadataError, Revision, Transaction, Write};
 use torus_rpc::runtime::{Class, Clock, Peer, Random, Runtime, Spawn};
 use torus_rpc::token::ClusterKey;
@@ -248,10 +248,7 @@ async fn take_over<R: Runtime>(runtime: &R, volume: VolumeId, owner: &OwnerRecor
     let next = EpochRecord { epoch: Epoch(record.epoch.0 + 1), flush_point: record.flush_point };
     let transaction = Transaction {
         compares: vec![Compare::ModRevision(key.clone(), entry.mod_revision)],
-        writes: vec![
-            Write::Put { key, value: encode(&next), lease: None },
-            Write::Delete { key: keys::owner(volume) },
-        ],
+        writes: vec![Write::Put { key, value: encode(&next), lease: None }, Write::Delete { key: keys::owner(volume) }],
         reads: vec![],
     };
     let result = runtime.metadata().transact(transaction).await.map_err(metadata_error)?;
@@ -309,10 +306,8 @@ async fn build<R: Runtime>(
     for id in replicas.shards() {
         shards.push(shard(&runtime, &owned.ring, &cluster, *id).await?);
     }
-    let open = Open {
-        token: key.sign(record.id, owned.epoch, &owner_name(&owned.owner)),
-        owner: owner_name(&owned.owner),
-    };
+    let open =
+        Open { token: key.sign(record.id, owned.epoch, &owner_name(&owned.owner)), owner: owner_name(&owned.owner) };
     let session = Session {
         lots: Cell::new(runtime.random().u64() | 1),
         runtime,
@@ -353,7 +348,8 @@ async fn shard<R: Runtime>(
     cluster: &ClusterRecord,
     id: torus_schema::ids::ShardId,
 ) -> Result<Shard, VolumeError> {
-    let node = ring.node(id.node).ok_or_else(|| record_error(format!("shard {id} is of a node that the ring lacks")))?;
+    let node =
+        ring.node(id.node).ok_or_else(|| record_error(format!("shard {id} is of a node that the ring lacks")))?;
     let key = keys::node(node.id);
     let entry = runtime.metadata().get(&key).await.map_err(metadata_error)?;
     let entry = entry.ok_or_else(|| record_error(format!("{key}, a node of the ring, is missing")))?;
@@ -523,10 +519,7 @@ async fn try_own_again<R: Runtime>(
     }
     let owner = OwnerRecord { lease: lease.0.to_string(), ..session.owner.clone() };
     let transaction = Transaction {
-        compares: vec![
-            Compare::Absent(owner_key.clone()),
-            Compare::ModRevision(epoch_key, epoch_entry.mod_revision),
-        ],
+        compares: vec![Compare::Absent(owner_key.clone()), Compare::ModRevision(epoch_key, epoch_entry.mod_revision)],
         writes: vec![Write::Put { key: owner_key.clone(), value: encode(&owner), lease: Some(lease) }],
         reads: vec![],
     };

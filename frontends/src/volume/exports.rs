@@ -43,7 +43,10 @@ struct Shared<R: Runtime> {
 enum Entry<R: Runtime> {
     /// Somebody attaches or releases it; wait.
     Busy,
-    Attached { session: Rc<Session<R>>, users: Rc<Users> },
+    Attached {
+        session: Rc<Session<R>>,
+        users: Rc<Users>,
+    },
 }
 
 #[derive(Default)]
@@ -283,9 +286,8 @@ impl<R: Runtime> Drop for AttachedVolume<R> {
         let (shared, volume, users) = (self.shared.clone(), self.session.record.id, self.users.clone());
         self.shared.runtime.spawn().spawn(Class::Foreground, async move {
             shared.runtime.clock().sleep(RELEASE_AFTER).await;
-            let unused = |those: &Users| {
-                std::ptr::eq(those, &*users) && those.count.get() == 0 && those.idle.get() == idle
-            };
+            let unused =
+                |those: &Users| std::ptr::eq(those, &*users) && those.count.get() == 0 && those.idle.get() == idle;
             let taken = shared.take(volume, unused).await;
             if let Some(session) = taken {
                 shared.release(session).await;

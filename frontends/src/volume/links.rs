@@ -32,7 +32,12 @@ enum Entry<L> {
 
 impl<R: Runtime> Links<R> {
     pub fn new(runtime: R) -> Rc<Self> {
-        Rc::new(Self { runtime, links: RefCell::default(), changed: Notify::default(), generations: Default::default() })
+        Rc::new(Self {
+            runtime,
+            links: RefCell::default(),
+            changed: Notify::default(),
+            generations: Default::default(),
+        })
     }
 
     pub async fn call(

@@ -126,12 +126,7 @@ impl<R: Runtime> Session<R> {
         }
     }
 
-    async fn read_failed(
-        self: &Rc<Self>,
-        position: ShardPosition,
-        failure: Failure,
-        damaged: &mut Vec<ShardPosition>,
-    ) {
+    async fn read_failed(self: &Rc<Self>, position: ShardPosition, failure: Failure, damaged: &mut Vec<ShardPosition>) {
         let shard = &self.shards[position];
         match &failure {
             Failure::Refused(Refusal::Damaged { .. } | Refusal::Corrupt { .. }) => {
@@ -169,7 +164,9 @@ fn assemble(piece: Piece, runs: &[Run], checksums: &[u32], payload: Bytes) -> Re
     if total != u64::from(piece.count) || with_data != checksums.len() || with_data * block_bytes != payload.len() {
         return Err(malformed(format!(
             "a read of {} blocks was answered by {total}, {with_data} with data, {} checksums and {} bytes",
-            piece.count, checksums.len(), payload.len()
+            piece.count,
+            checksums.len(),
+            payload.len()
         )));
     }
     for (index, (block, expected)) in payload.chunks_exact(block_bytes).zip(checksums).enumerate() {

@@ -131,7 +131,8 @@ fn by_block(extent: ExtentIndex, descriptors: &[Descriptor]) -> Vec<Option<Newes
 }
 
 fn newest(held: &[Vec<Option<Newest>>], block: usize) -> Option<(Newest, usize)> {
-    let versions = held.iter().enumerate().filter_map(|(replica, blocks)| blocks[block].map(|newest| (newest, replica)));
+    let versions =
+        held.iter().enumerate().filter_map(|(replica, blocks)| blocks[block].map(|newest| (newest, replica)));
     versions.max_by_key(|(newest, replica)| (newest.version, std::cmp::Reverse(*replica)))
 }
 
@@ -158,11 +159,13 @@ async fn copy<R: Runtime>(
     };
     let same = matches!(&runs[..], [run] if run.version == newest.version && run.data);
     if !same || crc32c::crc32c(&payload) != checksum {
-        let because = format!("block {first} was described as version {} with checksum {checksum:08x}, read as {runs:?}", newest.version);
+        let because = format!(
+            "block {first} was described as version {} with checksum {checksum:08x}, read as {runs:?}",
+            newest.version
+        );
         return Err(of_source(malformed(because)));
     }
-    let write =
-        Operation::Write { first, version: newest.version, durable: false, checksums: vec![checksum] };
+    let write = Operation::Write { first, version: newest.version, durable: false, checksums: vec![checksum] };
     session.ask(&session.shards[target], &write, &payload).await.map_err(of_target)?;
     Ok(())
 }

@@ -93,11 +93,7 @@ impl Replicas {
     }
 
     /// One shard never had these slices: nothing of them can be trusted.
-    pub fn lose_slices(
-        &mut self,
-        lost: ShardPosition,
-        missing: &[SliceId],
-    ) -> Result<(), BelowMinimum> {
+    pub fn lose_slices(&mut self, lost: ShardPosition, missing: &[SliceId]) -> Result<(), BelowMinimum> {
         for slot in 0..self.slots.len() {
             let slice = self.slices[slot];
             if missing.contains(&slice) && self.is_in_sync(slot, lost) {

@@ -1,8 +1,8 @@
 //! One epoch of one volume: who its replicas are, and the loop that gets a request to one of them until it is done or
 //! no longer required.
 
-use super::links::Links;
 use super::lease::ProcessLease;
+use super::links::Links;
 use super::locks::RangeLocks;
 use super::notify::Notify;
 use super::replicas::{Replicas, ShardPosition};
@@ -148,12 +148,7 @@ impl<R: Runtime> Session<R> {
     }
 
     /// One attempt (the link makes its own to reconnect).
-    pub async fn ask(
-        &self,
-        shard: &Shard,
-        operation: &Operation,
-        payload: &Bytes,
-    ) -> Result<(Answer, Bytes), Failure> {
+    pub async fn ask(&self, shard: &Shard, operation: &Operation, payload: &Bytes) -> Result<(Answer, Bytes), Failure> {
         shard.outstanding.set(shard.outstanding.get() + 1);
         let outstanding = Outstanding(&shard.outstanding);
         let answered = self.links.call(&shard.peer, &self.envelope(shard), operation, payload).await;

@@ -34,11 +34,7 @@ pub(super) struct StatusKeeper {
 
 impl<R: Runtime> Session<R> {
     /// Returns once the shard has no in-sync replica left (or the session ended); an error if it must keep them.
-    pub async fn mark_stale(
-        self: &Rc<Self>,
-        position: ShardPosition,
-        failure: &Failure,
-    ) -> Result<(), BelowMinimum> {
+    pub async fn mark_stale(self: &Rc<Self>, position: ShardPosition, failure: &Failure) -> Result<(), BelowMinimum> {
         let shard = &self.shards[position];
         if !shard.suspect.replace(true) {
             tracing::warn!(volume = %self.record.name, shard = %shard.id, %failure, "replica failed");
@@ -88,10 +84,7 @@ pub(super) async fn replace<R: Runtime>(session: &Rc<Session<R>>, next: Replicas
 }
 
 /// The replicas without as many of the failed shards as the minimum allows.
-fn without<R: Runtime>(
-    session: &Session<R>,
-    failed: BTreeSet<ShardPosition>,
-) -> (Replicas, BTreeSet<ShardPosition>) {
+fn without<R: Runtime>(session: &Session<R>, failed: BTreeSet<ShardPosition>) -> (Replicas, BTreeSet<ShardPosition>) {
     let mut next = session.replicas.borrow().clone();
     let mut lost = BTreeSet::new();
     for shard in failed {
@@ -162,7 +155,9 @@ fn settle<R: Runtime>(session: &Session<R>, value: &[u8], reads: &[Option<Entry>
     match owner {
         // The lease ran out; `own` takes it again, or ends the session.
         None => Settled::Again,
-        Some(owner) if owner.create_revision != ours && session.lease.generation() != session.status.owner_lease.get() => {
+        Some(owner)
+            if owner.create_revision != ours && session.lease.generation() != session.status.owner_lease.get() =>
+        {
             Settled::Again
         }
         Some(owner) if owner.create_revision != ours => {

@@ -194,7 +194,8 @@ impl<R: Runtime> Session<R> {
         if extents.end() - extents.start() >= 8 * slots as u64 {
             return (0..slots).collect();
         }
-        let mut touched: Vec<_> = extents.map(|extent| self.placement.slot_of(torus_schema::ids::ExtentIndex(extent))).collect();
+        let mut touched: Vec<_> =
+            extents.map(|extent| self.placement.slot_of(torus_schema::ids::ExtentIndex(extent))).collect();
         touched.sort_unstable();
         touched.dedup();
         touched
