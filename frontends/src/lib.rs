@@ -2,8 +2,10 @@
 //!
 //! * `device`  what a protocol server needs of a volume
 //! * `nbd`     the NBD server
+//! * `serve`   `torusblk serve`
 //! * `volume`  the writer: attach, fan-out, flush, reads
 
 pub mod device;
 pub mod nbd;
+pub mod serve;
 pub mod volume;

@@ -32,11 +32,6 @@ pub enum Found {
     Never,
     Cleared(Version),
     Data(Entry),
-    /// Its data is lost here; another replica has it.
-    Damaged {
-        version: Version,
-        checksum: u32,
-    },
 }
 
 impl Found {
@@ -44,7 +39,7 @@ impl Found {
     pub fn version(&self) -> Version {
         match self {
             Found::Never => Version::ZERO,
-            Found::Cleared(version) | Found::Damaged { version, .. } => *version,
+            Found::Cleared(version) => *version,
             Found::Data(entry) => entry.version,
         }
     }
@@ -190,20 +185,6 @@ impl Index {
         here
     }
 
-    /// What lies at `from` is not what was written there; false if that is not current any more.
-    pub fn mark_damaged(&mut self, place: Place, from: Position) -> bool {
-        let Some(page) =
-            self.volumes.get_mut(&place.volume).and_then(|volume| volume.pages.get_mut(&place.block.extent()))
-        else {
-            return false;
-        };
-        let here = page.get(in_extent(place.block)).entry().is_some_and(|entry| entry.position == from);
-        if here {
-            page.mark_damaged(in_extent(place.block));
-        }
-        here
-    }
-
     /// Every block of the range is current at a version above `version` and at most `limit`. May say no where the
     /// answer would be costly.
     pub fn is_superseded(&self, range: ClearRange, version: Version, limit: Version, placement: &Placement) -> bool {
@@ -281,7 +262,7 @@ impl VolumeIndex {
 fn push_descriptor(descriptors: &mut Vec<Descriptor>, block: BlockIndex, found: Found, limit: usize) -> bool {
     let version = found.version();
     let checksum = match found {
-        Found::Data(Entry { checksum, .. }) | Found::Damaged { checksum, .. } => Some(checksum),
+        Found::Data(entry) => Some(entry.checksum),
         Found::Cleared(_) | Found::Never => None,
     };
     if let Some(last) = descriptors.last_mut()

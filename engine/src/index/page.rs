@@ -13,8 +13,6 @@ use torus_schema::limits::BLOCKS_PER_EXTENT;
 const SPARSE_BLOCKS_MAX: usize = 512;
 /// Position 0 is the superblock, so no data lies there.
 const NOWHERE: u32 = 0;
-/// The data was found damaged; version and checksum say what a repair has to bring.
-const DAMAGED: u32 = u32::MAX;
 
 const _: () = assert!(BLOCKS_PER_EXTENT <= u16::MAX as u64);
 
@@ -109,10 +107,6 @@ impl Page {
         self.set(block, Packed { position: position.0, ..packed });
     }
 
-    pub fn mark_damaged(&mut self, block: InExtent) {
-        self.relocate(block, Position(DAMAGED));
-    }
-
     /// Blocks first..first + count below `version` become cleared; `replaced` is told of the data this hides.
     pub fn clear(&mut self, first: InExtent, count: u16, version: Version, replaced: &mut impl FnMut(InExtent, Found)) {
         let packed = self.pack(version);
@@ -123,7 +117,7 @@ impl Page {
                 run.take().into_iter().for_each(|run| self.insert_run(run));
                 continue;
             }
-            if matches!(found, Found::Data(_) | Found::Damaged { .. }) {
+            if matches!(found, Found::Data(_)) {
                 replaced(block, found);
                 self.set(block, ABSENT);
             }
@@ -234,10 +228,7 @@ impl Page {
 
     fn unpack(&self, packed: Packed) -> Found {
         let (version, checksum) = (self.version(packed.version), packed.checksum);
-        match packed.position {
-            DAMAGED => Found::Damaged { version, checksum },
-            position => Found::Data(Entry { position: Position(position), checksum, version }),
-        }
+        Found::Data(Entry { position: Position(packed.position), checksum, version })
     }
 
     fn pack(&mut self, version: Version) -> u64 {

@@ -55,17 +55,6 @@ fn clearing_a_whole_volume_of_a_pebibyte_makes_no_page() {
 }
 
 #[test]
-fn a_damaged_block_keeps_its_version_until_a_copy_of_it_comes() {
-    let mut index = Index::default();
-    index.apply(place(3), entry(77, 8));
-    assert!(!index.mark_damaged(place(3), Position(76)));
-    assert!(index.mark_damaged(place(3), Position(77)));
-    assert_eq!(index.find(place(3)), Found::Damaged { version: version(8), checksum: 77 });
-    assert_eq!(index.apply(place(3), entry(90, 8)), Applied::Current { replaced: None });
-    assert_eq!(index.find(place(3)), Found::Data(entry(90, 8)));
-}
-
-#[test]
 fn only_what_is_still_current_moves() {
     let mut index = Index::default();
     index.apply(place(3), entry(77, 8));

@@ -48,12 +48,6 @@ impl<'a> Reader<'a> {
         self.at == self.bytes.len()
     }
 
-    /// Reserved bytes are zero, so that they can mean something later.
-    pub fn zeros(&mut self, field: &'static str, count: usize) -> Result<(), FormatError> {
-        let sum = self.take(count)?.iter().map(|byte| u64::from(*byte)).sum();
-        self.expect(field, sum, 0)
-    }
-
     pub fn expect(&self, field: &'static str, found: u64, expected: u64) -> Result<(), FormatError> {
         if found == expected { Ok(()) } else { Err(FormatError::Field { what: self.what, field, found, expected }) }
     }

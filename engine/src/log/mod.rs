@@ -34,7 +34,8 @@ use torus_schema::limits::BLOCK_BYTES;
 pub const FORMAT_VERSION: u32 = 1;
 /// First block of the first segment; aligned for devices that like it.
 pub const SEGMENTS_START_BLOCK: u64 = 16;
-const BLOCK: usize = BLOCK_BYTES as usize;
+/// A block in bytes, as a length in memory.
+pub const BLOCK: usize = BLOCK_BYTES as usize;
 
 /// Bytes from the disk that are not what was expected there.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]

@@ -111,6 +111,11 @@ impl Record {
         }
     }
 
+    /// Written for a volume's writer, under its epoch.
+    pub fn is_of_writer(&self) -> bool {
+        matches!(self, Record::Data(_) | Record::Clear(_))
+    }
+
     /// Length in a header or footer.
     pub fn bytes(&self) -> usize {
         match self {

@@ -1,7 +1,8 @@
 //! The two ends of a segment: its opening, which names this use of it, and its footer, which lists all its records.
 //!
-//! Opening, the segment's first block. It is written, and its write has completed, before any batch of the segment is
-//! submitted: so whoever synced a batch synced the opening. All of it lies in one sector: it is old or new, never torn.
+//! Opening, the segment's first block. It is written and synced before any batch of the segment is submitted: so an old
+//! opening and a footer that fits it are never seen above newer batches. All of it lies in one sector: it is old or
+//! new, never torn.
 //!
 //! | offset | bytes | what                                                                             |
 //! |--------|-------|----------------------------------------------------------------------------------|

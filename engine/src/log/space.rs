@@ -1,1 +1,287 @@
-//! x
+//! Which segment is used for what, and how much of it is still needed.
+//!
+//! ```text
+//!            open                full               footer written       nothing needed
+//!  Free ───────────► Open ───────────► Sealing ───────────► Sealed ───────────► Emptied
+//!    ▲                                                                             │
+//!    └──────────── a sync that started later is done, nobody reads from it ────────┘
+//! ```
+//! Emptied is not Free: what made the last of its records superfluous (a newer record, a copy by the cleaner) has to be
+//! durable before its place is taken, or a crash would lose both.
+//!
+//! Needed are: *live* blocks (current in the index, or superseded at a version above the volume's F), and *notes*, the
+//! records without payload.
+
+use super::{Geometry, Position, SegmentIndex};
+use torus_schema::limits::RESERVE_PERCENT;
+
+/// Segments that only the cleaner may start on: it needs one at most to free one.
+pub const CLEANER_SEGMENTS: u32 = 1;
+/// With this many free or fewer no client data is taken, but clears, opens and drops still are, since they free space.
+pub const NOTE_SEGMENTS: u32 = 2;
+/// The reserve at least, in segments: the two above, the open one, and one being sealed.
+const RESERVE_SEGMENTS_MIN: u32 = 4;
+
+/// Counts syncs of one run of a shard.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+pub struct SyncNumber(pub u64);
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Usage {
+    Free,
+    Open,
+    Sealing,
+    Sealed,
+    Emptied { needs: SyncNumber },
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Segment {
+    usage: Usage,
+    live: u32,
+    notes: u32,
+    readers: u32,
+    /// Cleaning it failed: it holds something that cannot be read.
+    stuck: bool,
+}
+
+pub struct Space {
+    geometry: Geometry,
+    segments: Vec<Segment>,
+    free: u32,
+    live: u64,
+    notes: u64,
+    /// What fits into one segment at least.
+    payload_blocks: u32,
+    sync_started: SyncNumber,
+    sync_completed: SyncNumber,
+}
+
+impl Space {
+    pub fn new(geometry: Geometry) -> Self {
+        let segment = Segment { usage: Usage::Free, live: 0, notes: 0, readers: 0, stuck: false };
+        Self {
+            geometry,
+            segments: vec![segment; geometry.segments as usize],
+            free: geometry.segments,
+            live: 0,
+            notes: 0,
+            payload_blocks: geometry.payload_blocks(),
+            sync_started: SyncNumber(0),
+            sync_completed: SyncNumber(0),
+        }
+    }
+
+    pub fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    pub fn free(&self) -> u32 {
+        self.free
+    }
+
+    /// Blocks that are needed.
+    pub fn live(&self) -> u64 {
+        self.live
+    }
+
+    fn reserve(&self) -> u32 {
+        RESERVE_SEGMENTS_MIN.max((u64::from(self.geometry.segments) * RESERVE_PERCENT).div_ceil(100) as u32)
+    }
+
+    /// The cleaner works while fewer are free.
+    pub fn wants_cleaning(&self) -> bool {
+        self.free < self.reserve()
+    }
+
+    /// What is needed eats the reserve: clients should stop. One sixteenth stays for what cleaning cannot squeeze out.
+    pub fn is_full(&self) -> bool {
+        let segments = u64::from(self.geometry.segments.saturating_sub(self.reserve()));
+        let capacity = segments * u64::from(self.payload_blocks - self.payload_blocks / 16);
+        self.live + self.notes.div_ceil(32) > capacity
+    }
+
+    /// The free segment to write to next.
+    pub fn open_one(&mut self) -> Option<SegmentIndex> {
+        let at = self.segments.iter().position(|segment| segment.usage == Usage::Free)?;
+        self.segments[at].usage = Usage::Open;
+        self.free -= 1;
+        Some(SegmentIndex(at as u32))
+    }
+
+    /// At a start: it holds records. `sealed` follows when all records of all segments are accounted for; until then
+    /// it is not known to be empty.
+    pub fn found(&mut self, segment: SegmentIndex) {
+        assert_eq!(self.at(segment).usage, Usage::Free);
+        self.at(segment).usage = Usage::Sealing;
+        self.free -= 1;
+    }
+
+    pub fn sealing(&mut self, segment: SegmentIndex) {
+        assert_eq!(self.at(segment).usage, Usage::Open);
+        self.at(segment).usage = Usage::Sealing;
+    }
+
+    pub fn sealed(&mut self, segment: SegmentIndex) {
+        assert_eq!(self.at(segment).usage, Usage::Sealing);
+        self.at(segment).usage = Usage::Sealed;
+        self.look_at(segment);
+    }
+
+    pub fn add_live(&mut self, position: Position) {
+        let segment = self.geometry.segment_of(position);
+        let entry = self.at(segment);
+        assert!(!matches!(entry.usage, Usage::Free | Usage::Emptied { .. }), "{segment:?} is {:?}", entry.usage);
+        entry.live += 1;
+        self.live += 1;
+    }
+
+    pub fn remove_live(&mut self, position: Position) {
+        let segment = self.geometry.segment_of(position);
+        self.at(segment).live -= 1;
+        self.at(segment).stuck = false;
+        self.live -= 1;
+        self.look_at(segment);
+    }
+
+    pub fn add_note(&mut self, segment: SegmentIndex) {
+        self.at(segment).notes += 1;
+        self.notes += 1;
+    }
+
+    /// All its notes were carried elsewhere or are superfluous.
+    pub fn forget_notes(&mut self, segment: SegmentIndex) {
+        self.notes -= u64::from(self.at(segment).notes);
+        self.at(segment).notes = 0;
+        self.look_at(segment);
+    }
+
+    pub fn add_reader(&mut self, segment: SegmentIndex) {
+        self.at(segment).readers += 1;
+    }
+
+    pub fn remove_reader(&mut self, segment: SegmentIndex) {
+        self.at(segment).readers -= 1;
+        self.reclaim(segment);
+    }
+
+    pub fn set_stuck(&mut self, segment: SegmentIndex) {
+        self.at(segment).stuck = true;
+    }
+
+    pub fn sync_started(&mut self, number: SyncNumber) {
+        self.sync_started = number;
+    }
+
+    pub fn sync_completed(&mut self, number: SyncNumber) {
+        self.sync_completed = number;
+        (0..self.geometry.segments).map(SegmentIndex).for_each(|segment| self.reclaim(segment));
+    }
+
+    /// There is a segment that only a sync keeps from being free.
+    pub fn sync_would_free(&self) -> bool {
+        let waits = |segment: &Segment| {
+            matches!(segment.usage, Usage::Emptied { needs } if needs > self.sync_completed) && segment.readers == 0
+        };
+        self.segments.iter().any(waits)
+    }
+
+    /// There is a segment that only a reader keeps from being free.
+    pub fn reader_holds_one(&self) -> bool {
+        self.segments.iter().any(|segment| matches!(segment.usage, Usage::Emptied { .. }) && segment.readers > 0)
+    }
+
+    /// The one with the fewest needed blocks, if cleaning it gains anything. In need a smaller gain will do.
+    pub fn victim(&self) -> Option<SegmentIndex> {
+        let cost = |segment: &Segment| segment.live + segment.notes.div_ceil(32);
+        let sealed = |segment: &&Segment| segment.usage == Usage::Sealed && !segment.stuck;
+        let (at, segment) = (0u32..)
+            .zip(&self.segments)
+            .filter(|(_, segment)| sealed(segment))
+            .min_by_key(|(_, segment)| cost(segment))?;
+        let part = if self.free <= NOTE_SEGMENTS { 16 } else { 8 };
+        let gain = (self.payload_blocks / part).max(1);
+        (cost(segment) + gain <= self.payload_blocks).then_some(SegmentIndex(at))
+    }
+
+    pub fn usage(&self, segment: SegmentIndex) -> Usage {
+        self.segments[segment.0 as usize].usage
+    }
+
+    fn at(&mut self, segment: SegmentIndex) -> &mut Segment {
+        &mut self.segments[segment.0 as usize]
+    }
+
+    /// After something was taken from it.
+    fn look_at(&mut self, segment: SegmentIndex) {
+        let needs = SyncNumber(self.sync_started.0 + 1);
+        let entry = self.at(segment);
+        if entry.usage == Usage::Sealed && entry.live == 0 && entry.notes == 0 {
+            entry.usage = Usage::Emptied { needs };
+        }
+    }
+
+    fn reclaim(&mut self, segment: SegmentIndex) {
+        let completed = self.sync_completed;
+        let entry = self.at(segment);
+        if matches!(entry.usage, Usage::Emptied { needs } if needs <= completed) && entry.readers == 0 {
+            entry.usage = Usage::Free;
+            entry.stuck = false;
+            self.free += 1;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn space() -> Space {
+        Space::new(Geometry { segments: 8, blocks: 64 })
+    }
+
+    #[test]
+    fn an_emptied_segment_is_free_only_after_a_sync_that_started_later_and_without_readers() {
+        let mut space = space();
+        let segment = space.open_one().unwrap();
+        let position = space.geometry().first(segment);
+        space.add_live(position);
+        space.sealing(segment);
+        space.sealed(segment);
+        space.sync_started(SyncNumber(1));
+        space.add_reader(segment);
+        space.remove_live(position);
+        assert!(matches!(space.usage(segment), Usage::Emptied { .. }));
+        space.sync_completed(SyncNumber(1));
+        assert!(matches!(space.usage(segment), Usage::Emptied { .. }), "the sync had started before");
+        space.sync_started(SyncNumber(2));
+        space.sync_completed(SyncNumber(2));
+        assert!(matches!(space.usage(segment), Usage::Emptied { .. }), "it is being read");
+        space.remove_reader(segment);
+        assert_eq!((space.usage(segment), space.free()), (Usage::Free, 8));
+    }
+
+    #[test]
+    fn the_victim_is_the_sealed_segment_with_the_fewest_needed_blocks() {
+        let mut space = space();
+        for live in [20, 5, 9] {
+            let segment = space.open_one().unwrap();
+            (0..live).for_each(|block| space.add_live(Position(space.geometry().first(segment).0 + block)));
+            if live != 5 {
+                space.sealing(segment);
+                space.sealed(segment);
+            }
+        }
+        assert_eq!(space.victim(), Some(SegmentIndex(2)));
+        space.set_stuck(SegmentIndex(2));
+        assert_eq!(space.victim(), Some(SegmentIndex(0)));
+    }
+
+    #[test]
+    fn a_segment_holds_at_least_what_is_counted_on() {
+        for blocks in [16, 64, 256, 16384] {
+            let fits = Geometry { segments: 8, blocks }.payload_blocks();
+            assert!(fits * 10 >= blocks * 6 && fits < blocks, "{fits} of {blocks}");
+        }
+    }
+}

@@ -12,6 +12,7 @@ use torus_schema::limits::BLOCK_BYTES;
 /// What was asked of a device, counted when it was carried out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
+    pub attaches: u64,
     pub reads: u64,
     pub writes: u64,
     pub clears: u64,
@@ -223,6 +224,8 @@ impl Exports for MemoryExports {
     }
 
     async fn attach(&self, name: &str) -> Result<MemoryDevice, VolumeError> {
-        self.find(name).map(|(_, device)| device.clone())
+        let (_, device) = self.find(name)?;
+        device.lock().counts.attaches += 1;
+        Ok(device.clone())
     }
 }

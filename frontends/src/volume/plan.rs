@@ -15,9 +15,6 @@ impl Piece {
     pub fn bytes(self) -> usize {
         self.count as usize * BLOCK_BYTES as usize
     }
-    pub fn blocks(self) -> Range<u64> {
-        self.first.0..self.first.0 + u64::from(self.count)
-    }
 }
 
 /// The blocks that the bytes touch, whole or in part.

@@ -1,7 +1,7 @@
 //! The client of the embedded metadata store (`torus://host:port`).
 
 use super::embedded_server::prepare;
-use super::embedded_wire::{read_entry, read_events, read_maybe, reader_options, write_transaction};
+use super::embedded_wire::{answer_options, read_entry, read_events, read_maybe, write_transaction};
 use super::remote::{Attempt, Backend, Connection, Events, Failure, Remote};
 use super::{Event, LeaseId, MetadataError, Range, Result, Revision, Transaction, TransactionResult};
 use capnp_rpc::rpc_twoparty_capnp::Side;
@@ -35,7 +35,7 @@ impl Backend for Server {
         let stream = TcpStream::connect(&self.address).await.map_err(|error| error.to_string())?;
         prepare(&stream).map_err(|error| error.to_string())?;
         let (reader, writer) = stream.compat().split();
-        let network = VatNetwork::new(reader, writer, Side::Client, reader_options());
+        let network = VatNetwork::new(reader, writer, Side::Client, answer_options());
         let mut system = RpcSystem::new(Box::new(network), None);
         let store = system.bootstrap(Side::Server);
         let driver = spawn_local(async {

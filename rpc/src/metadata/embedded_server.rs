@@ -6,7 +6,7 @@
 //! ends, its clients see the connection break, and whoever started it hears why.
 
 use super::embedded_database::Database;
-use super::embedded_wire::{count, read_transaction, reader_options, write_entry, write_events, write_maybe};
+use super::embedded_wire::{count, read_transaction, request_options, write_entry, write_events, write_maybe};
 use super::store::{Commit, Rejection, Store};
 use super::{LeaseId, Range, Revision};
 use crate::runtime::Instant;
@@ -151,7 +151,7 @@ async fn converse(stream: TcpStream, service: Rc<Service>) {
         return;
     }
     let (reader, writer) = stream.compat().split();
-    let network = VatNetwork::new(reader, writer, Side::Server, reader_options());
+    let network = VatNetwork::new(reader, writer, Side::Server, request_options());
     let store: metadata_store::Client = capnp_rpc::new_client_from_rc(service);
     if let Err(error) = RpcSystem::new(Box::new(network), Some(store.client)).await {
         tracing::debug!(%error, "a connection to the embedded metadata store broke");

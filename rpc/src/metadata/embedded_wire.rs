@@ -3,13 +3,22 @@
 use super::{Compare, Entry, Event, LeaseId, Revision, Transaction, Write};
 use capnp::message::ReaderOptions;
 use capnp::struct_list;
-use torus_schema::limits::METADATA_ANSWER_BYTES_MAX;
+use torus_schema::limits::{METADATA_ANSWER_BYTES_MAX, METADATA_TRANSACTION_BYTES_MAX};
 use torus_schema::metadata_capnp::{compare, entry, event, maybe_entry, metadata_store, write};
 
-/// Lets the largest answer through, and no more than that.
-pub fn reader_options() -> ReaderOptions {
+/// For the client: lets the largest answer through, and no more than that.
+pub fn answer_options() -> ReaderOptions {
+    options(METADATA_ANSWER_BYTES_MAX)
+}
+
+/// For the server: the largest transaction, and its keys once more in compares and reads.
+pub fn request_options() -> ReaderOptions {
+    options(2 * METADATA_TRANSACTION_BYTES_MAX)
+}
+
+fn options(bytes: u64) -> ReaderOptions {
     let mut options = ReaderOptions::new();
-    options.traversal_limit_in_words(Some((METADATA_ANSWER_BYTES_MAX / 8) as usize));
+    options.traversal_limit_in_words(Some((bytes / 8) as usize));
     options
 }
 

@@ -265,3 +265,105 @@ impl Bell {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Transaction, Write};
+    use super::*;
+    use futures::executor::block_on;
+    use futures::future::{join, ready};
+
+    /// Whoever sleeps moves the time.
+    #[derive(Clone, Default)]
+    struct LeapingClock(Rc<Cell<Duration>>);
+
+    impl Clock for LeapingClock {
+        fn now(&self) -> Instant {
+            Instant(self.0.get())
+        }
+        fn sleep(&self, wait: Duration) -> impl Future<Output = ()> + 'static {
+            let (clock, until) = (self.0.clone(), self.0.get() + wait);
+            async move { clock.set(clock.get().max(until)) }
+        }
+    }
+
+    fn put(key: &str, lease: Option<LeaseId>) -> Transaction {
+        let write = Write::Put { key: key.to_owned(), value: Vec::new(), lease };
+        Transaction { writes: vec![write], ..Transaction::default() }
+    }
+
+    #[test]
+    fn an_unavailable_store_is_unreachable_after_the_deadline_and_for_its_own_client_only() {
+        let clock = LeapingClock::default();
+        let store = MemoryStore::new(clock.clone());
+        let other = store.another_client(clock.clone());
+        store.set_available(false);
+        let refused = block_on(store.transact(put("key", None)));
+        assert!(matches!(refused, Err(MetadataError::Unreachable { .. })), "{refused:?}");
+        assert_eq!(clock.now(), Instant(METADATA_DEADLINE));
+        assert_eq!(block_on(other.get("key")), Ok(None), "nothing was applied, and others are answered");
+    }
+
+    /// Nobody's sleep ends.
+    #[derive(Clone)]
+    struct StoppedClock;
+
+    impl Clock for StoppedClock {
+        fn now(&self) -> Instant {
+            Instant::default()
+        }
+        fn sleep(&self, _: Duration) -> impl Future<Output = ()> + 'static {
+            pending()
+        }
+    }
+
+    #[test]
+    fn a_store_that_comes_back_in_time_answers_the_call_that_waited() {
+        let store = MemoryStore::new(StoppedClock);
+        store.set_available(false);
+        // The call is polled first and finds the store away; its timer never fires; then the store comes back.
+        let (answer, ()) = block_on(join(store.get("key"), async { store.set_available(true) }));
+        assert_eq!(answer, Ok(None));
+    }
+
+    #[test]
+    fn a_lost_request_is_not_applied_a_lost_answer_is_and_nobody_can_tell() {
+        let store = MemoryStore::new(LeapingClock::default());
+        for (lost, applied) in [(Lost::Request, false), (Lost::Answer, true)] {
+            let key = format!("{lost:?}");
+            store.lose_next(lost);
+            let unknown = block_on(store.transact(put(&key, None)));
+            assert!(matches!(unknown, Err(MetadataError::Unknown { .. })), "{unknown:?}");
+            assert_eq!(block_on(store.get(&key)).expect("available again").is_some(), applied, "{lost:?}");
+        }
+    }
+
+    #[test]
+    fn a_watcher_sees_a_lease_end_in_virtual_time_though_nobody_else_moves() {
+        let clock = LeapingClock::default();
+        let store = MemoryStore::new(clock.clone());
+        let seen = block_on(async {
+            let lease = store.grant_lease(Duration::from_secs(10)).await?;
+            let revision = store.transact(put("key", Some(lease))).await?.revision;
+            store.watch("key", Revision(revision.0 + 1)).await?.next().await
+        });
+        assert_eq!(seen, Ok(vec![Event::Deleted { key: "key".to_owned(), revision: Revision(3) }]));
+        assert_eq!(clock.now(), Instant(Duration::from_secs(10)));
+    }
+
+    #[test]
+    fn a_watch_of_an_unavailable_store_waits_and_then_misses_nothing() {
+        let clock = LeapingClock::default();
+        let store = MemoryStore::new(clock.clone());
+        let other = store.another_client(clock);
+        block_on(async {
+            let mut watch = store.watch("", Revision(1)).await.expect("available");
+            store.set_available(false);
+            other.transact(put("key", None)).await.expect("available to others");
+            let is_blocked = matches!(select(pin!(watch.next()), ready(())).await, Either::Right(_));
+            assert!(is_blocked, "it saw events while unavailable");
+            store.set_available(true);
+            assert_eq!(watch.next().await.expect("events").len(), 1);
+        });
+    }
+}

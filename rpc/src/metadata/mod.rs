@@ -4,6 +4,9 @@
 //! * `etcd`      a real cluster (`etcd://a:2379,b:2379`)
 //! * `embedded`  one machine: redb behind capnp-rpc (`torus://host:port`), served by `torus-engine metadata`
 //! * `memory`    simulation and unit tests
+//! * `any`       whichever of the two servers a URL names
+//! * `remote`    what their clients have in common: a thread, deadlines, retries
+//! * `store`     the pure state machine of `embedded` and `memory`
 //!
 //! Values are bytes, keys are exact strings. Every call ends within its deadline with an answer or an error that
 //! says what was tried; it may be awaited from any executor.

@@ -389,3 +389,143 @@ impl<B: Backend> Client<B> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures::executor::block_on;
+    use std::sync::Mutex;
+
+    const DEADLINE: Duration = Duration::from_secs(1);
+
+    /// Each attempt takes the next of these; after them, everything succeeds.
+    #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+    enum Fate {
+        CannotConnect,
+        NotSent,
+        Unanswered,
+        NeverEnds,
+    }
+
+    /// Shared with the test: what is still to come, and how many attempts were made.
+    #[derive(Clone)]
+    struct Script(Arc<Mutex<(Vec<Fate>, usize)>>);
+
+    impl Script {
+        fn next(&self) -> Option<Fate> {
+            let mut script = self.0.lock().expect("no test panics with it");
+            (!script.0.is_empty()).then(|| script.0.remove(0))
+        }
+
+        async fn attempt<T>(&self, done: T) -> Attempt<T> {
+            self.0.lock().expect("no test panics with it").1 += 1;
+            match self.next() {
+                None => Ok(done),
+                Some(Fate::NeverEnds) => std::future::pending().await,
+                Some(Fate::Unanswered) => Err(Failure::Unanswered("cut".to_owned())),
+                Some(Fate::NotSent | Fate::CannotConnect) => Err(Failure::NotSent("not sent".to_owned())),
+            }
+        }
+    }
+
+    impl Backend for Script {
+        type Connection = Self;
+
+        async fn connect(&self) -> std::result::Result<Self, String> {
+            let first = self.0.lock().expect("no test panics with it").0.first().copied();
+            match first {
+                Some(Fate::CannotConnect) => Err(self.next().map(|fate| format!("{fate:?}")).unwrap_or_default()),
+                _ => Ok(self.clone()),
+            }
+        }
+    }
+
+    impl Connection for Script {
+        type Events = NoEvents;
+
+        fn is_closed(&self) -> bool {
+            false
+        }
+        async fn range(&self, _: &str, _: bool) -> Attempt<Range> {
+            self.attempt(Range { entries: Vec::new(), revision: Revision(1) }).await
+        }
+        async fn transact(&self, _: &Transaction) -> Attempt<TransactionResult> {
+            self.attempt(TransactionResult { applied: true, revision: Revision(2), reads: Vec::new() }).await
+        }
+        async fn watch(&self, _: &str, _: Revision) -> Attempt<NoEvents> {
+            self.attempt(NoEvents).await
+        }
+        async fn grant_lease(&self, _: u32) -> Attempt<LeaseId> {
+            self.attempt(LeaseId(1)).await
+        }
+        async fn keep_alive(&self, _: LeaseId) -> Attempt<()> {
+            self.attempt(()).await
+        }
+        async fn revoke_lease(&self, _: LeaseId) -> Attempt<()> {
+            self.attempt(()).await
+        }
+    }
+
+    struct NoEvents;
+
+    impl Events for NoEvents {
+        async fn next(&mut self) -> Attempt<(Vec<Event>, Revision)> {
+            std::future::pending().await
+        }
+    }
+
+    /// How a call ended, and after how many attempts.
+    fn ended<T>(fates: &[Fate], call: impl AsyncFn(Remote) -> Result<T>) -> (&'static str, usize) {
+        let script = Script(Arc::new(Mutex::new((fates.to_vec(), 0))));
+        let backend = script.clone();
+        let remote = Remote::start("script".to_owned(), DEADLINE, move || backend).expect("a thread");
+        let ended = match block_on(call(remote)) {
+            Ok(_) => "done",
+            Err(MetadataError::Unreachable { .. }) => "unreachable",
+            Err(MetadataError::Unknown { .. }) => "unknown",
+            Err(other) => panic!("{other}"),
+        };
+        (ended, script.0.lock().expect("no test panics with it").1)
+    }
+
+    #[test]
+    fn a_transaction_that_may_have_been_sent_is_never_sent_again() {
+        use Fate::*;
+        let transact = async |remote: Remote| remote.transact(Transaction::default()).await;
+        assert_eq!(ended(&[], transact), ("done", 1));
+        assert_eq!(ended(&[CannotConnect, CannotConnect], transact), ("done", 1));
+        assert_eq!(ended(&[NotSent, CannotConnect, NotSent], transact), ("done", 3));
+        assert_eq!(ended(&[Unanswered], transact), ("unknown", 1));
+        assert_eq!(ended(&[NotSent, Unanswered], transact), ("unknown", 2));
+        assert_eq!(ended(&[NeverEnds], transact), ("unknown", 1));
+        assert_eq!(ended(&[CannotConnect; 100], transact), ("unreachable", 0));
+    }
+
+    #[test]
+    fn what_may_be_repeated_is_and_the_end_says_whether_it_may_have_taken_place() {
+        use Fate::*;
+        let read = async |remote: Remote| remote.get("key").await;
+        assert_eq!(ended(&[Unanswered, Unanswered], read), ("done", 3));
+        assert_eq!(ended(&[NeverEnds], read), ("unreachable", 1));
+        let revoke = async |remote: Remote| remote.revoke_lease(LeaseId(1)).await;
+        assert_eq!(ended(&[Unanswered, NotSent], revoke), ("done", 3));
+        assert_eq!(ended(&[Unanswered, NeverEnds], revoke), ("unknown", 2));
+        assert_eq!(ended(&[CannotConnect; 100], revoke), ("unreachable", 0));
+    }
+
+    #[test]
+    fn the_last_handle_ends_the_thread_and_a_watch_is_one() {
+        let script = Script(Arc::new(Mutex::new((Vec::new(), 0))));
+        let alive = Arc::downgrade(&script.0);
+        let remote = Remote::start("script".to_owned(), DEADLINE, move || script).expect("a thread");
+        let watch = block_on(remote.watch("", Revision(1))).expect("a watch");
+        drop(remote);
+        block_on(watch.client.get("key")).expect("the watch's client still answers");
+        drop(watch);
+        let begun = std::time::Instant::now();
+        while alive.upgrade().is_some() {
+            assert!(begun.elapsed() < 30 * DEADLINE, "the thread is still there");
+            std::thread::yield_now();
+        }
+    }
+}

@@ -78,6 +78,18 @@ fn etcd_survives_kill_9_and_its_clients_go_on() {
 }
 
 #[test]
+fn the_embedded_store_loses_nothing_it_answered_however_it_is_killed() {
+    let mut server = EmbeddedProcess::start();
+    run(async { restart::nothing_that_was_answered_is_lost(&mut server).await });
+}
+
+#[test]
+fn a_client_of_etcd_is_told_nothing_that_is_lost() {
+    let mut server = Etcd::start();
+    run(async { restart::nothing_that_was_answered_is_lost(&mut server).await });
+}
+
+#[test]
 fn answers_may_be_awaited_on_glommio() {
     let server = EmbeddedProcess::start();
     let store = connect(&server);
@@ -88,6 +100,20 @@ fn answers_may_be_awaited_on_glommio() {
         assert_eq!(watch.next().await.expect("events").len(), 1);
     });
     test.expect("an executor").join().expect("the test ends");
+}
+
+#[test]
+fn a_dead_and_a_silent_etcd_member_do_not_keep_clients_from_a_live_one() {
+    let server = Etcd::start();
+    let silent = std::net::TcpListener::bind(("127.0.0.1", 0)).expect("a port");
+    let silent = silent.local_addr().expect("it is bound");
+    let url = format!("etcd://127.0.0.1:{},{silent},{}", servers::free_port(), server.address());
+    run(async {
+        within(connect(&server).get("key")).await.expect("etcd has started");
+        let store = AnyMetadata::connect(&url, Duration::from_secs(8)).expect("a URL");
+        let lease = within(store.grant_lease(Duration::from_secs(60))).await.expect("one of them answers");
+        within(store.keep_alive(lease)).await.expect("and goes on answering");
+    });
 }
 
 #[test]

@@ -3,9 +3,10 @@
 use crate::cases::{brief, events, put, put_with, write};
 use crate::servers::Server;
 use crate::{DEADLINE, connect, eventually, within};
+use std::cell::{Cell, RefCell};
 use std::time::Duration;
 use torus_rpc::metadata::any::AnyMetadata;
-use torus_rpc::metadata::{Metadata, MetadataError, Revision};
+use torus_rpc::metadata::{Metadata, MetadataError, Revision, Transaction};
 
 pub async fn clients_go_on(server: &mut impl Server) {
     let store = connect(server);
@@ -46,4 +47,42 @@ pub async fn clients_go_on(server: &mut impl Server) {
     eventually("the other client is served", async || other.get("restart/1").await.is_ok()).await;
     put(&other, "restart/4", b"four").await;
     assert_eq!(brief(&events(&mut watch, 1).await), [("restart/4", Some(&b"four"[..]))]);
+}
+
+/// Writes one key after the other while the server is killed under them, round after round.
+pub async fn nothing_that_was_answered_is_lost(server: &mut impl Server) {
+    const ROUNDS: usize = 4;
+    const KEYS_PER_ROUND: usize = 40;
+    let store = connect(server);
+    let answered = RefCell::new(Vec::new());
+    let is_over = Cell::new(false);
+    let writer = async {
+        for index in 0.. {
+            let key = format!("written/{index:06}");
+            let writes = vec![put_with(&key, b"value", None)];
+            match store.transact(Transaction { writes, ..Transaction::default() }).await {
+                Ok(result) => answered.borrow_mut().push((key, result.revision)),
+                Err(MetadataError::Unknown { .. }) => {}
+                Err(error) => panic!("a restart is no reason for this: {error}"),
+            }
+            if is_over.get() {
+                return;
+            }
+        }
+    };
+    let killer = async {
+        for round in 1..=ROUNDS {
+            let enough = async || answered.borrow().len() >= round * KEYS_PER_ROUND;
+            eventually("the writer gets on", enough).await;
+            server.kill();
+            server.start_again();
+        }
+        is_over.set(true);
+    };
+    within(async { futures::join!(writer, killer) }).await;
+    let range = within(store.range("written/")).await.expect("the store answers");
+    for (key, revision) in answered.into_inner() {
+        let found = range.entries.iter().find(|entry| entry.key == key).map(|entry| entry.mod_revision);
+        assert_eq!(found, Some(revision), "{key} was answered and is lost");
+    }
 }

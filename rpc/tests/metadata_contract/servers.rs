@@ -1,6 +1,6 @@
 //! Real servers for the contract, each in its own process on loopback with a directory of its own.
 
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -84,7 +84,8 @@ pub fn serve_embedded_if_asked() {
     let (Ok(directory), Ok(listen)) = (std::env::var(DIRECTORY), std::env::var(LISTEN)) else { return };
     let listen = listen.parse().expect("the parent gives an address");
     let server = EmbeddedServer::start(Path::new(&directory), listen).expect("the server starts");
-    println!("{ANNOUNCEMENT}{}", server.address());
+    let announced = writeln!(std::io::stdout(), "{ANNOUNCEMENT}{}", server.address());
+    announced.expect("the parent listens");
     let _ = std::io::stdin().read_to_end(&mut Vec::new());
     server.stop().expect("the server stops");
 }

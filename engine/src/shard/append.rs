@@ -1,0 +1,286 @@
+//! Batches on their way to the disk, and the shared sync. The decisions are in `queue`; here they meet the disk.
+//!
+//! Everything submitted runs in a task of its own: a caller that goes away abandons the waiting, nothing else.
+
+use super::queue::{Append, Batch, Filling, Need, Next, Waiting};
+use super::{Shard, State};
+use crate::log::record::Record;
+use crate::log::recovery::write_footer;
+use crate::log::segment::{Footer, Opening};
+use crate::log::space::SyncNumber;
+use crate::log::{BLOCK, BatchNumber, Geometry, Position, SegmentIdentity};
+use bytes::Bytes;
+use std::rc::Rc;
+use torus_rpc::message::Refusal;
+use torus_rpc::runtime::{Class, Disk, DiskError, Random, Runtime, Spawn};
+use torus_schema::limits::BATCHES_IN_FLIGHT_MAX;
+
+impl<R: Runtime> Shard<R> {
+    /// Waits until the record is applied: readable, not durable.
+    pub(super) async fn append(self: &Rc<Self>, need: Need, record: Record, payload: Bytes) -> Result<(), Refusal> {
+        self.submit(need, record, payload, None)?.done().await
+    }
+
+    /// In the queue before it returns.
+    pub(super) fn submit(
+        self: &Rc<Self>,
+        need: Need,
+        record: Record,
+        payload: Bytes,
+        origins: Option<Vec<Position>>,
+    ) -> Result<Waiting, Refusal> {
+        let waiting = {
+            let state = &mut *self.state.borrow_mut();
+            state.check_alive()?;
+            if record.is_of_writer() {
+                state.contents.volumes.entry(record.volume()).or_default().in_flight += 1;
+            }
+            state.queue.push(need, record, payload, origins)
+        };
+        self.pump_soon();
+        Ok(waiting)
+    }
+
+    /// A task of its own, so that all who are ready to append now get into the same batch.
+    pub(super) fn pump_soon(self: &Rc<Self>) {
+        if self.pump_planned.replace(true) {
+            return;
+        }
+        let shard = self.clone();
+        self.runtime.spawn().spawn(Class::Foreground, async move {
+            shard.pump_planned.set(false);
+            shard.pump();
+        });
+    }
+
+    /// Starts as many batches as may be in flight.
+    pub(super) fn pump(self: &Rc<Self>) {
+        loop {
+            let (next, waits) = {
+                let state = &mut *self.state.borrow_mut();
+                let busy = state.queue.in_flight >= BATCHES_IN_FLIGHT_MAX || state.queue.opening;
+                if busy || state.failed.is_some() {
+                    return;
+                }
+                let free = state.contents.space.free();
+                let next = state.queue.next(state.contents.space.geometry(), free);
+                (next, state.queue.waits_for_space(free))
+            };
+            if waits {
+                self.changed.notify();
+            }
+            match next {
+                Next::Nothing => return,
+                Next::Batch(batch) => self.start_batch(batch),
+                Next::NeedSegment => return self.open_segment(),
+            }
+        }
+    }
+
+    fn start_batch(self: &Rc<Self>, batch: Batch) {
+        let mut buffer = self.disk.allocate(batch.bytes);
+        let header = batch.header.encode();
+        buffer[..header.len()].copy_from_slice(&header);
+        let mut at = header.len();
+        for append in &batch.appends {
+            buffer[at..at + append.payload.len()].copy_from_slice(&append.payload);
+            at += append.payload.len();
+        }
+        assert_eq!(at, batch.bytes);
+        let shard = self.clone();
+        self.runtime.spawn().spawn(Class::Foreground, async move {
+            match shard.disk.write(Geometry::offset(batch.header.position), buffer).await {
+                Ok(()) => shard.batch_written(batch),
+                Err(error) => {
+                    let refusal = shard.fail(error);
+                    batch.appends.iter().for_each(|append| append.group.answer(Err(refusal.clone())));
+                }
+            }
+            shard.pump();
+        });
+    }
+
+    fn batch_written(self: &Rc<Self>, batch: Batch) {
+        let ready = {
+            let state = &mut *self.state.borrow_mut();
+            state.statistics.batches += 1;
+            state.statistics.bytes_appended += batch.bytes as u64;
+            let segment = batch.header.identity.segment;
+            for append in &batch.appends {
+                state.contents.apply(&append.record, segment, append.origins.as_deref());
+                state.append_done(append);
+            }
+            state.queue.batch_done(batch.header.identity, batch.header.number)
+        };
+        ready.into_iter().for_each(|filling| self.seal(filling));
+        self.changed.notify();
+    }
+
+    /// The opening is durable before any batch of the segment is written; see `log::segment`.
+    fn open_segment(self: &Rc<Self>) {
+        let (opening, ready) = {
+            let state = &mut *self.state.borrow_mut();
+            if let Some(retired) = state.queue.retire_head() {
+                state.contents.space.sealing(retired.segment);
+            }
+            let ready = state.queue.take_ready();
+            let opening = state.contents.space.open_one().map(|segment| {
+                state.queue.opening = true;
+                let sequence = state.queue.next_sequence;
+                state.queue.next_sequence += 1;
+                let identity = SegmentIdentity { segment, nonce: self.runtime.random().u64(), sequence };
+                Opening { identity, first_batch: state.queue.next_batch, durable: state.queue.durable }
+            });
+            (opening, ready)
+        };
+        ready.into_iter().for_each(|filling| self.seal(filling));
+        self.changed.notify();
+        let Some(opening) = opening else { return };
+        let shard = self.clone();
+        self.runtime.spawn().spawn(Class::Foreground, async move {
+            if let Err(error) = shard.write_opening(&opening).await {
+                shard.fail(error);
+                return;
+            }
+            // The shard has failed otherwise, and nothing is appended any more.
+            if shard.sync_after_now().await.is_ok() {
+                {
+                    let state = &mut *shard.state.borrow_mut();
+                    state.queue.opening = false;
+                    state.queue.head = Some(Filling::new(opening.identity, opening.first_batch));
+                }
+                shard.changed.notify();
+                shard.pump();
+            }
+        });
+    }
+
+    async fn write_opening(&self, opening: &Opening) -> Result<(), DiskError> {
+        let geometry = self.geometry;
+        let mut buffer = self.disk.allocate(BLOCK);
+        buffer.copy_from_slice(&opening.encode());
+        self.disk.write(Geometry::offset(geometry.first(opening.identity.segment)), buffer).await
+    }
+
+    /// All its batches are applied: once they are durable too, the segment gets its footer.
+    pub(super) fn seal(self: &Rc<Self>, filling: Filling) {
+        let shard = self.clone();
+        self.state.borrow_mut().seals_in_flight += 1;
+        self.runtime.spawn().spawn(Class::Foreground, async move {
+            if shard.sync_after_now().await.is_err() {
+                return;
+            }
+            let durable = shard.state.borrow().queue.durable;
+            let Filling { identity, first_batch, end_batch, records, .. } = filling;
+            let footer = Footer { identity, first_batch, end_batch, durable, records };
+            match write_footer(&shard.disk, shard.geometry, &footer).await {
+                Ok(()) => {
+                    let state = &mut *shard.state.borrow_mut();
+                    state.contents.space.sealed(identity.segment);
+                    state.seals_in_flight -= 1;
+                }
+                Err(error) => {
+                    shard.fail(error);
+                }
+            }
+            shard.changed.notify();
+        });
+    }
+
+    /// By a sync that starts after this call: one that runs already may have missed what the caller wrote (rule 8).
+    pub(super) async fn sync_after_now(self: &Rc<Self>) -> Result<(), Refusal> {
+        let needed = {
+            let state = &mut *self.state.borrow_mut();
+            state.check_alive()?;
+            let needed = SyncNumber(state.syncs.started.0 + 1);
+            state.syncs.wanted = needed;
+            needed
+        };
+        self.start_sync();
+        let done = || {
+            let state = self.state.borrow();
+            match state.check_alive() {
+                _ if state.syncs.completed >= needed => Some(Ok(())),
+                Ok(()) => None,
+                Err(refusal) => Some(Err(refusal)),
+            }
+        };
+        self.changed.until(done).await
+    }
+
+    fn start_sync(self: &Rc<Self>) {
+        let covers = {
+            let state = &mut *self.state.borrow_mut();
+            if state.syncs.running || state.syncs.wanted <= state.syncs.started || state.failed.is_some() {
+                return;
+            }
+            state.syncs.running = true;
+            state.syncs.started.0 += 1;
+            state.contents.space.sync_started(state.syncs.started);
+            state.statistics.syncs += 1;
+            // What is applied now was written before the sync started.
+            state.queue.applied
+        };
+        let shard = self.clone();
+        self.runtime.spawn().spawn(Class::Foreground, async move {
+            match shard.disk.sync().await {
+                Ok(()) => shard.synced(covers),
+                Err(error) => {
+                    shard.fail(error);
+                }
+            }
+        });
+    }
+
+    fn synced(self: &Rc<Self>, covers: BatchNumber) {
+        {
+            let state = &mut *self.state.borrow_mut();
+            if state.failed.is_some() {
+                return;
+            }
+            state.syncs.running = false;
+            state.syncs.completed = state.syncs.started;
+            state.queue.durable = state.queue.durable.max(covers);
+            state.contents.space.sync_completed(state.syncs.completed);
+        }
+        self.start_sync();
+        self.changed.notify();
+        self.pump();
+    }
+
+    /// Rule 16: no second try. What the disk still holds is known only by reading it again, so nothing is answered
+    /// until the shard is opened anew.
+    pub(super) fn fail(self: &Rc<Self>, error: DiskError) -> Refusal {
+        let refusal = Refusal::Disk { because: error.to_string() };
+        let waiting = {
+            let state = &mut *self.state.borrow_mut();
+            if state.failed.is_none() {
+                tracing::error!(%error, "the disk failed; the shard answers nothing until it is opened again");
+                state.incarnation = torus_schema::ids::Incarnation(self.runtime.random().u128());
+                state.failed = Some(refusal.clone());
+            }
+            state.queue.take_all()
+        };
+        waiting.iter().for_each(|append| append.group.answer(Err(refusal.clone())));
+        self.changed.notify();
+        refusal
+    }
+}
+
+impl State {
+    pub(super) fn check_alive(&self) -> Result<(), Refusal> {
+        self.failed.clone().map_or(Ok(()), Err)
+    }
+
+    fn append_done(&mut self, append: &Append) {
+        if append.group.piece_done() {
+            self.no_longer_in_flight(&append.record);
+        }
+    }
+
+    /// The volume may have been dropped meanwhile.
+    pub(super) fn no_longer_in_flight(&mut self, record: &Record) {
+        let volume = self.contents.volumes.get_mut(&record.volume()).filter(|_| record.is_of_writer());
+        volume.into_iter().for_each(|volume| volume.in_flight = volume.in_flight.saturating_sub(1));
+    }
+}

@@ -1,0 +1,224 @@
+//! Gives space back: takes the segment with the fewest needed blocks, copies those and the notes elsewhere, and lets
+//! the segment go when the copies are durable. One segment at a time, in the background class.
+//!
+//! Nothing is decided from what the segment holds alone: a block is needed if the index says that it lies here, or if
+//! it is kept for a version above F. Whatever changes while a copy is on its way is settled when the copy is applied
+//! (`Contents::moved`). Versions and checksums stay as they were.
+
+use super::queue::{Need, Waiting};
+use super::{Shard, State};
+use crate::index::{Found, Place};
+use crate::log::record::{Data, Record};
+use crate::log::recovery::footer_of;
+use crate::log::{BLOCK, Geometry, Position, SegmentIndex};
+use ahash::AHashSet;
+use bytes::Bytes;
+use std::rc::Rc;
+use torus_rpc::message::Refusal;
+use torus_rpc::runtime::{Disk, Runtime};
+use torus_schema::ids::{BlockIndex, VolumeId};
+
+/// Copies waited for at once, in blocks: foreground appends get in between.
+const MOVE_BLOCKS_MAX: usize = 256;
+
+enum Chore {
+    /// A segment needs nothing but a sync to be free.
+    Sync,
+    Clean(SegmentIndex),
+    /// What waits for space waits in vain.
+    Refuse,
+    Stop,
+}
+
+/// Why a segment could not be cleaned.
+enum Trouble {
+    /// Something in it cannot be read: it stays as it is.
+    Unreadable,
+    /// The shard fails or is full; somebody else says so.
+    Refused,
+}
+
+impl From<Refusal> for Trouble {
+    fn from(_: Refusal) -> Self {
+        Trouble::Refused
+    }
+}
+
+impl<R: Runtime> Shard<R> {
+    pub(super) async fn clean_forever(self: Rc<Self>) {
+        loop {
+            let chore = self.changed.until(|| self.state.borrow().chore()).await;
+            match chore {
+                Chore::Stop => {
+                    self.state.borrow_mut().cleaner_stopped = true;
+                    self.changed.notify();
+                    return;
+                }
+                Chore::Refuse => self.refuse_waiting(),
+                Chore::Sync => {
+                    // Only fails with the shard, which ends the loop.
+                    let _ = self.sync_after_now().await;
+                }
+                Chore::Clean(victim) => self.clean(victim).await,
+            }
+            self.pump();
+        }
+    }
+
+    fn refuse_waiting(&self) {
+        let refused = {
+            let state = &mut *self.state.borrow_mut();
+            let free = state.contents.space.free();
+            let refused = state.queue.take_waiting_for_space(free);
+            for append in &refused {
+                state.no_longer_in_flight(&append.record);
+            }
+            refused
+        };
+        refused.iter().for_each(|append| append.group.answer(Err(Refusal::NoSpace)));
+        self.changed.notify();
+    }
+
+    async fn clean(self: &Rc<Self>, victim: SegmentIndex) {
+        // As a reader, so that the segment is not reused under our hands when all in it is overwritten meanwhile.
+        self.state.borrow_mut().contents.space.add_reader(victim);
+        let result = self.move_all(victim).await;
+        {
+            let state = &mut *self.state.borrow_mut();
+            state.statistics.segments_cleaned += 1;
+            match result {
+                Ok(()) => state.contents.space.forget_notes(victim),
+                Err(Trouble::Unreadable) => {
+                    tracing::warn!(segment = victim.0, "a segment cannot be cleaned: not all of it can be read");
+                    state.contents.space.set_stuck(victim);
+                }
+                Err(Trouble::Refused) => {}
+            }
+            state.contents.space.remove_reader(victim);
+        }
+        self.changed.notify();
+    }
+
+    async fn move_all(self: &Rc<Self>, victim: SegmentIndex) -> Result<(), Trouble> {
+        let footer = footer_of(&self.disk, self.geometry, victim).await.map_err(|_| Trouble::Unreadable)?;
+        let records = footer.ok_or(Trouble::Unreadable)?.records;
+        let mut waiting = Vec::new();
+        self.carry_notes(&records, &mut waiting)?;
+        // What is superseded from now on stays counted in the victim, which is then cleaned once more.
+        let pinned = self.state.borrow().contents.pinned_in(victim);
+        let mut blocks = 0;
+        for record in &records {
+            let Record::Data(data) = record else { continue };
+            for run in self.needed_runs(&pinned, data) {
+                blocks += run.len();
+                waiting.push(self.move_run(data, run).await?);
+                if blocks >= MOVE_BLOCKS_MAX {
+                    wait_for(&mut waiting).await?;
+                    blocks = 0;
+                }
+            }
+        }
+        wait_for(&mut waiting).await?;
+        Ok(())
+    }
+
+    /// What is known of a volume is said once more, as it is now; clears as they are, if they still hide anything.
+    fn carry_notes(self: &Rc<Self>, records: &[Record], waiting: &mut Vec<Waiting>) -> Result<(), Refusal> {
+        let mut carried: AHashSet<VolumeId> = AHashSet::new();
+        for record in records {
+            let notes = self.state.borrow().notes_to_carry(record, &mut carried);
+            for note in notes {
+                waiting.push(self.submit(Need::Move, note, Bytes::new(), None)?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Neighbouring blocks of the record that are needed, as places within it.
+    fn needed_runs(&self, pinned: &AHashSet<Position>, data: &Data) -> Vec<std::ops::Range<usize>> {
+        let state = self.state.borrow();
+        let needed = |number: usize| {
+            let position = Position(data.position.0 + number as u32);
+            let block = BlockIndex(data.first.0 + number as u64);
+            let slice = state.contents.slice_of(data.volume, block.extent());
+            let found = state.contents.index.find(Place { volume: data.volume, slice, block });
+            pinned.contains(&position) || matches!(found, Found::Data(entry) if entry.position == position)
+        };
+        let mut runs: Vec<std::ops::Range<usize>> = Vec::new();
+        for number in (0..data.checksums.len()).filter(|number| needed(*number)) {
+            match runs.last_mut() {
+                Some(run) if run.end == number => run.end += 1,
+                _ => runs.push(number..number + 1),
+            }
+        }
+        runs
+    }
+
+    async fn move_run(self: &Rc<Self>, data: &Data, run: std::ops::Range<usize>) -> Result<Waiting, Trouble> {
+        let from = Position(data.position.0 + run.start as u32);
+        let bytes = self.disk.read(Geometry::offset(from), run.len() * BLOCK).await;
+        let bytes = bytes.map_err(|_| Trouble::Unreadable)?;
+        let checksums = data.checksums[run.clone()].to_vec();
+        // A damaged block must not be copied: at a start the copy could be taken for a torn tail and dropped, and an
+        // older version would show.
+        if bytes.chunks(BLOCK).zip(&checksums).any(|(block, checksum)| crc32c::crc32c(block) != *checksum) {
+            self.state.borrow_mut().statistics.checksum_errors += 1;
+            return Err(Trouble::Unreadable);
+        }
+        let origins = (0..run.len() as u32).map(|number| Position(from.0 + number)).collect();
+        let first = BlockIndex(data.first.0 + run.start as u64);
+        let flush_point = self.state.borrow().flush_point(data.volume).max(data.flush_point);
+        let copy = Data { first, checksums, flush_point, ..data.clone() };
+        Ok(self.submit(Need::Move, Record::Data(copy), Bytes::copy_from_slice(&bytes), Some(origins))?)
+    }
+}
+
+async fn wait_for(waiting: &mut Vec<Waiting>) -> Result<(), Refusal> {
+    for copy in waiting.drain(..) {
+        copy.done().await?;
+    }
+    Ok(())
+}
+
+impl State {
+    /// What the cleaner should do now; `None`: wait.
+    fn chore(&self) -> Option<Chore> {
+        if self.failed.is_some() || self.closing {
+            return Some(Chore::Stop);
+        }
+        let space = &self.contents.space;
+        let waits = self.queue.waits_for_space(space.free());
+        if !space.wants_cleaning() && !waits {
+            return None;
+        }
+        if space.sync_would_free() {
+            return Some(Chore::Sync);
+        }
+        if let Some(victim) = space.victim() {
+            return Some(Chore::Clean(victim));
+        }
+        // A segment on its way to its footer may be the next victim, and a reader may be all that holds one back.
+        let hope = self.seals_in_flight > 0 || self.queue.opening || space.reader_holds_one();
+        (waits && !hope).then_some(Chore::Refuse)
+    }
+
+    fn notes_to_carry(&self, record: &Record, carried: &mut AHashSet<VolumeId>) -> Vec<Record> {
+        let id = record.volume();
+        let volume = self.contents.volumes.get(&id);
+        match (record, volume) {
+            (Record::Data(_), _) => Vec::new(),
+            // Its data may still lie anywhere, and ids are never used again: cheap to keep, fatal to forget.
+            (Record::Drop(_), _) if carried.insert(id) => vec![record.clone()],
+            (Record::Clear(clear), Some(_)) if !self.contents.is_superfluous(clear) => vec![record.clone()],
+            (Record::Instances(_) | Record::Open(_), Some(volume)) if carried.insert(id) => {
+                let instances = volume.instances(id).into_iter().map(Record::Instances);
+                instances.chain(volume.open(id).map(Record::Open)).collect()
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    pub(super) fn flush_point(&self, volume: VolumeId) -> torus_schema::ids::Version {
+        self.contents.volumes.get(&volume).map(|volume| volume.flush_point).unwrap_or_default()
+    }
+}

@@ -1,0 +1,208 @@
+//! One shard: answers for its slices, on one executor, sharing nothing.
+//!
+//! State changes are synchronous and stand in `State`, behind one `RefCell` that is never held over an await; awaits
+//! stand only at the disk, at the answer of an append, and at `Notify`.
+//!
+//! * `requests`  what is asked, checked and answered
+//! * `reads`     blocks from the disk, verified
+//! * `volumes`   instances, writers, flush points
+//! * `state`     what a record does to index, space and volumes
+//! * `queue`     appends gathered into batches (pure)
+//! * `append`    batches and syncs on their way to the disk
+//! * `cleaner`   gives space back
+//! * `start`     format and recovery
+
+mod append;
+mod cleaner;
+mod notify;
+mod queue;
+mod reads;
+mod requests;
+mod start;
+mod state;
+#[cfg(test)]
+mod tests;
+mod volumes;
+
+use crate::log::{BatchNumber, FormatError, Geometry};
+use bytes::Bytes;
+use notify::Notify;
+use queue::{Need, Queue, Syncs};
+pub use reads::Chunk;
+use state::Contents;
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use thiserror::Error;
+use torus_rpc::message::{Answer, Envelope, Operation, Refusal, Reply};
+use torus_rpc::runtime::{Disk, DiskError, Runtime};
+use torus_rpc::token::ClusterKey;
+use torus_schema::ids::{ClusterId, Incarnation, NodeId, ShardIndex, VolumeId};
+use torus_schema::limits::BLOCK_BYTES;
+
+/// Whose shard it is; a disk belongs to exactly one.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ShardIdentity {
+    pub cluster: ClusterId,
+    pub node: NodeId,
+    pub shard: ShardIndex,
+}
+
+#[derive(Debug, Error)]
+pub enum ShardError {
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    #[error("this is not the block area of a shard, or both copies of its superblock are damaged: {0}")]
+    Superblock(FormatError),
+    #[error("the block area belongs to {field} {found}, expected {expected}; use the data dir it was made for")]
+    OtherOwner { field: &'static str, found: String, expected: String },
+    #[error(
+        "the block area has {found} bytes, its superblock says {expected}; it was truncated or replaced: restore it, or format a new data dir and let the cluster fill it"
+    )]
+    Size { found: u64, expected: u64 },
+    #[error("a shard of {found} bytes is too small; it needs at least {expected}")]
+    TooSmall { found: u64, expected: u64 },
+    #[error("segments of {found} bytes; expected a multiple of {expected} that gives each room for the largest record")]
+    SegmentSize { found: u64, expected: u64 },
+    #[error("the block area is formatted already, for node {node}, shard {shard}; remove it if its data is not needed")]
+    Formatted { node: NodeId, shard: ShardIndex },
+    #[error("the footer of segment {segment} could be read a moment ago and now cannot; check the disk")]
+    Unsteady { segment: u32 },
+    #[error("{0}")]
+    Refused(Refusal),
+}
+
+/// See `ShardStatus` of the control plane.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ShardStatistics {
+    pub segments: u32,
+    pub segments_free: u32,
+    pub segment_bytes: u64,
+    /// Of blocks that can be read or are kept for a version that can.
+    pub live_bytes: u64,
+    pub volumes: u32,
+    pub reads: u64,
+    pub writes: u64,
+    pub clears: u64,
+    pub flushes: u64,
+    pub batches: u64,
+    pub syncs: u64,
+    pub bytes_appended: u64,
+    pub segments_cleaned: u64,
+    pub checksum_errors: u64,
+    pub refused: u64,
+    pub full: bool,
+    pub failed: bool,
+    /// Something durable was lost in this shard's life: instances older than that are refused.
+    pub lost: bool,
+}
+
+struct State {
+    contents: Contents,
+    queue: Queue,
+    syncs: Syncs,
+    /// Footers being written.
+    seals_in_flight: usize,
+    incarnation: Incarnation,
+    lost_below: BatchNumber,
+    failed: Option<Refusal>,
+    closing: bool,
+    cleaner_stopped: bool,
+    statistics: ShardStatistics,
+}
+
+pub struct Shard<R: Runtime> {
+    runtime: R,
+    disk: R::Disk,
+    key: ClusterKey,
+    geometry: Geometry,
+    state: RefCell<State>,
+    /// Told after every change of the state that anybody could wait for.
+    changed: Notify,
+    pump_planned: Cell<bool>,
+}
+
+type Chunks<R> = Vec<Chunk<<<R as Runtime>::Disk as Disk>::Bytes>>;
+
+impl<R: Runtime> Shard<R> {
+    /// Every operation but hello and ping, which the server answers.
+    pub async fn handle(
+        self: &Rc<Self>,
+        envelope: Envelope,
+        operation: Operation,
+        payload: Bytes,
+    ) -> (Reply, Chunks<R>) {
+        let result = if self.state.borrow().closing {
+            Err(Refusal::Disk { because: "the shard is being closed".to_string() })
+        } else {
+            self.answer(&envelope, operation, payload).await
+        };
+        let state = &mut *self.state.borrow_mut();
+        let (answer, chunks) = result.unwrap_or_else(|refusal| {
+            state.statistics.refused += 1;
+            (Answer::Refused(refusal), Vec::new())
+        });
+        (Reply { full: state.contents.space.is_full(), answer }, chunks)
+    }
+
+    /// Durable before it returns; then its space is free.
+    pub async fn drop_volume(self: &Rc<Self>, volume: VolumeId) -> Result<(), ShardError> {
+        let (known, dropped) = {
+            let contents = &self.state.borrow().contents;
+            (contents.volumes.contains_key(&volume), contents.dropped.contains(&volume))
+        };
+        if known {
+            let record = crate::log::record::Record::Drop(volume);
+            self.append(Need::Note, record, Bytes::new()).await.map_err(ShardError::Refused)?;
+        }
+        if known || dropped {
+            self.sync_after_now().await.map_err(ShardError::Refused)?;
+        }
+        Ok(())
+    }
+
+    pub fn statistics(&self) -> ShardStatistics {
+        let state = self.state.borrow();
+        let space = &state.contents.space;
+        ShardStatistics {
+            segments: self.geometry.segments,
+            segments_free: space.free(),
+            segment_bytes: u64::from(self.geometry.blocks) * BLOCK_BYTES,
+            live_bytes: space.live() * BLOCK_BYTES,
+            volumes: state.contents.volumes.values().filter(|volume| volume.layout.is_some()).count() as u32,
+            full: space.is_full(),
+            failed: state.failed.is_some(),
+            lost: state.lost_below > BatchNumber(0),
+            ..state.statistics
+        }
+    }
+
+    /// Waits for what is in flight and leaves all of it durable, with a footer, so that the next start is short.
+    /// New requests are refused from the moment it is called.
+    pub async fn close(self: &Rc<Self>) {
+        self.state.borrow_mut().closing = true;
+        self.changed.notify();
+        let idle = || {
+            let state = self.state.borrow();
+            let waits = state.queue.waits_for_space(state.contents.space.free());
+            let idle = state.queue.in_flight == 0 && !state.queue.opening && (state.queue.is_empty() || waits);
+            (state.failed.is_some() || (state.cleaner_stopped && idle)).then_some(())
+        };
+        self.changed.until(idle).await;
+        let ready = {
+            let state = &mut *self.state.borrow_mut();
+            state.queue.take_all().iter().for_each(|append| append.group.answer(Err(Refusal::NoSpace)));
+            if let Some(retired) = state.queue.retire_head() {
+                state.contents.space.sealing(retired.segment);
+            }
+            state.queue.take_ready()
+        };
+        ready.into_iter().for_each(|filling| self.seal(filling));
+        let sealed = || {
+            let state = self.state.borrow();
+            (state.failed.is_some() || state.seals_in_flight == 0).then_some(())
+        };
+        self.changed.until(sealed).await;
+        // A shard that failed has said so already.
+        let _ = self.sync_after_now().await;
+    }
+}

@@ -1,0 +1,345 @@
+//! What waits to be appended, and the batch that is made of it: pure, no I/O.
+//!
+//! Concurrent appends gather here while batches are in flight; the next batch takes what fits. A record of data is cut
+//! where the segment ends, so that no segment is left with a hole at its end.
+
+use crate::log::batch::{BatchHeader, header_blocks};
+use crate::log::record::{Data, Record};
+use crate::log::recovery::footer_room;
+use crate::log::space::{CLEANER_SEGMENTS, NOTE_SEGMENTS, SyncNumber};
+use crate::log::{BatchNumber, Geometry, Position, SegmentIdentity};
+use bytes::Bytes;
+use futures::channel::oneshot;
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeSet, VecDeque};
+use std::rc::Rc;
+use torus_rpc::message::Refusal;
+use torus_schema::ids::BlockIndex;
+use torus_schema::limits::{BLOCK_BYTES, PAYLOAD_BYTES_MAX};
+
+/// Payload of one batch at most, in blocks: two frames of the largest size, so that a batch does not hold up the next
+/// for longer than the disk takes anyway.
+const BATCH_BLOCKS_MAX: u32 = (2 * PAYLOAD_BYTES_MAX / BLOCK_BYTES) as u32;
+
+/// What an append may use the last free segments for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Need {
+    /// Instances, opens, clears, drops: small, and they free space.
+    Note,
+    /// The cleaner's copies.
+    Move,
+    Data,
+}
+
+impl Need {
+    /// Admitted while more segments than this are free.
+    fn floor(self) -> Option<u32> {
+        match self {
+            Need::Note => Some(CLEANER_SEGMENTS),
+            Need::Move => None,
+            Need::Data => Some(NOTE_SEGMENTS),
+        }
+    }
+
+    fn is_admitted(self, free: u32) -> bool {
+        self.floor().is_none_or(|floor| free > floor)
+    }
+}
+
+/// Answers one append when all its pieces are applied.
+pub struct Group {
+    pieces: Cell<usize>,
+    done: RefCell<Option<oneshot::Sender<Result<(), Refusal>>>>,
+}
+
+impl Group {
+    fn new() -> (Rc<Self>, oneshot::Receiver<Result<(), Refusal>>) {
+        let (sender, receiver) = oneshot::channel();
+        (Rc::new(Self { pieces: Cell::new(1), done: RefCell::new(Some(sender)) }), receiver)
+    }
+
+    /// True with the last piece.
+    pub fn piece_done(&self) -> bool {
+        self.pieces.set(self.pieces.get() - 1);
+        let last = self.pieces.get() == 0;
+        if last {
+            self.answer(Ok(()));
+        }
+        last
+    }
+
+    pub fn answer(&self, result: Result<(), Refusal>) {
+        // Nobody may be waiting any more; what was submitted happens all the same.
+        let _ = self.done.borrow_mut().take().map(|sender| sender.send(result));
+    }
+}
+
+pub struct Append {
+    pub record: Record,
+    pub payload: Bytes,
+    /// Of a copy: where each block lay.
+    pub origins: Option<Vec<Position>>,
+    pub group: Rc<Group>,
+}
+
+impl Append {
+    /// Cuts off the first `count` blocks of data.
+    fn split(&mut self, count: usize) -> Append {
+        let Record::Data(data) = &mut self.record else { unreachable!("only data is cut") };
+        let rest = data.checksums.split_off(count);
+        let checksums = std::mem::replace(&mut data.checksums, rest);
+        let first = data.first;
+        data.first = BlockIndex(first.0 + count as u64);
+        let head = Data { first, checksums, ..data.clone() };
+        let origins = self.origins.as_mut().map(|origins| {
+            let rest = origins.split_off(count);
+            std::mem::replace(origins, rest)
+        });
+        self.group.pieces.set(self.group.pieces.get() + 1);
+        let payload = self.payload.split_to(count * BLOCK_BYTES as usize);
+        Append { record: Record::Data(head), payload, origins, group: self.group.clone() }
+    }
+}
+
+/// One write to the log, on its way.
+pub struct Batch {
+    pub header: BatchHeader,
+    pub appends: Vec<Append>,
+    pub bytes: usize,
+}
+
+/// A segment that is being filled, or waits for its footer.
+pub struct Filling {
+    pub identity: SegmentIdentity,
+    pub first_batch: BatchNumber,
+    pub end_batch: BatchNumber,
+    /// Within the segment.
+    next_block: u32,
+    record_bytes: usize,
+    /// Batches that are not applied yet; the footer waits for them.
+    pub in_flight: u32,
+    /// For the footer.
+    pub records: Vec<Record>,
+}
+
+impl Filling {
+    pub fn new(identity: SegmentIdentity, first_batch: BatchNumber) -> Self {
+        let (next_block, record_bytes, in_flight) = (1, 0, 0);
+        Self { identity, first_batch, end_batch: first_batch, next_block, record_bytes, in_flight, records: Vec::new() }
+    }
+
+    /// Room for a batch of these records and so many blocks, and for the footer after it.
+    fn fits(&self, geometry: Geometry, record_bytes: usize, payload: u32) -> bool {
+        let footer = footer_room(self.record_bytes + record_bytes);
+        self.next_block + header_blocks(record_bytes) + payload + footer <= geometry.blocks
+    }
+}
+
+pub enum Next {
+    /// Nothing waits that may be written now.
+    Nothing,
+    /// The open segment is full, or there is none.
+    NeedSegment,
+    Batch(Batch),
+}
+
+#[derive(Default)]
+pub struct Queue {
+    notes: VecDeque<Append>,
+    moves: VecDeque<Append>,
+    data: VecDeque<Append>,
+    pub head: Option<Filling>,
+    pub sealing: Vec<Filling>,
+    /// A segment is being opened.
+    pub opening: bool,
+    pub in_flight: usize,
+    pub next_batch: BatchNumber,
+    pub next_sequence: u64,
+    /// Applied out of order, above `applied`.
+    applied_early: BTreeSet<BatchNumber>,
+    /// Every batch up to it is applied.
+    pub applied: BatchNumber,
+    pub durable: BatchNumber,
+}
+
+impl Queue {
+    pub fn new(next_batch: BatchNumber, next_sequence: u64) -> Self {
+        let before = BatchNumber(next_batch.0 - 1);
+        // All that is on the disk at a start was synced or decided upon.
+        Self { next_batch, next_sequence, applied: before, durable: before, ..Self::default() }
+    }
+
+    pub fn push(&mut self, need: Need, record: Record, payload: Bytes, origins: Option<Vec<Position>>) -> Waiting {
+        let (group, receiver) = Group::new();
+        self.class(need).push_back(Append { record, payload, origins, group });
+        Waiting(receiver)
+    }
+
+    fn class(&mut self, need: Need) -> &mut VecDeque<Append> {
+        match need {
+            Need::Note => &mut self.notes,
+            Need::Move => &mut self.moves,
+            Need::Data => &mut self.data,
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.notes.is_empty() && self.moves.is_empty() && self.data.is_empty()
+    }
+
+    /// Data waits for space.
+    pub fn waits_for_space(&self, free: u32) -> bool {
+        (!self.data.is_empty() && !Need::Data.is_admitted(free))
+            || (!self.notes.is_empty() && !Need::Note.is_admitted(free))
+    }
+
+    /// Takes what is not admitted out of the queue, because no space will come.
+    pub fn take_waiting_for_space(&mut self, free: u32) -> Vec<Append> {
+        let mut taken = Vec::new();
+        for need in [Need::Data, Need::Note] {
+            if !need.is_admitted(free) {
+                taken.extend(self.class(need).drain(..));
+            }
+        }
+        taken
+    }
+
+    pub fn take_all(&mut self) -> Vec<Append> {
+        self.notes.drain(..).chain(self.moves.drain(..)).chain(self.data.drain(..)).collect()
+    }
+
+    /// The next batch of what is admitted with so many segments free.
+    pub fn next(&mut self, geometry: Geometry, free: u32) -> Next {
+        let admitted: Vec<Need> = [Need::Note, Need::Move, Need::Data]
+            .into_iter()
+            .filter(|need| need.is_admitted(free) && !self.class(*need).is_empty())
+            .collect();
+        if admitted.is_empty() {
+            return Next::Nothing;
+        }
+        let Some(mut head) = self.head.take() else { return Next::NeedSegment };
+        let mut batch = Vec::new();
+        let (mut record_bytes, mut payload) = (0, 0);
+        for need in admitted {
+            self.gather(need, geometry, &head, &mut batch, (&mut record_bytes, &mut payload));
+        }
+        if batch.is_empty() {
+            self.head = Some(head);
+            return Next::NeedSegment;
+        }
+        let made = self.make_batch(geometry, &mut head, batch, (record_bytes, payload));
+        self.head = Some(head);
+        Next::Batch(made)
+    }
+
+    fn gather(
+        &mut self,
+        need: Need,
+        geometry: Geometry,
+        head: &Filling,
+        batch: &mut Vec<Append>,
+        (record_bytes, payload): (&mut usize, &mut u32),
+    ) {
+        let class = self.class(need);
+        while let Some(append) = class.front_mut() {
+            let blocks = append.record.payload_blocks();
+            let bytes_without = append.record.bytes() - 4 * blocks as usize;
+            let fits = |count: u32| {
+                let bytes = *record_bytes + bytes_without + 4 * count as usize;
+                (*payload + count <= BATCH_BLOCKS_MAX || *payload == 0) && head.fits(geometry, bytes, *payload + count)
+            };
+            // Without payload it fits or not; of data at least one block has to.
+            let least = blocks.min(1);
+            if !fits(least) {
+                return;
+            }
+            let (mut low, mut high) = (least, blocks);
+            while low < high {
+                let middle = (low + high).div_ceil(2);
+                if fits(middle) { low = middle } else { high = middle - 1 }
+            }
+            let taken =
+                if low == blocks { class.pop_front().expect("it is at the front") } else { append.split(low as usize) };
+            *record_bytes += taken.record.bytes();
+            *payload += low;
+            batch.push(taken);
+        }
+    }
+
+    fn make_batch(
+        &mut self,
+        geometry: Geometry,
+        head: &mut Filling,
+        mut appends: Vec<Append>,
+        (record_bytes, payload): (usize, u32),
+    ) -> Batch {
+        let position = Position(geometry.first(head.identity.segment).0 + head.next_block);
+        let header = header_blocks(record_bytes);
+        let mut at = position.0 + header;
+        for append in &mut appends {
+            if let Record::Data(data) = &mut append.record {
+                data.position = Position(at);
+                at += data.checksums.len() as u32;
+            }
+        }
+        let number = self.next_batch;
+        self.next_batch = BatchNumber(number.0 + 1);
+        let records: Vec<Record> = appends.iter().map(|append| append.record.clone()).collect();
+        head.next_block += header + payload;
+        head.record_bytes += record_bytes;
+        head.records.extend(records.iter().cloned());
+        head.end_batch = self.next_batch;
+        head.in_flight += 1;
+        self.in_flight += 1;
+        let header_record = BatchHeader { identity: head.identity, number, durable: self.durable, position, records };
+        Batch { header: header_record, appends, bytes: ((header + payload) as u64 * BLOCK_BYTES) as usize }
+    }
+
+    /// The batch is applied; gives its segment if that is now ready for its footer.
+    pub fn batch_done(&mut self, identity: SegmentIdentity, number: BatchNumber) -> Option<Filling> {
+        self.in_flight -= 1;
+        self.applied_early.insert(number);
+        while self.applied_early.remove(&BatchNumber(self.applied.0 + 1)) {
+            self.applied.0 += 1;
+        }
+        if let Some(head) = self.head.as_mut().filter(|head| head.identity == identity) {
+            head.in_flight -= 1;
+            return None;
+        }
+        let filling = self.sealing.iter_mut().find(|filling| filling.identity == identity);
+        filling.expect("a segment stays until its batches are done").in_flight -= 1;
+        self.take_ready()
+    }
+
+    /// Nothing more is appended to the open segment; gives it if it is ready for its footer.
+    pub fn retire_head(&mut self) -> Option<SegmentIdentity> {
+        let head = self.head.take()?;
+        let identity = head.identity;
+        self.sealing.push(head);
+        Some(identity)
+    }
+
+    pub fn take_ready(&mut self) -> Option<Filling> {
+        let at = self.sealing.iter().position(|filling| filling.in_flight == 0)?;
+        Some(self.sealing.swap_remove(at))
+    }
+}
+
+/// What an append waits for.
+pub struct Waiting(oneshot::Receiver<Result<(), Refusal>>);
+
+impl Waiting {
+    pub async fn done(self) -> Result<(), Refusal> {
+        let gone = Refusal::Disk { because: "the shard stopped".to_string() };
+        self.0.await.unwrap_or(Err(gone))
+    }
+}
+
+/// One sync at a time, shared by all who asked before it started.
+#[derive(Default)]
+pub struct Syncs {
+    pub started: SyncNumber,
+    pub completed: SyncNumber,
+    pub wanted: SyncNumber,
+    pub running: bool,
+}

@@ -1,0 +1,137 @@
+//! Blocks from the disk. Each is verified against the checksum in the index, which the client made; what does not
+//! match is read once more and then answered as damaged, never as zeros or as older data (rule 15).
+
+use super::{Chunks, Shard};
+use crate::index::{Found, Place};
+use crate::log::{BLOCK, Geometry, Position, SegmentIndex};
+use std::ops::{Deref, Range};
+use std::rc::Rc;
+use torus_rpc::message::{Answer, Refusal, Run};
+use torus_rpc::runtime::{Disk, Runtime};
+use torus_schema::ids::BlockIndex;
+
+/// A part of what one disk read gave, without a copy.
+#[derive(Clone)]
+pub struct Chunk<B> {
+    bytes: B,
+    range: Range<usize>,
+}
+
+impl<B: Deref<Target = [u8]>> Deref for Chunk<B> {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        &self.bytes[self.range.clone()]
+    }
+}
+
+/// Neighbours in the volume that are neighbours on the disk.
+struct Piece {
+    block: BlockIndex,
+    position: Position,
+    checksums: Vec<u32>,
+}
+
+/// Keeps the segments from being reused while they are read, however the read ends.
+struct Readers<R: Runtime> {
+    shard: Rc<Shard<R>>,
+    segments: Vec<SegmentIndex>,
+}
+
+impl<R: Runtime> Readers<R> {
+    fn new(shard: &Rc<Shard<R>>, pieces: &[Piece]) -> Self {
+        let geometry = shard.geometry;
+        let segments: Vec<_> = pieces.iter().map(|piece| geometry.segment_of(piece.position)).collect();
+        let space = &mut shard.state.borrow_mut().contents.space;
+        segments.iter().for_each(|segment| space.add_reader(*segment));
+        Self { shard: shard.clone(), segments }
+    }
+}
+
+impl<R: Runtime> Drop for Readers<R> {
+    fn drop(&mut self) {
+        let freed = {
+            let space = &mut self.shard.state.borrow_mut().contents.space;
+            let before = space.free();
+            self.segments.iter().for_each(|segment| space.remove_reader(*segment));
+            space.free() > before
+        };
+        if freed {
+            self.shard.changed.notify();
+            self.shard.pump_soon();
+        }
+    }
+}
+
+impl<R: Runtime> Shard<R> {
+    /// Within one extent, checked.
+    pub(super) async fn read(self: &Rc<Self>, first: Place, count: u32) -> Result<(Answer, Chunks<R>), Refusal> {
+        let found = {
+            let state = &mut *self.state.borrow_mut();
+            state.statistics.reads += 1;
+            state.contents.index.find_range(first, count)
+        };
+        let pieces = pieces_of(first.block, &found);
+        let readers = Readers::new(self, &pieces);
+        let mut chunks = Vec::with_capacity(pieces.len());
+        for piece in &pieces {
+            self.read_piece(piece, &mut chunks).await?;
+        }
+        drop(readers);
+        let checksums = pieces.into_iter().flat_map(|piece| piece.checksums).collect();
+        Ok((Answer::Read { runs: runs_of(&found), checksums }, chunks))
+    }
+
+    async fn read_piece(&self, piece: &Piece, chunks: &mut Chunks<R>) -> Result<(), Refusal> {
+        if let Some(bytes) = self.read_verified(piece.position, &piece.checksums).await {
+            chunks.push(Chunk { range: 0..bytes.len(), bytes });
+            return Ok(());
+        }
+        // Again, block by block: one may be all that is wrong, and the answer names it.
+        for (number, checksum) in (0u32..).zip(&piece.checksums) {
+            let position = Position(piece.position.0 + number);
+            let Some(bytes) = self.read_verified(position, &[*checksum]).await else {
+                let block = BlockIndex(piece.block.0 + u64::from(number));
+                self.state.borrow_mut().statistics.checksum_errors += 1;
+                tracing::error!(%block, position = position.0, "a block cannot be read as it was written");
+                return Err(Refusal::Damaged { block });
+            };
+            chunks.push(Chunk { range: 0..bytes.len(), bytes });
+        }
+        Ok(())
+    }
+
+    async fn read_verified(&self, position: Position, checksums: &[u32]) -> Option<<R::Disk as Disk>::Bytes> {
+        let bytes = self.disk.read(Geometry::offset(position), checksums.len() * BLOCK).await.ok()?;
+        let good = bytes.chunks(BLOCK).zip(checksums).all(|(block, checksum)| crc32c::crc32c(block) == *checksum);
+        good.then_some(bytes)
+    }
+}
+
+fn pieces_of(first: BlockIndex, found: &[Found]) -> Vec<Piece> {
+    let mut pieces: Vec<Piece> = Vec::new();
+    for (block, found) in (first.0..).map(BlockIndex).zip(found) {
+        let Found::Data(entry) = found else { continue };
+        match pieces.last_mut() {
+            Some(piece)
+                if piece.block.0 + piece.checksums.len() as u64 == block.0
+                    && piece.position.0 + piece.checksums.len() as u32 == entry.position.0 =>
+            {
+                piece.checksums.push(entry.checksum);
+            }
+            _ => pieces.push(Piece { block, position: entry.position, checksums: vec![entry.checksum] }),
+        }
+    }
+    pieces
+}
+
+fn runs_of(found: &[Found]) -> Vec<Run> {
+    let mut runs: Vec<Run> = Vec::new();
+    for found in found {
+        let (version, data) = (found.version(), matches!(found, Found::Data(_)));
+        match runs.last_mut() {
+            Some(run) if (run.version, run.data) == (version, data) => run.count += 1,
+            _ => runs.push(Run { count: 1, version, data }),
+        }
+    }
+    runs
+}

@@ -1,0 +1,162 @@
+//! What a record does to the shard once it stands in the log: synchronous, the same at run time and at a start.
+
+use super::volumes::Volume;
+use crate::index::{Applied, ClearRange, Entry, Index, Place};
+use crate::log::record::{Clear, Data, Instances, Record};
+use crate::log::space::Space;
+use crate::log::{Position, SegmentIndex};
+use ahash::{AHashMap, AHashSet};
+use torus_schema::ids::{BlockIndex, ExtentIndex, SliceId, Version, VolumeId};
+
+/// Of an extent of a volume whose layout is not known (its instance record was lost): nobody can ask for it.
+const UNKNOWN_SLICE: SliceId = SliceId(u32::MAX);
+
+pub struct Contents {
+    pub index: Index,
+    pub space: Space,
+    pub volumes: AHashMap<VolumeId, Volume>,
+    pub dropped: AHashSet<VolumeId>,
+}
+
+impl Contents {
+    pub fn new(space: Space) -> Self {
+        Self { index: Index::default(), space, volumes: AHashMap::new(), dropped: AHashSet::new() }
+    }
+
+    /// Applies a record that stands in `segment`. `origins`: it is the cleaner's copy of blocks that lay there.
+    pub fn apply(&mut self, record: &Record, segment: SegmentIndex, origins: Option<&[Position]>) {
+        match (record, origins) {
+            (Record::Data(data), Some(origins)) => self.moved(data, origins),
+            (Record::Data(data), None) => self.data(data),
+            (note, _) => {
+                self.space.add_note(segment);
+                self.note(note);
+            }
+        }
+    }
+
+    pub fn note(&mut self, record: &Record) {
+        match record {
+            Record::Drop(volume) => self.drop_volume(*volume),
+            record if self.dropped.contains(&record.volume()) => {}
+            Record::Clear(clear) => self.clear(clear),
+            Record::Instances(instances) => self.instances(instances),
+            Record::Open(open) => self.volumes.entry(open.volume).or_default().merge_open(open),
+            Record::Data(_) => unreachable!("data is not a note"),
+        }
+    }
+
+    /// First of all at a start: without the layout of its volume no other record can be understood, and what is known
+    /// of F need not be kept until it is known.
+    pub fn foresee(&mut self, record: &Record) {
+        match record {
+            Record::Clear(clear) if !self.dropped.contains(&clear.volume) => {
+                self.raise_flush_point(clear.volume, clear.flush_point)
+            }
+            Record::Data(data) if !self.dropped.contains(&data.volume) => {
+                self.raise_flush_point(data.volume, data.flush_point)
+            }
+            Record::Clear(_) | Record::Data(_) => {}
+            note => self.note(note),
+        }
+    }
+
+    pub fn slice_of(&self, volume: VolumeId, extent: ExtentIndex) -> SliceId {
+        let layout = self.volumes.get(&volume).and_then(|volume| volume.layout.as_ref());
+        layout.map_or(UNKNOWN_SLICE, |layout| layout.placement.slice_of(extent))
+    }
+
+    pub fn raise_flush_point(&mut self, volume: VolumeId, flush_point: Version) {
+        let volume = self.volumes.entry(volume).or_default();
+        volume.raise_flush_point(flush_point).into_iter().for_each(|freed| self.space.remove_live(freed));
+    }
+
+    fn instances(&mut self, record: &Instances) {
+        self.volumes.entry(record.volume).or_default().merge_instances(record);
+    }
+
+    fn data(&mut self, data: &Data) {
+        if self.dropped.contains(&data.volume) {
+            return;
+        }
+        for (number, checksum) in (0u32..).zip(&data.checksums) {
+            let block = BlockIndex(data.first.0 + u64::from(number));
+            let place = Place { volume: data.volume, slice: self.slice_of(data.volume, block.extent()), block };
+            let position = Position(data.position.0 + number);
+            self.space.add_live(position);
+            let entry = Entry { position, checksum: *checksum, version: data.version };
+            match self.index.apply(place, entry) {
+                Applied::Current { replaced: Some(replaced) } => self.supersede(data.volume, replaced, data.version),
+                Applied::Current { replaced: None } => {}
+                Applied::Superseded { by } => self.supersede(data.volume, entry, by),
+            }
+        }
+    }
+
+    /// Its space is free at once if the newer version can never be taken back, and otherwise when F says so.
+    fn supersede(&mut self, volume: VolumeId, old: Entry, by: Version) {
+        let volume = self.volumes.entry(volume).or_default();
+        // A copy under the same version takes nothing away.
+        if by <= volume.flush_point || by == old.version {
+            self.space.remove_live(old.position);
+        } else {
+            volume.pins.entry(by).or_default().push(old.position);
+        }
+    }
+
+    /// The cleaner's copy is needed exactly if its original still is.
+    fn moved(&mut self, data: &Data, origins: &[Position]) {
+        assert_eq!(origins.len(), data.checksums.len());
+        for (number, from) in (0u32..).zip(origins) {
+            let block = BlockIndex(data.first.0 + u64::from(number));
+            let place = Place { volume: data.volume, slice: self.slice_of(data.volume, block.extent()), block };
+            let to = Position(data.position.0 + number);
+            let mut pinned = || {
+                let volume = self.volumes.get_mut(&data.volume)?;
+                let by = volume.pins.iter().find(|(_, pins)| pins.contains(from)).map(|(by, _)| *by)?;
+                volume.move_pin(by, *from, to).then_some(())
+            };
+            if self.index.relocate(place, *from, to) || pinned().is_some() {
+                self.space.add_live(to);
+                self.space.remove_live(*from);
+            }
+        }
+    }
+
+    fn clear(&mut self, clear: &Clear) {
+        self.raise_flush_point(clear.volume, clear.flush_point);
+        let Some(volume) = self.volumes.get(&clear.volume) else { return };
+        let Some(layout) = &volume.layout else { return };
+        let mut hidden = Vec::new();
+        let tell = |_, entry| hidden.push(entry);
+        self.index.clear(clear_range(clear), clear.version, &layout.placement, tell);
+        hidden.into_iter().for_each(|entry| self.supersede(clear.volume, entry, clear.version));
+    }
+
+    /// The cleaner need not carry it: nothing it hides can show again.
+    pub fn is_superfluous(&self, clear: &Clear) -> bool {
+        let Some(volume) = self.volumes.get(&clear.volume) else { return self.dropped.contains(&clear.volume) };
+        let Some(layout) = &volume.layout else { return false };
+        self.index.is_superseded(clear_range(clear), clear.version, volume.flush_point, &layout.placement)
+    }
+
+    fn drop_volume(&mut self, volume: VolumeId) {
+        self.dropped.insert(volume);
+        let space = &mut self.space;
+        self.index.drop_volume(volume, |entry| space.remove_live(entry.position));
+        let pins = self.volumes.remove(&volume).map(|volume| volume.pins).unwrap_or_default();
+        pins.into_values().flatten().for_each(|position| space.remove_live(position));
+    }
+
+    /// Positions in `segment` that are kept though superseded.
+    pub fn pinned_in(&self, segment: SegmentIndex) -> AHashSet<Position> {
+        let geometry = self.space.geometry();
+        let pins = self.volumes.values().flat_map(|volume| volume.pins.values().flatten());
+        pins.copied().filter(|position| geometry.segment_of(*position) == segment).collect()
+    }
+}
+
+fn clear_range(clear: &Clear) -> ClearRange {
+    let end = BlockIndex(clear.first.0.saturating_add(clear.count));
+    ClearRange { volume: clear.volume, slice: clear.slice, first: clear.first, end }
+}

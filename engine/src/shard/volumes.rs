@@ -1,0 +1,173 @@
+//! What the shard knows of each volume: which slices it holds, who has it open, how far it is flushed.
+//! All of it is merged from records in any order: epoch and F by maximum, slices by union.
+
+use crate::log::record::{Instances, Open};
+use crate::log::{BatchNumber, Position};
+use std::collections::BTreeMap;
+use torus_rpc::message::{Envelope, Refusal, Token};
+use torus_schema::ids::{Epoch, RingGeneration, SliceId, Version, VolumeId};
+use torus_schema::ring::placement::Placement;
+
+/// The shard is a replica of one slice of one volume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Instance {
+    pub generation: RingGeneration,
+    pub created: BatchNumber,
+}
+
+/// A writer that opened the volume in this incarnation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Session {
+    pub epoch: Epoch,
+    pub generation: RingGeneration,
+    pub open_in_previous_epoch: bool,
+}
+
+#[derive(Default)]
+pub struct Volume {
+    /// Known once an instance was created.
+    pub layout: Option<Layout>,
+    pub slices: BTreeMap<SliceId, Instance>,
+    pub epoch: Epoch,
+    pub token: Option<Token>,
+    pub flush_point: Version,
+    pub session: Option<Session>,
+    /// Superseded at this version, which is above F: kept, because the version may yet be taken back (rule 14).
+    pub pins: BTreeMap<Version, Vec<Position>>,
+    /// Appends of data that are not applied yet.
+    pub in_flight: usize,
+}
+
+pub struct Layout {
+    pub id: VolumeId,
+    pub width: u32,
+    pub ring_slices: u32,
+    pub placement: Placement,
+}
+
+impl Volume {
+    pub fn merge_instances(&mut self, record: &Instances) {
+        self.layout.get_or_insert_with(|| Layout {
+            id: record.placement,
+            width: record.width,
+            ring_slices: record.ring_slices,
+            placement: Placement::new(record.placement, record.width, record.ring_slices),
+        });
+        for slice in &record.slices {
+            let new = Instance { generation: record.generation, created: record.created };
+            let held = self.slices.entry(*slice).or_insert(new);
+            if (new.generation, new.created) > (held.generation, held.created) {
+                *held = new;
+            }
+        }
+    }
+
+    pub fn merge_open(&mut self, record: &Open) {
+        self.flush_point = self.flush_point.max(record.flush_point);
+        if record.epoch >= self.epoch {
+            self.epoch = record.epoch;
+            self.token = Some(record.token);
+        }
+    }
+
+    /// Records that say the same again: what the cleaner carries forward.
+    pub fn instances(&self, volume: VolumeId) -> Vec<Instances> {
+        let Some(layout) = &self.layout else { return Vec::new() };
+        let mut groups: BTreeMap<(RingGeneration, BatchNumber), Vec<SliceId>> = BTreeMap::new();
+        for (slice, instance) in &self.slices {
+            groups.entry((instance.generation, instance.created)).or_default().push(*slice);
+        }
+        let record = |((generation, created), slices)| Instances {
+            volume,
+            placement: layout.id,
+            generation,
+            created,
+            width: layout.width,
+            ring_slices: layout.ring_slices,
+            slices,
+        };
+        groups.into_iter().map(record).collect()
+    }
+
+    pub fn open(&self, volume: VolumeId) -> Option<Open> {
+        let (flush_point, epoch) = (self.flush_point, self.epoch);
+        self.token.map(|token| Open { volume, flush_point, epoch, token })
+    }
+
+    /// A slice the shard may answer for: created in that generation, and after whatever was lost.
+    pub fn holds(&self, slice: SliceId, generation: RingGeneration, lost_below: BatchNumber) -> bool {
+        self.slices
+            .get(&slice)
+            .is_some_and(|instance| instance.generation == generation && instance.created >= lost_below)
+    }
+
+    /// Rule 5, without the incarnation. `slice`: the one the request is about, if it is about one.
+    pub fn check(&self, envelope: &Envelope, slice: Option<SliceId>, lost_below: BatchNumber) -> Result<(), Refusal> {
+        if envelope.epoch < self.epoch {
+            return Err(Refusal::StaleEpoch { replica: self.epoch });
+        }
+        let session = self.session.filter(|session| session.epoch == envelope.epoch).ok_or(Refusal::NotOpen)?;
+        match slice {
+            Some(slice) if session.generation != envelope.generation => Err(Refusal::NotOwner { slice }),
+            Some(slice) if !self.holds(slice, envelope.generation, lost_below) => Err(Refusal::NotOwner { slice }),
+            None if session.generation != envelope.generation => Err(Refusal::NotOpen),
+            _ => Ok(()),
+        }
+    }
+
+    /// F moved: what it now covers needs to be kept no longer.
+    pub fn raise_flush_point(&mut self, flush_point: Version) -> Vec<Position> {
+        if flush_point <= self.flush_point {
+            return Vec::new();
+        }
+        self.flush_point = flush_point;
+        let kept = match self.pins.range((std::ops::Bound::Excluded(flush_point), std::ops::Bound::Unbounded)).next() {
+            Some((first, _)) => {
+                let first = *first;
+                self.pins.split_off(&first)
+            }
+            None => BTreeMap::new(),
+        };
+        std::mem::replace(&mut self.pins, kept).into_values().flatten().collect()
+    }
+
+    /// A kept record was copied; false if it is not kept any more.
+    pub fn move_pin(&mut self, by: Version, from: Position, to: Position) -> bool {
+        let pin = self.pins.get_mut(&by).and_then(|pins| pins.iter_mut().find(|pin| **pin == from));
+        pin.map(|pin| *pin = to).is_some()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn version(sequence: u64) -> Version {
+        Version::new(Epoch(1), sequence)
+    }
+
+    #[test]
+    fn what_was_superseded_is_released_when_the_flush_point_reaches_its_successor_and_not_before() {
+        let mut volume = Volume::default();
+        volume.pins.insert(version(5), vec![Position(50), Position(51)]);
+        volume.pins.insert(version(7), vec![Position(70)]);
+        assert_eq!(volume.raise_flush_point(version(4)), vec![]);
+        assert_eq!(volume.raise_flush_point(version(5)), vec![Position(50), Position(51)]);
+        assert_eq!(volume.raise_flush_point(version(3)), vec![]);
+        assert_eq!(volume.raise_flush_point(Version::new(Epoch(2), 0)), vec![Position(70)]);
+    }
+
+    #[test]
+    fn records_carried_forward_say_the_same() {
+        let mut volume = Volume::default();
+        let id = VolumeId::from_bytes([1; 16]);
+        let (generation, created) = (RingGeneration(3), BatchNumber(4));
+        let slices = vec![SliceId(1), SliceId(2)];
+        let record = Instances { volume: id, placement: id, generation, created, width: 2, ring_slices: 4, slices };
+        volume.merge_instances(&record);
+        assert_eq!(volume.instances(id), vec![record]);
+        assert!(volume.holds(SliceId(1), generation, BatchNumber(4)));
+        assert!(!volume.holds(SliceId(1), generation, BatchNumber(5)), "created before something was lost");
+        assert!(!volume.holds(SliceId(1), RingGeneration(2), BatchNumber(0)));
+    }
+}
