@@ -1,8 +1,5 @@
 //! Accepts connections, counts them, and stops them in order: what is in flight is answered, what still comes is
 //! refused, who does not take their replies is cut off.
-//!
-//! The executor's preempt timer should be 1 ms or less: it decides how long one busy task queue keeps the others
-//! from the network.
 
 use crate::device::Exports;
 use crate::nbd::connection::{Client, End, Input};

@@ -4,13 +4,18 @@ use super::{Class, Clock, Disk, Instant, NoDisk, Random, Runtime, Spawn};
 use crate::client::{TcpConnect, TcpLink};
 use crate::metadata::Metadata;
 use glommio::{Latency, LocalExecutorBuilder, Placement, Shares, TaskQueueHandle};
+use std::cell::Cell;
 use std::future::Future;
 use std::marker::PhantomData;
 use std::time::Duration;
 use thiserror::Error;
 
-/// Default would be 100 ms, for which a busy task queue then holds up timers and disk completions.
-const PREEMPT_TIMER: Duration = Duration::from_micros(500);
+/// Default would be 100 ms, for which a busy task queue then holds up timers and disk completions; the shorter, the
+/// more often glommio parks by mistake (`stay_awake`).
+const PREEMPT_TIMER: Duration = Duration::from_millis(5);
+/// What a park by mistake costs at most, and for how long after the last traffic it is looked after.
+const AWAKE_TICK: Duration = Duration::from_millis(2);
+const AWAKE_TICKS: u32 = 50;
 /// Registered buffers of an executor's disk I/O, pinned (glommio's default).
 const IO_MEMORY_BYTES: usize = 10 << 20;
 /// Below this glommio cannot set up its rings.
@@ -42,6 +47,8 @@ pub fn run<T>(name: &str, cpu: Option<usize>, task: impl Future<Output = T>) -> 
         .io_memory(IO_MEMORY_BYTES)
         .make()
         .map_err(|error| start_error(describe, &error.to_string()))?;
+    // An earlier executor of this thread took its ticking task with it.
+    TICKING.set(false);
     Ok(executor.run(task))
 }
 
@@ -61,6 +68,31 @@ fn check_memlock() -> Result<(), StartError> {
         return Err(StartError::Memlock { found, expected: MEMLOCK_BYTES_MIN });
     }
     Ok(())
+}
+
+thread_local! {
+    /// Ticks left until the executor of this thread may sleep without a timer; 0: it does.
+    static AWAKE: Cell<u32> = const { Cell::new(0) };
+    static TICKING: Cell<bool> = const { Cell::new(false) };
+}
+
+/// To be called where there is traffic. If glommio's preempt timer expires between its look at I/O and its look at
+/// the task queues (the thread was descheduled), it takes "nothing ran" for "nothing to run" and parks with tasks
+/// runnable, until some other event: requests were seen to wait for seconds on a loaded machine. A timer that is
+/// always set while there is traffic is such an event. Without traffic there is no timer.
+pub fn stay_awake() {
+    AWAKE.set(AWAKE_TICKS);
+    if TICKING.replace(true) {
+        return;
+    }
+    glommio::spawn_local(async {
+        while AWAKE.get() > 0 {
+            AWAKE.set(AWAKE.get() - 1);
+            glommio::timer::sleep(AWAKE_TICK).await;
+        }
+        TICKING.set(false);
+    })
+    .detach();
 }
 
 /// `D`: the disk of a shard's executor, or none on a client's.
