@@ -25,6 +25,8 @@ type Sim = SimulatedRuntime<NoDisk, Distant>;
 
 const DEADLINE: Duration = Duration::from_secs(5);
 
+type Created = (NodeId, ShardIndex, Vec<SliceId>);
+
 /// The store, a random time away, so that two commands meet each other at any point.
 #[derive(Clone)]
 struct Distant {
@@ -73,7 +75,7 @@ impl Metadata for Distant {
 struct Scene {
     world: World,
     runtime: Sim,
-    created: Rc<RefCell<Vec<(NodeId, ShardIndex, Vec<SliceId>)>>>,
+    created: Rc<RefCell<Vec<Created>>>,
 }
 
 fn node_id(number: u8) -> NodeId {
@@ -196,7 +198,7 @@ fn a_volume_is_ready_once_every_shard_of_its_slices_has_its_instances() {
             let made = create(&scene.runtime, &volume("db"), DEADLINE).await.unwrap();
             assert_eq!((made.state, made.replicas, made.min_replicas), (VolumeState::Ready, 3, 2));
             let cluster = snapshot::Cluster::read(scene.runtime.metadata()).await.unwrap();
-            let created = scene.created.borrow();
+            let created = scene.created.take();
             let held = slices_by_shard(&cluster.ring, &made);
             assert_eq!(created.len(), held.len());
             for (node, shard, slices) in created.iter() {
