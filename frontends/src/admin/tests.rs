@@ -243,7 +243,7 @@ fn an_answer_lost_while_a_volume_becomes_ready_is_looked_up() {
             let result = create(&scene.runtime, &volume("db"), DEADLINE).await;
             match lost {
                 Lost::Answer => assert_eq!(result.unwrap().state, VolumeState::Ready),
-                Lost::Request => assert!(matches!(result, Err(AdminError::Metadata(_))), "{result:?}"),
+                Lost::Request => assert!(matches!(result, Err(AdminError::Unfinished { .. })), "{result:?}"),
             }
         });
     }
