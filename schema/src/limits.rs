@@ -32,6 +32,8 @@ pub const VOLUME_NAME_BYTES_MAX: usize = 128;
 /// Slices of the ring; the default suits up to some hundred shards.
 pub const SLICES_DEFAULT: u32 = 4096;
 pub const SLICES_MAX: u32 = 65536;
+/// The ring document at most, in bytes: etcd takes 1.5 MiB in one request by default.
+pub const RING_BYTES_MAX: usize = MIB as usize;
 /// Width of a volume by default: a small volume touches few nodes.
 pub const WIDTH_DEFAULT: u32 = 64;
 pub const REPLICAS_DEFAULT: u8 = 3;

@@ -87,7 +87,7 @@ pub(super) async fn replace<R: Runtime>(session: &Rc<Session<R>>, next: Replicas
 fn without<R: Runtime>(session: &Session<R>, failed: BTreeSet<ShardPosition>) -> (Replicas, BTreeSet<ShardPosition>) {
     let mut next = session.replicas.borrow().clone();
     let mut lost = BTreeSet::new();
-    for shard in failed {
+    for shard in failed.into_iter().filter(|shard| session.replicas.borrow().holds_in_sync(*shard)) {
         match next.lose(&BTreeSet::from([shard]), session.flush_point.get()) {
             Ok(()) => _ = lost.insert(shard),
             Err(below) => session.status.refused.borrow_mut().push((shard, below)),

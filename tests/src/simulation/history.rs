@@ -3,7 +3,7 @@
 //! position in it.
 //!
 //! Promises checked, after the protocol's model:
-//! * P1: a read is never older than the last write that was answered before a flush which succeeded
+//! * P1: a read is never older than what was answered or read before a flush which succeeded
 //! * P2: within a session reads never go back, and are never older than the last answered write
 //! * P3: as long as the power of no node failed, P2 holds across sessions
 
@@ -45,11 +45,9 @@ impl History {
         state.floor = state.floor.max(position + 1);
     }
 
-    /// What was answered before a flush; taken at its start, applied when it succeeds.
+    /// What was answered or read before a flush; taken at its start, applied when it succeeds.
     pub fn before_flush(&self) -> Vec<(u64, usize)> {
-        let answered =
-            |state: &Sector| state.writes.iter().rposition(|written| written.answered).map_or(0, |at| at + 1);
-        self.sectors.iter().map(|(sector, state)| (*sector, answered(state))).collect()
+        self.sectors.iter().map(|(sector, state)| (*sector, state.floor)).collect()
     }
 
     pub fn flushed(&mut self, before: Vec<(u64, usize)>) {

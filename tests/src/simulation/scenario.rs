@@ -47,6 +47,9 @@ pub fn simulate<F: Future<Output = ()>>(seed: u64, min_replicas: u8, scenario: i
 where
     F: 'static,
 {
+    // RUST_LOG=debug tells the story of a seed; several tests in one process share the subscriber.
+    let filter = tracing_subscriber::EnvFilter::from_default_env();
+    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_test_writer().without_time().try_init();
     let world = World::new(seed);
     let here = world.clone();
     world.block_on(async move {
@@ -137,6 +140,7 @@ impl Run {
     }
 
     async fn kill(&self, node: usize, power: bool) {
+        tracing::info!(now = ?self.world.now().0, node, power, "killing");
         match power {
             true => {
                 self.cluster.fail_power(node);
@@ -148,6 +152,7 @@ impl Run {
             false => self.cluster.kill_node(node),
         }
         self.world.sleep(Duration::from_millis(self.world.random_below(8000))).await;
+        tracing::info!(now = ?self.world.now().0, node, "starting");
         self.cluster.start_node(node).await;
     }
 

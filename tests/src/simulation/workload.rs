@@ -63,6 +63,7 @@ impl Workload {
         let value = self.next_value.replace(self.next_value.get() + 1);
         let data = Bytes::from(value.to_le_bytes().repeat(length as usize / 8));
         self.submitted(offset, length, value);
+        tracing::debug!(now = ?self.world.now().0, sector = offset / SECTOR_BYTES, sectors = length / SECTOR_BYTES, value, "write");
         device.write(offset, data, self.world.one_in(8)).await?;
         self.answered(offset, length, value);
         Ok(())
@@ -78,6 +79,7 @@ impl Workload {
     pub async fn flush<D: Device>(&self, device: &D) -> Result<(), VolumeError> {
         let before = self.history.borrow().before_flush();
         device.flush().await?;
+        tracing::debug!(now = ?self.world.now().0, "flushed");
         self.history.borrow_mut().flushed(before);
         Ok(())
     }
