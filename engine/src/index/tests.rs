@@ -52,6 +52,8 @@ fn clearing_a_whole_volume_of_a_pebibyte_makes_no_page() {
     assert_eq!(first.len(), 5);
     assert!(first.iter().all(|descriptor| descriptor.count == 1024 && descriptor.checksum.is_none()));
     assert_eq!(next, Some(BlockIndex(5 * 1024)));
+    let (rest, _) = index.describe(VOLUME, Version::ZERO, BlockIndex(5 * 1024 + 7), &placement(), 5);
+    assert_eq!((rest[0].first, rest[0].count), (BlockIndex(5 * 1024 + 7), 1017));
 }
 
 #[test]
