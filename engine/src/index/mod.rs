@@ -58,6 +58,13 @@ pub enum Applied {
     Superseded { by: Version },
 }
 
+/// Which of two copies of one version becomes current.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum AtTie {
+    NewcomerWins,
+    StandingWins,
+}
+
 #[derive(Default)]
 pub struct Index {
     volumes: AHashMap<VolumeId, VolumeIndex>,
@@ -120,11 +127,12 @@ impl Index {
         blocks.map(|block| volume.find(first.slice, BlockIndex(block))).collect()
     }
 
-    /// At an equal version the newcomer becomes current: it is a copy, and the one that will stay.
-    pub fn apply(&mut self, place: Place, entry: Entry) -> Applied {
+    /// At an equal version both are copies of the same data, and `at_tie` says which becomes current.
+    pub fn apply(&mut self, place: Place, entry: Entry, at_tie: AtTie) -> Applied {
         let volume = self.volumes.entry(place.volume).or_default();
         let found = volume.find(place.slice, place.block);
-        if found.version() > entry.version {
+        let tie_lost = at_tie == AtTie::StandingWins && found.version() == entry.version && found != Found::Never;
+        if found.version() > entry.version || tie_lost {
             return Applied::Superseded { by: found.version() };
         }
         volume.pages.entry(place.block.extent()).or_default().put(in_extent(place.block), entry);

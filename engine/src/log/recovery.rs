@@ -59,8 +59,13 @@ pub async fn scan<D: Disk>(
     geometry: Geometry,
     mut footer_seen: impl FnMut(SegmentIndex, &[Record]),
 ) -> Result<Scan, DiskError> {
-    let mut scan =
-        Scan { segments: Vec::new(), lost: false, durable: BatchNumber(0), next_batch: BatchNumber(1), next_sequence: 1 };
+    let mut scan = Scan {
+        segments: Vec::new(),
+        lost: false,
+        durable: BatchNumber(0),
+        next_batch: BatchNumber(1),
+        next_sequence: 1,
+    };
     let mut unsealed = Vec::new();
     // By sequence, of every segment that is there: numbers of one end where those of the next begin.
     let mut first_batches = BTreeMap::new();

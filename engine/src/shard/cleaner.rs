@@ -30,6 +30,22 @@ enum Chore {
     Stop,
 }
 
+/// Volumes of which a kind of note was said once more already.
+#[derive(Default)]
+struct Carried {
+    instances: AHashSet<VolumeId>,
+    opens: AHashSet<VolumeId>,
+    drops: AHashSet<VolumeId>,
+}
+
+/// A needed part of a record, read and verified.
+struct Copy {
+    data: Data,
+    payload: Bytes,
+    /// Where each block lay.
+    origins: Vec<Position>,
+}
+
 /// Why a segment could not be cleaned.
 enum Trouble {
     /// Something in it cannot be read: it stays as it is.
@@ -106,25 +122,36 @@ impl<R: Runtime> Shard<R> {
         self.carry_notes(&records, &mut waiting)?;
         // What is superseded from now on stays counted in the victim, which is then cleaned once more.
         let pinned = self.state.borrow().contents.pinned_in(victim);
+        // Read first, then submitted together: the copies share their headers, which is what makes room for them all.
+        let mut copies = Vec::new();
         let mut blocks = 0;
         for record in &records {
             let Record::Data(data) = record else { continue };
             for run in self.needed_runs(&pinned, data) {
                 blocks += run.len();
-                waiting.push(self.move_run(data, run).await?);
+                copies.push(self.read_run(data, run).await?);
                 if blocks >= MOVE_BLOCKS_MAX {
+                    self.submit_copies(&mut copies, &mut waiting)?;
                     wait_for(&mut waiting).await?;
                     blocks = 0;
                 }
             }
         }
+        self.submit_copies(&mut copies, &mut waiting)?;
         wait_for(&mut waiting).await?;
+        Ok(())
+    }
+
+    fn submit_copies(self: &Rc<Self>, copies: &mut Vec<Copy>, waiting: &mut Vec<Waiting>) -> Result<(), Refusal> {
+        for Copy { data, payload, origins } in copies.drain(..) {
+            waiting.push(self.submit(Need::Move, Record::Data(data), payload, Some(origins))?);
+        }
         Ok(())
     }
 
     /// What is known of a volume is said once more, as it is now; clears as they are, if they still hide anything.
     fn carry_notes(self: &Rc<Self>, records: &[Record], waiting: &mut Vec<Waiting>) -> Result<(), Refusal> {
-        let mut carried: AHashSet<VolumeId> = AHashSet::new();
+        let mut carried: Carried = Carried::default();
         for record in records {
             let notes = self.state.borrow().notes_to_carry(record, &mut carried);
             for note in notes {
@@ -154,7 +181,7 @@ impl<R: Runtime> Shard<R> {
         runs
     }
 
-    async fn move_run(self: &Rc<Self>, data: &Data, run: std::ops::Range<usize>) -> Result<Waiting, Trouble> {
+    async fn read_run(self: &Rc<Self>, data: &Data, run: std::ops::Range<usize>) -> Result<Copy, Trouble> {
         let from = Position(data.position.0 + run.start as u32);
         let bytes = self.disk.read(Geometry::offset(from), run.len() * BLOCK).await;
         let bytes = bytes.map_err(|_| Trouble::Unreadable)?;
@@ -168,8 +195,8 @@ impl<R: Runtime> Shard<R> {
         let origins = (0..run.len() as u32).map(|number| Position(from.0 + number)).collect();
         let first = BlockIndex(data.first.0 + run.start as u64);
         let flush_point = self.state.borrow().flush_point(data.volume).max(data.flush_point);
-        let copy = Data { first, checksums, flush_point, ..data.clone() };
-        Ok(self.submit(Need::Move, Record::Data(copy), Bytes::copy_from_slice(&bytes), Some(origins))?)
+        let data = Data { first, checksums, flush_point, ..data.clone() };
+        Ok(Copy { data, payload: Bytes::copy_from_slice(&bytes), origins })
     }
 }
 
@@ -202,17 +229,19 @@ impl State {
         (waits && !hope).then_some(Chore::Refuse)
     }
 
-    fn notes_to_carry(&self, record: &Record, carried: &mut AHashSet<VolumeId>) -> Vec<Record> {
+    fn notes_to_carry(&self, record: &Record, carried: &mut Carried) -> Vec<Record> {
         let id = record.volume();
         let volume = self.contents.volumes.get(&id);
         match (record, volume) {
             (Record::Data(_), _) => Vec::new(),
             // Its data may still lie anywhere, and ids are never used again: cheap to keep, fatal to forget.
-            (Record::Drop(_), _) if carried.insert(id) => vec![record.clone()],
+            (Record::Drop(_), _) if carried.drops.insert(id) => vec![record.clone()],
             (Record::Clear(clear), Some(_)) if !self.contents.is_superfluous(clear) => vec![record.clone()],
-            (Record::Instances(_) | Record::Open(_), Some(volume)) if carried.insert(id) => {
-                let instances = volume.instances(id).into_iter().map(Record::Instances);
-                instances.chain(volume.open(id).map(Record::Open)).collect()
+            (Record::Instances(_), Some(volume)) if carried.instances.insert(id) => {
+                volume.instances(id).into_iter().map(Record::Instances).collect()
+            }
+            (Record::Open(_), Some(volume)) if carried.opens.insert(id) => {
+                volume.open(id).map(Record::Open).into_iter().collect()
             }
             _ => Vec::new(),
         }

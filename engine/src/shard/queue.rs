@@ -189,7 +189,8 @@ impl Queue {
 
     /// Data waits for space.
     pub fn waits_for_space(&self, free: u32) -> bool {
-        (!self.data.is_empty() && !Need::Data.is_admitted(free)) || (!self.notes.is_empty() && !Need::Note.is_admitted(free))
+        (!self.data.is_empty() && !Need::Data.is_admitted(free))
+            || (!self.notes.is_empty() && !Need::Note.is_admitted(free))
     }
 
     /// Takes what is not admitted out of the queue, because no space will come.
@@ -257,11 +258,8 @@ impl Queue {
                 let middle = (low + high).div_ceil(2);
                 if fits(middle) { low = middle } else { high = middle - 1 }
             }
-            let taken = if low == blocks {
-                class.pop_front().expect("it is at the front")
-            } else {
-                append.split(low as usize)
-            };
+            let taken =
+                if low == blocks { class.pop_front().expect("it is at the front") } else { append.split(low as usize) };
             *record_bytes += taken.record.bytes();
             *payload += low;
             batch.push(taken);

@@ -242,10 +242,8 @@ impl State {
     fn missing_of(&self, record: &Instances) -> Result<Option<Instances>, Refusal> {
         let Some(volume) = self.contents.volumes.get(&record.volume) else { return Ok(Some(record.clone())) };
         if let Some(layout) = &volume.layout {
-            let (found, expected) = (
-                (record.placement, record.width, record.ring_slices),
-                (layout.id, layout.width, layout.ring_slices),
-            );
+            let (found, expected) =
+                ((record.placement, record.width, record.ring_slices), (layout.id, layout.width, layout.ring_slices));
             if found != expected {
                 return Err(malformed(format!("placement, width and slices are {found:?}, known as {expected:?}")));
             }
@@ -285,7 +283,9 @@ fn new_instances(
     let (volume, generation) = (envelope.volume, envelope.generation);
     let fits = width.is_power_of_two() && ring_slices.is_power_of_two() && width <= ring_slices;
     if !fits || ring_slices > SLICES_MAX {
-        return Err(malformed(format!("width {width} of {ring_slices} slices, expected powers of two up to {SLICES_MAX}")));
+        return Err(malformed(format!(
+            "width {width} of {ring_slices} slices, expected powers of two up to {SLICES_MAX}"
+        )));
     }
     if slices.is_empty() || slices.iter().any(|slice| slice.0 >= ring_slices) {
         return Err(malformed(format!("slices {slices:?}, expected some below {ring_slices}")));
@@ -301,7 +301,9 @@ fn check_range(first: BlockIndex, count: u64) -> Result<(), Refusal> {
         return Ok(());
     }
     let limit = BLOCKS_PER_FRAME_MAX;
-    Err(malformed(format!("{count} blocks from {first}, expected 1 to {limit} within one extent below {VOLUME_BLOCKS_MAX}")))
+    Err(malformed(format!(
+        "{count} blocks from {first}, expected 1 to {limit} within one extent below {VOLUME_BLOCKS_MAX}"
+    )))
 }
 
 /// Of this epoch or, when a new writer reconciles, an earlier one.

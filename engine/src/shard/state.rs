@@ -1,7 +1,7 @@
 //! What a record does to the shard once it stands in the log: synchronous, the same at run time and at a start.
 
 use super::volumes::Volume;
-use crate::index::{Applied, ClearRange, Entry, Index, Place};
+use crate::index::{Applied, AtTie, ClearRange, Entry, Index, Place};
 use crate::log::record::{Clear, Data, Instances, Record};
 use crate::log::space::Space;
 use crate::log::{Position, SegmentIndex};
@@ -27,15 +27,23 @@ impl Contents {
     pub fn apply(&mut self, record: &Record, segment: SegmentIndex, origins: Option<&[Position]>) {
         match (record, origins) {
             (Record::Data(data), Some(origins)) => self.moved(data, origins),
-            (Record::Data(data), None) => self.data(data),
+            (Record::Data(data), None) => self.data(data, AtTie::NewcomerWins),
             (note, _) => {
-                self.space.add_note(segment);
+                self.space.add_note(segment, note.bytes());
                 self.note(note);
             }
         }
     }
 
-    pub fn note(&mut self, record: &Record) {
+    /// At a start. Notes are counted apart (`start`), when it is known which of them still say anything.
+    pub fn replay(&mut self, record: &Record, at_tie: AtTie) {
+        match record {
+            Record::Data(data) => self.data(data, at_tie),
+            note => self.note(note),
+        }
+    }
+
+    fn note(&mut self, record: &Record) {
         match record {
             Record::Drop(volume) => self.drop_volume(*volume),
             record if self.dropped.contains(&record.volume()) => {}
@@ -75,7 +83,7 @@ impl Contents {
         self.volumes.entry(record.volume).or_default().merge_instances(record);
     }
 
-    fn data(&mut self, data: &Data) {
+    fn data(&mut self, data: &Data, at_tie: AtTie) {
         if self.dropped.contains(&data.volume) {
             return;
         }
@@ -85,7 +93,7 @@ impl Contents {
             let position = Position(data.position.0 + number);
             self.space.add_live(position);
             let entry = Entry { position, checksum: *checksum, version: data.version };
-            match self.index.apply(place, entry) {
+            match self.index.apply(place, entry, at_tie) {
                 Applied::Current { replaced: Some(replaced) } => self.supersede(data.volume, replaced, data.version),
                 Applied::Current { replaced: None } => {}
                 Applied::Superseded { by } => self.supersede(data.volume, entry, by),
@@ -133,7 +141,7 @@ impl Contents {
         hidden.into_iter().for_each(|entry| self.supersede(clear.volume, entry, clear.version));
     }
 
-    /// The cleaner need not carry it: nothing it hides can show again.
+    /// It need not be kept: nothing it hides can show again.
     pub fn is_superfluous(&self, clear: &Clear) -> bool {
         let Some(volume) = self.volumes.get(&clear.volume) else { return self.dropped.contains(&clear.volume) };
         let Some(layout) = &volume.layout else { return false };

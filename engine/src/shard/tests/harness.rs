@@ -98,8 +98,7 @@ impl Machine {
         let here = Here { world: world.clone(), process };
         let segment_bytes = segment_blocks * BLOCK_BYTES;
         let disk = SimulatedDisk::new(here, world.seed(), 16 * BLOCK_BYTES + segments * segment_bytes);
-        let machine =
-            Self { world: world.clone(), disk, process: Rc::new(Cell::new(process)), shard: Rc::default() };
+        let machine = Self { world: world.clone(), disk, process: Rc::new(Cell::new(process)), shard: Rc::default() };
         TestShard::format(&machine.runtime(), &machine.disk, identity(), segment_bytes).await.unwrap();
         machine.start().await.unwrap();
         machine

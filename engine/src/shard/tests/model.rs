@@ -123,8 +123,7 @@ impl Test {
 
     async fn read(self: Rc<Self>) {
         let first = self.world.random_below(EXTENTS) * 1024;
-        let least: Vec<Version> =
-            (first..first + BLOCKS_USED).map(|block| self.known(block).acknowledged).collect();
+        let least: Vec<Version> = (first..first + BLOCKS_USED).map(|block| self.known(block).acknowledged).collect();
         let found = self.client.read(first, BLOCKS_USED as u32).await.unwrap();
         for ((block, found), least) in (first..).zip(found).zip(least) {
             self.check(block, found, least);
