@@ -7,7 +7,6 @@
 
 use super::queue::{Need, Waiting};
 use super::{Shard, State};
-use crate::index::{Found, Place};
 use crate::log::record::{Data, Record};
 use crate::log::recovery::footer_of;
 use crate::log::{BLOCK, Geometry, Position, SegmentIndex};
@@ -164,15 +163,9 @@ impl<R: Runtime> Shard<R> {
     /// Neighbouring blocks of the record that are needed, as places within it.
     fn needed_runs(&self, pinned: &AHashSet<Position>, data: &Data) -> Vec<std::ops::Range<usize>> {
         let state = self.state.borrow();
-        let needed = |number: usize| {
-            let position = Position(data.position.0 + number as u32);
-            let block = BlockIndex(data.first.0 + number as u64);
-            let slice = state.contents.slice_of(data.volume, block.extent());
-            let found = state.contents.index.find(Place { volume: data.volume, slice, block });
-            pinned.contains(&position) || matches!(found, Found::Data(entry) if entry.position == position)
-        };
+        let needed = |number: &usize| state.contents.needs(data, *number, pinned);
         let mut runs: Vec<std::ops::Range<usize>> = Vec::new();
-        for number in (0..data.checksums.len()).filter(|number| needed(*number)) {
+        for number in (0..data.checksums.len()).filter(needed) {
             match runs.last_mut() {
                 Some(run) if run.end == number => run.end += 1,
                 _ => runs.push(number..number + 1),

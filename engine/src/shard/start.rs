@@ -150,7 +150,8 @@ async fn recover<D: Disk>(
     for found in &scan.segments {
         replay(disk, geometry, found, &mut contents).await?;
     }
-    count_notes(&scan.segments, notes, &mut contents);
+    count_notes(&mut scan.segments, notes, &mut contents);
+    forget_needless_data(&mut scan.segments, &contents);
     seal_all(disk, geometry, &mut scan).await?;
     scan.segments.iter().for_each(|found| contents.space.sealed(found.identity.segment));
     Ok((contents, scan))
@@ -180,18 +181,43 @@ async fn replay<D: Disk>(
 
 /// Each thing that has to be remembered is counted where it is said last; for the same reason as above, segments that
 /// were open are asked only for what nobody else says.
-fn count_notes(segments: &[FoundSegment], notes: Vec<(SegmentIndex, Record)>, contents: &mut Contents) {
+/// What they say needlessly does not get into their footer, or the next start would count it.
+fn count_notes(segments: &mut [FoundSegment], notes: Vec<(SegmentIndex, Record)>, contents: &mut Contents) {
     let mut by_segment: AHashMap<SegmentIndex, Vec<Record>> = AHashMap::new();
     notes.into_iter().for_each(|(segment, note)| by_segment.entry(segment).or_default().push(note));
-    let (sealed, open): (Vec<_>, Vec<_>) = segments.iter().partition(|found| found.unsealed.is_none());
+    let (sealed, open): (Vec<_>, Vec<_>) = segments.iter_mut().partition(|found| found.unsealed.is_none());
     let mut said = Said::default();
-    for found in sealed.into_iter().rev().chain(open) {
+    for found in sealed.into_iter().rev() {
         let segment = found.identity.segment;
         for note in by_segment.remove(&segment).unwrap_or_default() {
             if said.is_new(&note, contents) {
                 contents.space.add_note(segment, note.bytes());
             }
         }
+    }
+    for found in open {
+        let segment = found.identity.segment;
+        let mut counted = 0;
+        found.unsealed.iter_mut().for_each(|records| {
+            records.retain(|record| {
+                let keep = record.payload_blocks() > 0 || said.is_new(record, contents);
+                counted += if keep && record.payload_blocks() == 0 { record.bytes() } else { 0 };
+                keep
+            })
+        });
+        contents.space.add_note(segment, counted);
+    }
+}
+
+/// A copy that lost a tie must lose it at the next start too, when its segment is sealed.
+fn forget_needless_data(segments: &mut [FoundSegment], contents: &Contents) {
+    for found in segments {
+        let pinned = contents.pinned_in(found.identity.segment);
+        let needed = |record: &Record| match record {
+            Record::Data(data) => (0..data.checksums.len()).any(|number| contents.needs(data, number, &pinned)),
+            _ => true,
+        };
+        found.unsealed.iter_mut().for_each(|records| records.retain(needed));
     }
 }
 

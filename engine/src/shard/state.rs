@@ -1,7 +1,7 @@
 //! What a record does to the shard once it stands in the log: synchronous, the same at run time and at a start.
 
 use super::volumes::Volume;
-use crate::index::{Applied, AtTie, ClearRange, Entry, Index, Place};
+use crate::index::{Applied, AtTie, ClearRange, Entry, Found, Index, Place};
 use crate::log::record::{Clear, Data, Instances, Record};
 use crate::log::space::Space;
 use crate::log::{Position, SegmentIndex};
@@ -154,6 +154,15 @@ impl Contents {
         self.index.drop_volume(volume, |entry| space.remove_live(entry.position));
         let pins = self.volumes.remove(&volume).map(|volume| volume.pins).unwrap_or_default();
         pins.into_values().flatten().for_each(|position| space.remove_live(position));
+    }
+
+    /// That block of the record is current where it lies, or kept. `pinned`: of its segment.
+    pub fn needs(&self, data: &Data, number: usize, pinned: &AHashSet<Position>) -> bool {
+        let position = Position(data.position.0 + number as u32);
+        let block = BlockIndex(data.first.0 + number as u64);
+        let slice = self.slice_of(data.volume, block.extent());
+        let found = self.index.find(Place { volume: data.volume, slice, block });
+        pinned.contains(&position) || matches!(found, Found::Data(entry) if entry.position == position)
     }
 
     /// Positions in `segment` that are kept though superseded.
