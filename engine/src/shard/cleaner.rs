@@ -23,6 +23,8 @@ const MOVE_BLOCKS_MAX: usize = 256;
 enum Chore {
     /// A segment needs nothing but a sync to be free.
     Sync,
+    /// Some F is known that no record says yet: saying it frees something.
+    Settle,
     Clean(SegmentIndex),
     /// What waits for space waits in vain.
     Refuse,
@@ -70,6 +72,7 @@ impl<R: Runtime> Shard<R> {
                     return;
                 }
                 Chore::Refuse => self.refuse_waiting(),
+                Chore::Settle => self.settle_flush_points(),
                 Chore::Sync => {
                     // Only fails with the shard, which ends the loop.
                     let _ = self.sync_after_now().await;
@@ -77,6 +80,24 @@ impl<R: Runtime> Shard<R> {
                 Chore::Clean(victim) => self.clean(victim).await,
             }
             self.pump();
+        }
+    }
+
+    /// Says F in the log where that frees something. Nobody waits for it: it is seen when it is applied.
+    fn settle_flush_points(self: &Rc<Self>) {
+        let notes: Vec<Record> = {
+            let volumes = &mut self.state.borrow_mut().contents.volumes;
+            let worth = volumes.iter_mut().filter(|(_, volume)| volume.is_worth_settling());
+            worth
+                .filter_map(|(id, volume)| {
+                    volume.settling = volume.flush_point;
+                    volume.open(*id).map(Record::Open)
+                })
+                .collect()
+        };
+        for note in notes {
+            // Refused only if the shard failed, which ends the cleaner.
+            let _ = self.submit(Need::Move, note, Bytes::new(), None);
         }
     }
 
@@ -214,11 +235,15 @@ impl State {
         if space.sync_would_free() {
             return Some(Chore::Sync);
         }
+        if self.contents.volumes.values().any(|volume| volume.is_worth_settling()) {
+            return Some(Chore::Settle);
+        }
         if let Some(victim) = space.victim() {
             return Some(Chore::Clean(victim));
         }
         // A segment on its way to its footer may be the next victim, and a reader may be all that holds one back.
-        let hope = self.seals_in_flight > 0 || self.queue.opening || space.reader_holds_one();
+        let hope =
+            self.seals_in_flight > 0 || self.queue.in_flight > 0 || self.queue.opening || space.reader_holds_one();
         (waits && !hope).then_some(Chore::Refuse)
     }
 

@@ -49,7 +49,10 @@ impl Contents {
             record if self.dropped.contains(&record.volume()) => {}
             Record::Clear(clear) => self.clear(clear),
             Record::Instances(instances) => self.instances(instances),
-            Record::Open(open) => self.volumes.entry(open.volume).or_default().merge_open(open),
+            Record::Open(open) => {
+                self.volumes.entry(open.volume).or_default().merge_open(open);
+                self.settle(open.volume, open.flush_point);
+            }
             Record::Data(_) => unreachable!("data is not a note"),
         }
     }
@@ -59,11 +62,9 @@ impl Contents {
     pub fn foresee(&mut self, record: &Record) {
         match record {
             Record::Clear(clear) if !self.dropped.contains(&clear.volume) => {
-                self.raise_flush_point(clear.volume, clear.flush_point)
+                self.settle(clear.volume, clear.flush_point)
             }
-            Record::Data(data) if !self.dropped.contains(&data.volume) => {
-                self.raise_flush_point(data.volume, data.flush_point)
-            }
+            Record::Data(data) if !self.dropped.contains(&data.volume) => self.settle(data.volume, data.flush_point),
             Record::Clear(_) | Record::Data(_) => {}
             note => self.note(note),
         }
@@ -74,9 +75,9 @@ impl Contents {
         layout.map_or(UNKNOWN_SLICE, |layout| layout.placement.slice_of(extent))
     }
 
-    pub fn raise_flush_point(&mut self, volume: VolumeId, flush_point: Version) {
+    fn settle(&mut self, volume: VolumeId, flush_point: Version) {
         let volume = self.volumes.entry(volume).or_default();
-        volume.raise_flush_point(flush_point).into_iter().for_each(|freed| self.space.remove_live(freed));
+        volume.settle(flush_point).into_iter().for_each(|freed| self.space.remove_live(freed));
     }
 
     fn instances(&mut self, record: &Instances) {
@@ -87,6 +88,7 @@ impl Contents {
         if self.dropped.contains(&data.volume) {
             return;
         }
+        self.settle(data.volume, data.flush_point);
         for (number, checksum) in (0u32..).zip(&data.checksums) {
             let block = BlockIndex(data.first.0 + u64::from(number));
             let place = Place { volume: data.volume, slice: self.slice_of(data.volume, block.extent()), block };
@@ -105,7 +107,7 @@ impl Contents {
     fn supersede(&mut self, volume: VolumeId, old: Entry, by: Version) {
         let volume = self.volumes.entry(volume).or_default();
         // A copy under the same version takes nothing away.
-        if by <= volume.flush_point || by == old.version {
+        if by <= volume.settled || by == old.version {
             self.space.remove_live(old.position);
         } else {
             volume.pins.entry(by).or_default().push(old.position);
@@ -132,7 +134,7 @@ impl Contents {
     }
 
     fn clear(&mut self, clear: &Clear) {
-        self.raise_flush_point(clear.volume, clear.flush_point);
+        self.settle(clear.volume, clear.flush_point);
         let Some(volume) = self.volumes.get(&clear.volume) else { return };
         let Some(layout) = &volume.layout else { return };
         let mut hidden = Vec::new();
@@ -145,7 +147,7 @@ impl Contents {
     pub fn is_superfluous(&self, clear: &Clear) -> bool {
         let Some(volume) = self.volumes.get(&clear.volume) else { return self.dropped.contains(&clear.volume) };
         let Some(layout) = &volume.layout else { return false };
-        self.index.is_superseded(clear_range(clear), clear.version, volume.flush_point, &layout.placement)
+        self.index.is_superseded(clear_range(clear), clear.version, volume.settled, &layout.placement)
     }
 
     fn drop_volume(&mut self, volume: VolumeId) {
