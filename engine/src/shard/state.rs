@@ -1,7 +1,7 @@
 //! What a record does to the shard once it stands in the log: synchronous, the same at run time and at a start.
 
 use super::volumes::Volume;
-use crate::index::{Applied, ClearRange, Entry, Index, Place};
+use crate::index::{Applied, AtTie, ClearRange, Entry, Found, Index, Place};
 use crate::log::record::{Clear, Data, Instances, Record};
 use crate::log::space::Space;
 use crate::log::{Position, SegmentIndex};
@@ -27,21 +27,32 @@ impl Contents {
     pub fn apply(&mut self, record: &Record, segment: SegmentIndex, origins: Option<&[Position]>) {
         match (record, origins) {
             (Record::Data(data), Some(origins)) => self.moved(data, origins),
-            (Record::Data(data), None) => self.data(data),
+            (Record::Data(data), None) => self.data(data, AtTie::NewcomerWins),
             (note, _) => {
-                self.space.add_note(segment);
+                self.space.add_note(segment, note.bytes());
                 self.note(note);
             }
         }
     }
 
-    pub fn note(&mut self, record: &Record) {
+    /// At a start. Notes are counted apart (`start`), when it is known which of them still say anything.
+    pub fn replay(&mut self, record: &Record, at_tie: AtTie) {
+        match record {
+            Record::Data(data) => self.data(data, at_tie),
+            note => self.note(note),
+        }
+    }
+
+    fn note(&mut self, record: &Record) {
         match record {
             Record::Drop(volume) => self.drop_volume(*volume),
             record if self.dropped.contains(&record.volume()) => {}
             Record::Clear(clear) => self.clear(clear),
             Record::Instances(instances) => self.instances(instances),
-            Record::Open(open) => self.volumes.entry(open.volume).or_default().merge_open(open),
+            Record::Open(open) => {
+                self.volumes.entry(open.volume).or_default().merge_open(open);
+                self.settle(open.volume, open.flush_point);
+            }
             Record::Data(_) => unreachable!("data is not a note"),
         }
     }
@@ -51,11 +62,9 @@ impl Contents {
     pub fn foresee(&mut self, record: &Record) {
         match record {
             Record::Clear(clear) if !self.dropped.contains(&clear.volume) => {
-                self.raise_flush_point(clear.volume, clear.flush_point)
+                self.settle(clear.volume, clear.flush_point)
             }
-            Record::Data(data) if !self.dropped.contains(&data.volume) => {
-                self.raise_flush_point(data.volume, data.flush_point)
-            }
+            Record::Data(data) if !self.dropped.contains(&data.volume) => self.settle(data.volume, data.flush_point),
             Record::Clear(_) | Record::Data(_) => {}
             note => self.note(note),
         }
@@ -66,26 +75,27 @@ impl Contents {
         layout.map_or(UNKNOWN_SLICE, |layout| layout.placement.slice_of(extent))
     }
 
-    pub fn raise_flush_point(&mut self, volume: VolumeId, flush_point: Version) {
+    fn settle(&mut self, volume: VolumeId, flush_point: Version) {
         let volume = self.volumes.entry(volume).or_default();
-        volume.raise_flush_point(flush_point).into_iter().for_each(|freed| self.space.remove_live(freed));
+        volume.settle(flush_point).into_iter().for_each(|freed| self.space.remove_live(freed));
     }
 
     fn instances(&mut self, record: &Instances) {
         self.volumes.entry(record.volume).or_default().merge_instances(record);
     }
 
-    fn data(&mut self, data: &Data) {
+    fn data(&mut self, data: &Data, at_tie: AtTie) {
         if self.dropped.contains(&data.volume) {
             return;
         }
+        self.settle(data.volume, data.flush_point);
         for (number, checksum) in (0u32..).zip(&data.checksums) {
             let block = BlockIndex(data.first.0 + u64::from(number));
             let place = Place { volume: data.volume, slice: self.slice_of(data.volume, block.extent()), block };
             let position = Position(data.position.0 + number);
             self.space.add_live(position);
             let entry = Entry { position, checksum: *checksum, version: data.version };
-            match self.index.apply(place, entry) {
+            match self.index.apply(place, entry, at_tie) {
                 Applied::Current { replaced: Some(replaced) } => self.supersede(data.volume, replaced, data.version),
                 Applied::Current { replaced: None } => {}
                 Applied::Superseded { by } => self.supersede(data.volume, entry, by),
@@ -97,7 +107,7 @@ impl Contents {
     fn supersede(&mut self, volume: VolumeId, old: Entry, by: Version) {
         let volume = self.volumes.entry(volume).or_default();
         // A copy under the same version takes nothing away.
-        if by <= volume.flush_point || by == old.version {
+        if by <= volume.settled || by == old.version {
             self.space.remove_live(old.position);
         } else {
             volume.pins.entry(by).or_default().push(old.position);
@@ -124,7 +134,7 @@ impl Contents {
     }
 
     fn clear(&mut self, clear: &Clear) {
-        self.raise_flush_point(clear.volume, clear.flush_point);
+        self.settle(clear.volume, clear.flush_point);
         let Some(volume) = self.volumes.get(&clear.volume) else { return };
         let Some(layout) = &volume.layout else { return };
         let mut hidden = Vec::new();
@@ -133,11 +143,11 @@ impl Contents {
         hidden.into_iter().for_each(|entry| self.supersede(clear.volume, entry, clear.version));
     }
 
-    /// The cleaner need not carry it: nothing it hides can show again.
+    /// It need not be kept: nothing it hides can show again.
     pub fn is_superfluous(&self, clear: &Clear) -> bool {
         let Some(volume) = self.volumes.get(&clear.volume) else { return self.dropped.contains(&clear.volume) };
         let Some(layout) = &volume.layout else { return false };
-        self.index.is_superseded(clear_range(clear), clear.version, volume.flush_point, &layout.placement)
+        self.index.is_superseded(clear_range(clear), clear.version, volume.settled, &layout.placement)
     }
 
     fn drop_volume(&mut self, volume: VolumeId) {
@@ -146,6 +156,15 @@ impl Contents {
         self.index.drop_volume(volume, |entry| space.remove_live(entry.position));
         let pins = self.volumes.remove(&volume).map(|volume| volume.pins).unwrap_or_default();
         pins.into_values().flatten().for_each(|position| space.remove_live(position));
+    }
+
+    /// That block of the record is current where it lies, or kept. `pinned`: of its segment.
+    pub fn needs(&self, data: &Data, number: usize, pinned: &AHashSet<Position>) -> bool {
+        let position = Position(data.position.0 + number as u32);
+        let block = BlockIndex(data.first.0 + number as u64);
+        let slice = self.slice_of(data.volume, block.extent());
+        let found = self.index.find(Place { volume: data.volume, slice, block });
+        pinned.contains(&position) || matches!(found, Found::Data(entry) if entry.position == position)
     }
 
     /// Positions in `segment` that are kept though superseded.

@@ -4,6 +4,7 @@
 use crate::log::record::{Instances, Open};
 use crate::log::{BatchNumber, Position};
 use std::collections::BTreeMap;
+use std::ops::Bound;
 use torus_rpc::message::{Envelope, Refusal, Token};
 use torus_schema::ids::{Epoch, RingGeneration, SliceId, Version, VolumeId};
 use torus_schema::ring::placement::Placement;
@@ -30,7 +31,13 @@ pub struct Volume {
     pub slices: BTreeMap<SliceId, Instance>,
     pub epoch: Epoch,
     pub token: Option<Token>,
+    /// F as its writer last told.
     pub flush_point: Version,
+    /// F as a record says that stands in the log. Only this frees anything: the next start knows no more than this, and
+    /// would find in use again what was freed by more.
+    pub settled: Version,
+    /// F of a record that is on its way for no other purpose.
+    pub settling: Version,
     pub session: Option<Session>,
     /// Superseded at this version, which is above F: kept, because the version may yet be taken back (rule 14).
     pub pins: BTreeMap<Version, Vec<Position>>,
@@ -62,8 +69,8 @@ impl Volume {
         }
     }
 
+    /// Without its F; see `settle`.
     pub fn merge_open(&mut self, record: &Open) {
-        self.flush_point = self.flush_point.max(record.flush_point);
         if record.epoch >= self.epoch {
             self.epoch = record.epoch;
             self.token = Some(record.token);
@@ -115,20 +122,25 @@ impl Volume {
         }
     }
 
-    /// F moved: what it now covers needs to be kept no longer.
-    pub fn raise_flush_point(&mut self, flush_point: Version) -> Vec<Position> {
-        if flush_point <= self.flush_point {
+    /// A record in the log says F: what it covers needs to be kept no longer.
+    pub fn settle(&mut self, flush_point: Version) -> Vec<Position> {
+        self.flush_point = self.flush_point.max(flush_point);
+        if flush_point <= self.settled {
             return Vec::new();
         }
-        self.flush_point = flush_point;
-        let kept = match self.pins.range((std::ops::Bound::Excluded(flush_point), std::ops::Bound::Unbounded)).next() {
-            Some((first, _)) => {
-                let first = *first;
-                self.pins.split_off(&first)
-            }
+        self.settled = flush_point;
+        let above = (Bound::Excluded(flush_point), Bound::Unbounded);
+        let kept = match self.pins.range(above).next().map(|(first, _)| *first) {
+            Some(first) => self.pins.split_off(&first),
             None => BTreeMap::new(),
         };
         std::mem::replace(&mut self.pins, kept).into_values().flatten().collect()
+    }
+
+    /// A record that says F would free something, and none is on its way.
+    pub fn is_worth_settling(&self) -> bool {
+        let oldest = self.pins.first_key_value().map(|(by, _)| *by);
+        self.flush_point > self.settling && oldest.is_some_and(|by| by <= self.flush_point && by > self.settling)
     }
 
     /// A kept record was copied; false if it is not kept any more.
@@ -147,14 +159,14 @@ mod tests {
     }
 
     #[test]
-    fn what_was_superseded_is_released_when_the_flush_point_reaches_its_successor_and_not_before() {
+    fn what_was_superseded_is_released_when_a_record_says_that_its_successor_is_flushed() {
         let mut volume = Volume::default();
         volume.pins.insert(version(5), vec![Position(50), Position(51)]);
         volume.pins.insert(version(7), vec![Position(70)]);
-        assert_eq!(volume.raise_flush_point(version(4)), vec![]);
-        assert_eq!(volume.raise_flush_point(version(5)), vec![Position(50), Position(51)]);
-        assert_eq!(volume.raise_flush_point(version(3)), vec![]);
-        assert_eq!(volume.raise_flush_point(Version::new(Epoch(2), 0)), vec![Position(70)]);
+        assert_eq!(volume.settle(version(4)), vec![]);
+        assert_eq!(volume.settle(version(5)), vec![Position(50), Position(51)]);
+        assert_eq!(volume.settle(version(3)), vec![]);
+        assert_eq!(volume.settle(Version::new(Epoch(2), 0)), vec![Position(70)]);
     }
 
     #[test]
