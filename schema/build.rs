@@ -1,3 +1,5 @@
+//! Turns the Cap'n Proto schemas into Rust at each build.
+
 fn main() {
     println!("cargo:rerun-if-changed=data.capnp");
     println!("cargo:rerun-if-changed=control.capnp");

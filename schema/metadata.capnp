@@ -5,7 +5,8 @@
 interface MetadataStore {
   range @0 (key :Text, isPrefix :Bool) -> (entries :List(Entry), revision :Int64);
   transact @1 (compares :List(Compare), writes :List(Write), reads :List(Text))
-      -> (applied :Bool, revision :Int64, reads :List(MaybeEntry));
+      -> (applied :Bool, revision :Int64, reads :List(MaybeEntry), leaseGone :Int64);
+  # `leaseGone`: a put names this lease, which does not exist any more; nothing was applied. 0: none.
   watch @2 (prefix :Text, fromRevision :Int64, watcher :Watcher) -> (handle :WatchHandle);
   grantLease @3 (ttlSeconds :UInt32) -> (lease :Int64);
   # `gone` where the lease does not exist any more.
@@ -14,7 +15,9 @@ interface MetadataStore {
 }
 
 interface Watcher {
-  events @0 (events :List(Event)) -> ();
+  # Whole revisions, perhaps none; `next` is where a watch goes on after this. The next ones come when these are
+  # answered.
+  events @0 (events :List(Event), next :Int64) -> ();
   compacted @1 (oldestRevision :Int64) -> ();
 }
 

@@ -1,5 +1,13 @@
 //! The client host: volumes, and the protocols that serve them.
 //!
+//! * `admin`   what `torusadm` and `torusblk volume` do
 //! * `device`  what a protocol server needs of a volume
+//! * `nbd`     the NBD server
+//! * `serve`   `torusblk serve`
+//! * `volume`  the writer: attach, fan-out, flush, reads
 
+pub mod admin;
 pub mod device;
+pub mod nbd;
+pub mod serve;
+pub mod volume;

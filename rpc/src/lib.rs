@@ -2,15 +2,19 @@
 //!
 //! * `runtime`   the bundle trait of all seams, and the production one on glommio
 //! * `message`   requests and answers of the data plane as types
-//! * `frame`     their bytes
+//! * `frame`     their bytes; `receive` takes them out of a stream, `outbox` gathers them for a send
 //! * `token`     how a shard knows a writer
 //! * `client`    a pipelined connection to one shard
 //! * `server`    one connection from a client
 //! * `metadata`  who is who: etcd, embedded, memory
 
+pub mod client;
 pub mod error;
 pub mod frame;
 pub mod message;
 pub mod metadata;
+pub mod outbox;
+pub mod receive;
 pub mod runtime;
+pub mod server;
 pub mod token;

@@ -32,6 +32,8 @@ pub const VOLUME_NAME_BYTES_MAX: usize = 128;
 /// Slices of the ring; the default suits up to some hundred shards.
 pub const SLICES_DEFAULT: u32 = 4096;
 pub const SLICES_MAX: u32 = 65536;
+/// The ring document at most, in bytes: etcd takes 1.5 MiB in one request by default.
+pub const RING_BYTES_MAX: usize = MIB as usize;
 /// Width of a volume by default: a small volume touches few nodes.
 pub const WIDTH_DEFAULT: u32 = 64;
 pub const REPLICAS_DEFAULT: u8 = 3;
@@ -43,16 +45,41 @@ pub const SEGMENT_BYTES: u64 = 64 * MIB;
 pub const SHARD_BYTES_MIN: u64 = 8 * SEGMENT_BYTES;
 /// Block positions are 32 bits in the index.
 pub const SHARD_BYTES_MAX: u64 = (1 << 32) * BLOCK_BYTES;
+/// Executors of one node: beyond this a machine runs several nodes.
+pub const SHARDS_PER_NODE_MAX: u16 = 256;
+/// Cores that `--cpus` can name: what a kernel's CPU set holds.
+pub const CPUS_MAX: usize = 1024;
 /// Appends in flight per shard; later writes gather meanwhile.
 pub const BATCHES_IN_FLIGHT_MAX: usize = 4;
 /// Share of a shard kept for cleaning, tombstones and resync, in percent.
 pub const RESERVE_PERCENT: u64 = 7;
+
+/// What one connection to a shard may have under way before it is not read from; an idle one may always start.
+pub const CONNECTION_REQUESTS_MAX: usize = 1024;
+pub const CONNECTION_BYTES_MAX: u64 = 64 * MIB;
 
 /// Unflushed bytes of a volume before it flushes by itself.
 pub const UNFLUSHED_BYTES_MAX: u64 = 64 * MIB;
 
 /// Every call to the metadata store ends within this.
 pub const METADATA_DEADLINE: Duration = Duration::from_secs(5);
+/// Operations in one metadata transaction: what etcd accepts by default (`--max-txn-ops`).
+pub const METADATA_OPERATIONS_MAX: usize = 128;
+/// Keys and values of one metadata transaction: etcd refuses requests above 1.5 MiB by default, framing included.
+pub const METADATA_TRANSACTION_BYTES_MAX: u64 = MIB + MIB / 4;
+/// One answer of the metadata store, in bytes; listing every volume has to fit.
+pub const METADATA_ANSWER_BYTES_MAX: u64 = 256 * MIB;
+/// Revisions the embedded store keeps for watches that were away; a longer absence reads the range again.
+pub const METADATA_HISTORY_REVISIONS_MAX: usize = 4096;
+/// Bytes of that history, kept in memory and on disk.
+pub const METADATA_HISTORY_BYTES_MAX: u64 = 64 * MIB;
+/// A watch that is behind gets about this much at a time, so that it never holds up the store.
+pub const METADATA_WATCH_BATCH_BYTES: u64 = MIB;
+/// Pause before a failed call or watch of the metadata store is tried again, growing from the first to the second.
+pub const METADATA_RETRY_PAUSE_MIN: Duration = Duration::from_millis(10);
+pub const METADATA_RETRY_PAUSE_MAX: Duration = Duration::from_millis(500);
+/// A metadata connection with nothing heard on it for this long is probed, so that a watch on a dead host ends.
+pub const METADATA_PROBE_AFTER: Duration = Duration::from_secs(10);
 /// Lease of a volume's writer.
 pub const OWNER_LEASE_TTL: Duration = Duration::from_secs(10);
 /// Clock drift between hosts over one lease, allowed for on both sides.
@@ -61,6 +88,16 @@ pub const LEASE_DRIFT: Duration = Duration::from_millis(500);
 pub const HEARTBEAT_LEASE_TTL: Duration = Duration::from_secs(10);
 pub const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(3);
 
+/// Pause before a background task asks a metadata store again that failed it.
+pub const METADATA_RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// Connections to a node's control port: people and monitoring, not data.
+pub const CONTROL_CONNECTIONS_MAX: usize = 64;
+/// A message to the control port, in words of 8 bytes: its calls carry a few numbers.
+pub const CONTROL_MESSAGE_WORDS_MAX: usize = 16 * 1024;
+/// Pause after a failed accept: it failed for want of descriptors, which are not back at once.
+pub const ACCEPT_RETRY_AFTER: Duration = Duration::from_millis(100);
+
 /// A link with requests outstanding that has been silent this long is probed.
 pub const LINK_PROBE_AFTER: Duration = Duration::from_millis(500);
 /// A link silent this long though probed, or not reconnected within it, is dead.
@@ -68,9 +105,34 @@ pub const LINK_DEAD_AFTER: Duration = Duration::from_secs(2);
 /// A request unanswered this long on a live link makes its replica stale.
 pub const REQUEST_DEADLINE: Duration = Duration::from_secs(5);
 
+/// NBD: payload of one request at most, in bytes; what the specification has every server accept.
+pub const NBD_PAYLOAD_BYTES_MAX: u64 = 32 * MIB;
+/// NBD: payload of a refused write that is still read and thrown away, in bytes, so that the connection can go on.
+/// More is taken for an attack: the connection is closed.
+pub const NBD_DISCARD_BYTES_MAX: u64 = 64 * MIB;
+/// NBD: requests of one connection that are not answered yet; no more are read meanwhile.
+pub const NBD_REQUESTS_MAX: usize = 256;
+/// NBD: payload of those requests, in bytes, received or to be sent.
+pub const NBD_OUTSTANDING_BYTES_MAX: u64 = 64 * MIB;
+/// NBD: options of one handshake; a client that looks at a hundred exports before it takes one is served.
+pub const NBD_OPTIONS_MAX: u32 = 256;
+/// NBD: data of one option that is looked at, in bytes: the longest name and a thousand information requests.
+pub const NBD_OPTION_BYTES_MAX: u64 = 8 * KIB;
+/// NBD: data of an option that is still read and thrown away, in bytes; more closes the connection.
+pub const NBD_OPTION_DISCARD_BYTES_MAX: u64 = MIB;
+/// NBD: a name, as the specification bounds every string.
+pub const NBD_NAME_BYTES_MAX: usize = 4096;
+/// NBD: time from the connection to the transmission phase; enough for a human who types the options.
+pub const NBD_HANDSHAKE_DEADLINE: Duration = Duration::from_secs(60);
+/// NBD: connections of one listener and executor; each may hold NBD_OUTSTANDING_BYTES_MAX.
+pub const NBD_CONNECTIONS_MAX: usize = 1024;
+/// NBD: what a stopping server waits for requests in flight and for clients to take their replies.
+pub const NBD_STOP_GRACE: Duration = Duration::from_secs(10);
+
 const _: () = assert!(EXTENT_BYTES.is_multiple_of(BLOCK_BYTES));
 const _: () = assert!(PAYLOAD_BYTES_MAX.is_multiple_of(BLOCK_BYTES));
 const _: () = assert!(PAYLOAD_BYTES_MAX <= EXTENT_BYTES);
+const _: () = assert!(CONNECTION_BYTES_MAX >= 8 * (PAYLOAD_BYTES_MAX + HEADER_BYTES_MAX));
 const _: () = assert!(SEGMENT_BYTES.is_multiple_of(BLOCK_BYTES));
 const _: () = assert!(SEGMENT_BYTES >= 8 * PAYLOAD_BYTES_MAX);
 const _: () = assert!(VOLUME_BYTES_MAX.is_multiple_of(EXTENT_BYTES));
@@ -81,6 +143,17 @@ const _: () = assert!(LINK_PROBE_AFTER.as_millis() * 2 < LINK_DEAD_AFTER.as_mill
 const _: () = assert!(LINK_DEAD_AFTER.as_millis() < REQUEST_DEADLINE.as_millis());
 const _: () = assert!(HEARTBEAT_INTERVAL.as_millis() * 3 < HEARTBEAT_LEASE_TTL.as_millis());
 const _: () = assert!(LEASE_DRIFT.as_millis() * 4 < OWNER_LEASE_TTL.as_millis());
+const _: () = assert!(METADATA_TRANSACTION_BYTES_MAX < MIB + MIB / 2);
+// A transaction that reads as many of the largest values as it may has to be answered.
+const _: () = assert!(METADATA_OPERATIONS_MAX as u64 * METADATA_TRANSACTION_BYTES_MAX < METADATA_ANSWER_BYTES_MAX);
+const _: () = assert!(METADATA_TRANSACTION_BYTES_MAX < METADATA_HISTORY_BYTES_MAX);
+const _: () = assert!(METADATA_RETRY_PAUSE_MAX.as_millis() * 2 < METADATA_DEADLINE.as_millis());
 // An Open with every slice of the largest ring (4 bytes each) has to fit in one header, twice over.
 const _: () = assert!(SLICES_MAX as u64 * 4 <= HEADER_BYTES_MAX);
 const _: () = assert!(DESCRIPTORS_PER_REPLY_MAX as u64 * 40 < HEADER_BYTES_MAX);
+const _: () = assert!(VOLUME_NAME_BYTES_MAX <= NBD_NAME_BYTES_MAX);
+const _: () = assert!(NBD_NAME_BYTES_MAX as u64 + 1024 * 2 + 8 <= NBD_OPTION_BYTES_MAX);
+const _: () = assert!(NBD_OPTION_BYTES_MAX < NBD_OPTION_DISCARD_BYTES_MAX);
+// The largest request fits beside another one, so that a connection never waits for itself.
+const _: () = assert!(2 * NBD_PAYLOAD_BYTES_MAX <= NBD_OUTSTANDING_BYTES_MAX);
+const _: () = assert!(NBD_PAYLOAD_BYTES_MAX <= NBD_DISCARD_BYTES_MAX);

@@ -12,6 +12,7 @@
 //! | `/torus/v1/epochs/<uuid>`    | [`EpochRecord`]   | the volume's writer             |       |
 //! | `/torus/v1/owners/<uuid>`    | [`OwnerRecord`]   | the volume's writer             | writer|
 //! | `/torus/v1/deleting/<uuid>`  | [`DeletingRecord`]| `volume delete`, then the nodes |       |
+//! | `/torus/v1/placements`       | [`PlacementsRecord`]| `volume create`               |       |
 //!
 //! Volume ids are never reused and keys are only ever deleted one by one: the original deleted by prefix, and
 //! deleting volume 2 wiped 20 to 2f. Numbers that can pass 2^53 are strings, since JSON readers round them.
@@ -36,6 +37,10 @@ pub mod keys {
     pub fn ring() -> String {
         format!("{PREFIX}ring")
     }
+    /// Written with every new volume and compared by every change of the ring, so that neither overlooks the other.
+    pub fn placements() -> String {
+        format!("{PREFIX}placements")
+    }
     pub fn nodes() -> String {
         format!("{PREFIX}nodes/")
     }
@@ -59,6 +64,9 @@ pub mod keys {
     }
     pub fn volume(volume: VolumeId) -> String {
         format!("{PREFIX}volumes/{volume}")
+    }
+    pub fn statuses() -> String {
+        format!("{PREFIX}status/")
     }
     pub fn status(volume: VolumeId) -> String {
         format!("{PREFIX}status/{volume}")
@@ -270,6 +278,12 @@ pub struct DeletingRecord {
     pub volume: VolumeId,
     /// Nodes that have not yet confirmed that they dropped its instances.
     pub holders: Vec<NodeId>,
+}
+
+/// Only its revision matters.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlacementsRecord {
+    pub last: VolumeId,
 }
 
 #[cfg(test)]

@@ -1,1 +1,17 @@
-//! Under construction.
+//! What integration tests share: real processes on this machine, and ways to await what they do.
+//!
+//! * `wait`     await a state, with a deadline
+//! * `process`  a program that ends with its test
+//! * `simulation`  a whole cluster in one thread, from one seed
+//! * `store`    a metadata store: etcd, or our own
+//! * `cluster`  a store, nodes and the commands to administer them
+
+pub mod cluster;
+pub mod process;
+pub mod simulation;
+pub mod store;
+pub mod wait;
+
+pub use cluster::{Cluster, ClusterOptions};
+pub use process::{Outcome, Process};
+pub use store::StoreKind;

@@ -4,9 +4,23 @@
 //! * `etcd`      a real cluster (`etcd://a:2379,b:2379`)
 //! * `embedded`  one machine: redb behind capnp-rpc (`torus://host:port`), served by `torus-engine metadata`
 //! * `memory`    simulation and unit tests
+//! * `any`       whichever of the two servers a URL names
+//! * `remote`    what their clients have in common: a thread, deadlines, retries
+//! * `store`     the pure state machine of `embedded` and `memory`
 //!
 //! Values are bytes, keys are exact strings. Every call ends within its deadline with an answer or an error that
 //! says what was tried; it may be awaited from any executor.
+
+pub mod any;
+pub mod embedded;
+mod embedded_codec;
+mod embedded_database;
+pub mod embedded_server;
+mod embedded_wire;
+pub mod etcd;
+pub mod memory;
+pub mod remote;
+pub mod store;
 
 use std::future::Future;
 use std::time::Duration;
@@ -16,7 +30,7 @@ use thiserror::Error;
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default, Hash)]
 pub struct Revision(pub i64);
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Hash)]
 pub struct LeaseId(pub i64);
 
 #[derive(Clone, PartialEq, Eq, Debug)]

@@ -47,3 +47,45 @@ impl Placement {
         self.slots[self.slot_of(extent)]
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn where_data_lies_never_changes() {
+        let placement = Placement::new(VolumeId::from_bytes(*b"torus golden vol"), 8, 4096);
+        let slices: Vec<u32> = placement.slices().iter().map(|slice| slice.0).collect();
+        assert_eq!(slices, [3984, 1299, 1623, 374, 72, 1021, 542, 404]);
+        let extents = [0, 1, 2, 3, 4, 1 << 20, u64::MAX];
+        assert_eq!(extents.map(|extent| placement.slot_of(ExtentIndex(extent))), [1, 6, 3, 5, 0, 4, 3]);
+    }
+
+    #[test]
+    fn a_volume_as_wide_as_the_ring_uses_every_slice_once() {
+        let mut slices = Placement::new(VolumeId::from_bytes([9; 16]), 256, 256).slices().to_vec();
+        slices.sort();
+        assert_eq!(slices, (0..256).map(SliceId).collect::<Vec<_>>());
+    }
+
+    proptest! {
+        #[test]
+        fn slots_are_distinct_slices_of_the_ring(id: [u8; 16], width_bits in 0_u32..9, more_bits in 0_u32..5) {
+            let (width, slices) = (1 << width_bits, 1 << (width_bits + more_bits));
+            let placement = Placement::new(VolumeId::from_bytes(id), width, slices);
+            let mut distinct = placement.slices().to_vec();
+            distinct.sort();
+            distinct.dedup();
+            prop_assert_eq!(distinct.len(), width as usize);
+            prop_assert!(distinct.iter().all(|slice| slice.0 < slices));
+        }
+
+        #[test]
+        fn an_extent_lies_in_the_slice_of_its_slot(extent: u64) {
+            let placement = Placement::new(VolumeId::from_bytes([1; 16]), 64, 4096);
+            let extent = ExtentIndex(extent);
+            prop_assert_eq!(placement.slice_of(extent), placement.slices()[placement.slot_of(extent)]);
+        }
+    }
+}

@@ -1,0 +1,22 @@
+# The commands of this repository. Each installs what is missing and says what it needs.
+
+.PHONY: setup build test run bench
+
+# Packages, and whether this machine can run a node at all. Does nothing where nothing is missing.
+setup:
+	@scripts/setup
+
+build: setup
+	cargo build --workspace
+
+# The whole check: format, lints, unit tests, real processes, real etcd. CI calls it.
+test: setup
+	@scripts/test
+
+# Three nodes on this machine with a volume over NBD, until Ctrl-C. METADATA=embedded|etcd PORT=10809 SIZE=4GiB DIR=./run
+run: setup
+	@scripts/run
+
+bench: setup
+	cargo build --release --workspace
+	cargo run --release -p torus-bench

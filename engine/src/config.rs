@@ -1,0 +1,284 @@
+//! The command line of `torus-engine`: parsed and checked before anything is touched, so that a wrong setting costs
+//! nothing but its message.
+
+use clap::{Args, Parser, Subcommand};
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+use torus_schema::ids::ShardIndex;
+use torus_schema::limits;
+
+/// Cores at or below which a node has one shard and runs unpinned: the kernel, the clients and the other nodes of a
+/// demo need them too.
+const FEW_CORES: usize = 4;
+
+#[derive(Debug, Parser)]
+#[command(
+    name = "torus-engine",
+    version,
+    about = "A Torus storage node: pools the disk under DATA_DIR into a cluster's replicated volumes",
+    after_help = "Examples:\n  \
+        torus-engine --metadata etcd://10.0.0.1:2379 --data-dir /var/lib/torus --size 80% --listen 10.0.0.7:7000\n  \
+        torus-engine --metadata torus://127.0.0.1:7900 --data-dir ./node-1 --size 20GiB --listen 127.0.0.1:0\n  \
+        torus-engine metadata --dir ./metadata --listen 127.0.0.1:7900\n\n\
+        A cluster is made once by `torusadm init`; a started node joins it by `torusadm peer add`.\n\
+        SIGTERM and SIGINT stop a node cleanly; kill -9 loses nothing that was flushed.",
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true,
+    args_override_self = true,
+    arg_required_else_help = true
+)]
+pub struct CommandLine {
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    #[command(flatten)]
+    pub node: Option<NodeArguments>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve a metadata store for one machine, as a process of its own: nodes and tools reach it as torus://HOST:PORT
+    Metadata(MetadataArguments),
+}
+
+#[derive(Debug, Args)]
+pub struct MetadataArguments {
+    /// Where the store is kept; made if it is not there
+    #[arg(long, value_name = "DIR")]
+    pub dir: PathBuf,
+    /// Address to serve on; port 0 takes a free one and prints it
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:7900")]
+    pub listen: SocketAddr,
+    /// What is logged to stderr: error, warn, info, debug, trace, or a filter such as torus_engine=debug
+    #[arg(long, value_name = "LEVEL", default_value = "info")]
+    pub log: String,
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct NodeArguments {
+    /// Where the cluster's metadata is: etcd://HOST:PORT[,HOST:PORT…], torus://HOST:PORT, or `embedded` to hold it
+    /// inside this node (a lone node; in DATA_DIR/metadata)
+    #[arg(short = 'C', long, value_name = "URL", env = "TORUS_METADATA")]
+    pub metadata: String,
+    /// Where `--metadata embedded` serves
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:7900")]
+    pub metadata_listen: SocketAddr,
+    /// The node's own directory: block files, identity, lock. Formatted when it is empty, never otherwise
+    #[arg(long, value_name = "DIR")]
+    pub data_dir: PathBuf,
+    /// Space to take from the disk, all shards together: 20GiB, 1.5TiB, or N% of the file system. Needed when the
+    /// data dir is formatted; afterwards it may be left out and cannot differ
+    #[arg(long, value_name = "SIZE|N%")]
+    pub size: Option<NodeSize>,
+    /// Address to serve on. Control is on the port given, shard i on the port + 1 + i; port 0 takes free ports for all
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:0")]
+    pub listen: SocketAddr,
+    /// Host name or address under which others reach this node, where it is not the one of --listen
+    #[arg(long, value_name = "HOST")]
+    pub advertise: Option<String>,
+    /// Shards, each with an executor, a block file and a port of its own; fixed when the data dir is formatted.
+    /// Default: one per core, or one where there are 4 cores or fewer
+    #[arg(long, value_name = "N")]
+    pub shards: Option<u16>,
+    /// Cores to pin the shards to: 0,2,4 or 0-3. Nodes that share a machine are given different ones, or none to run
+    /// unpinned
+    #[arg(long, value_name = "LIST")]
+    pub cpus: Option<CpuList>,
+    /// Failure domain: what stands in one zone falls together
+    #[arg(long, default_value = "")]
+    pub zone: String,
+    /// Failure domain inside the zone
+    #[arg(long, default_value = "")]
+    pub rack: String,
+    /// Failure domain inside the rack. Default: this machine's host name
+    #[arg(long)]
+    pub host: Option<String>,
+    /// Join the ring by itself, where no volume exists yet
+    #[arg(long)]
+    pub auto_join: bool,
+    /// Seconds after which a start gives up on a metadata store that does not answer
+    #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = parse_deadline)]
+    pub deadline: Duration,
+    /// What is logged to stderr: error, warn, info, debug, trace, or a filter such as torus_engine=debug
+    #[arg(long, value_name = "LEVEL", default_value = "info")]
+    pub log: String,
+}
+
+impl NodeArguments {
+    pub fn is_metadata_embedded(&self) -> bool {
+        self.metadata == "embedded"
+    }
+
+    /// Shards of a data dir that is formatted now.
+    pub fn shards_for_format(&self, cores: usize) -> u16 {
+        let by_cores = if cores <= FEW_CORES { 1 } else { u16::try_from(cores).unwrap_or(limits::SHARDS_PER_NODE_MAX) };
+        self.shards.unwrap_or(by_cores).clamp(1, limits::SHARDS_PER_NODE_MAX)
+    }
+
+    /// The core of each shard, or `None` for all: with fewer cores than shards pinning would only stack them up.
+    pub fn pinning(&self, shards: u16, cores: usize) -> Option<Vec<usize>> {
+        let list = match &self.cpus {
+            Some(list) => list.0.clone(),
+            None if cores <= FEW_CORES => return None,
+            None => (0..cores).collect(),
+        };
+        (list.len() >= usize::from(shards)).then(|| list[..usize::from(shards)].to_vec())
+    }
+
+    /// What the shard listens on; port 0 stays 0.
+    pub fn shard_listen(&self, shard: ShardIndex) -> Result<SocketAddr, String> {
+        let control = self.listen.port();
+        let port = if control == 0 { Some(0) } else { control.checked_add(1 + shard.0) };
+        let port = port.ok_or_else(|| {
+            format!("shard {shard} would listen on port {control} + 1 + {shard}, above 65535; choose a lower --listen")
+        })?;
+        Ok(SocketAddr::new(self.listen.ip(), port))
+    }
+
+    /// The host part of the addresses in the node's record. An unspecified address reaches nobody.
+    pub fn advertised_host(&self) -> Result<String, String> {
+        match (&self.advertise, self.listen.ip()) {
+            (Some(host), _) => Ok(host.clone()),
+            (None, ip) if ip.is_unspecified() => {
+                Err(format!("--listen {} is every address of this host; say with --advertise which one others use", ip))
+            }
+            (None, IpAddr::V6(ip)) => Ok(format!("[{ip}]")),
+            (None, IpAddr::V4(ip)) => Ok(ip.to_string()),
+        }
+    }
+}
+
+fn parse_deadline(text: &str) -> Result<Duration, String> {
+    let seconds: f64 =
+        text.trim_end_matches('s').parse().map_err(|_| format!("found {text:?}, expected seconds such as 5"))?;
+    if !(0.1..=3600.0).contains(&seconds) {
+        return Err(format!("found {text}, expected 0.1 to 3600 seconds"));
+    }
+    Ok(Duration::from_secs_f64(seconds))
+}
+
+/// As asked for: a percentage is of the file system's size, and compared as such at the next start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NodeSize {
+    Bytes(u64),
+    /// 1 to 100.
+    Percent(u8),
+}
+
+impl FromStr for NodeSize {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let expected = "expected a size such as 20GiB or a share of the disk such as 80%";
+        if let Some(percent) = text.strip_suffix('%') {
+            return match percent.trim().parse::<u8>() {
+                Ok(percent @ 1..=100) => Ok(NodeSize::Percent(percent)),
+                _ => Err(format!("found {text:?}, {expected} (1% to 100%)")),
+            };
+        }
+        torus_schema::size::parse(text).map(NodeSize::Bytes).map_err(|error| format!("{error}; {expected}"))
+    }
+}
+
+impl std::fmt::Display for NodeSize {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            NodeSize::Bytes(bytes) => write!(f, "{bytes}"),
+            NodeSize::Percent(percent) => write!(f, "{percent}%"),
+        }
+    }
+}
+
+/// Cores in the order in which shards take them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CpuList(pub Vec<usize>);
+
+impl FromStr for CpuList {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = |part: &str| format!("found {part:?}, expected cores such as 0,2,4 or 0-3");
+        let mut cpus = Vec::new();
+        for part in text.split(',') {
+            let (first, last) = part.split_once('-').unwrap_or((part, part));
+            let first: usize = first.trim().parse().map_err(|_| wrong(part))?;
+            let last: usize = last.trim().parse().map_err(|_| wrong(part))?;
+            if last < first || last >= limits::CPUS_MAX {
+                return Err(wrong(part));
+            }
+            cpus.extend(first..=last);
+        }
+        let mut sorted = cpus.clone();
+        sorted.sort_unstable();
+        sorted.dedup();
+        if sorted.len() != cpus.len() {
+            return Err(format!("found {text:?}, where a core is named twice; two shards on one core share its time"));
+        }
+        Ok(CpuList(cpus))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn node(extra: &[&str]) -> NodeArguments {
+        let base = ["torus-engine", "--metadata", "torus://127.0.0.1:1", "--data-dir", "d"];
+        let line = CommandLine::try_parse_from(base.iter().chain(extra)).unwrap();
+        assert!(line.command.is_none());
+        line.node.unwrap()
+    }
+
+    #[test]
+    fn shards_take_the_ports_behind_control() {
+        let node = node(&["--listen", "127.0.0.1:7000"]);
+        assert_eq!(node.shard_listen(ShardIndex(2)).unwrap(), "127.0.0.1:7003".parse().unwrap());
+    }
+
+    #[test]
+    fn a_port_beyond_the_last_is_refused() {
+        let error = node(&["--listen", "127.0.0.1:65535"]).shard_listen(ShardIndex(0)).unwrap_err();
+        assert!(error.contains("65535"), "{error}");
+    }
+
+    #[test]
+    fn an_unspecified_address_needs_another_to_be_advertised() {
+        assert!(node(&["--listen", "0.0.0.0:7000"]).advertised_host().unwrap_err().contains("--advertise"));
+        let advertised = node(&["--listen", "0.0.0.0:7000", "--advertise", "db7"]).advertised_host();
+        assert_eq!(advertised, Ok("db7".to_string()));
+    }
+
+    #[test]
+    fn sizes_are_bytes_or_a_share_of_the_disk() {
+        assert_eq!("20GiB".parse(), Ok(NodeSize::Bytes(20 << 30)));
+        assert_eq!("80%".parse(), Ok(NodeSize::Percent(80)));
+        for wrong in ["0%", "101%", "%", "much", "-1GiB", ""] {
+            assert!(wrong.parse::<NodeSize>().unwrap_err().contains("20GiB"), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn shards_are_pinned_only_where_each_gets_a_core_of_its_own() {
+        assert_eq!(node(&["--cpus", "1,3"]).pinning(2, 16), Some(vec![1, 3]));
+        assert_eq!(node(&["--cpus", "1"]).pinning(2, 16), None);
+        assert_eq!(node(&[]).pinning(2, 4), None);
+        assert_eq!(node(&[]).pinning(2, 8), Some(vec![0, 1]));
+        assert_eq!("0-2,7".parse(), Ok(CpuList(vec![0, 1, 2, 7])));
+        assert!("1,1".parse::<CpuList>().is_err());
+    }
+
+    #[test]
+    fn a_small_machine_has_one_shard() {
+        assert_eq!(node(&[]).shards_for_format(4), 1);
+        assert_eq!(node(&[]).shards_for_format(8), 8);
+        assert_eq!(node(&["--shards", "2"]).shards_for_format(4), 2);
+    }
+
+    #[test]
+    fn the_metadata_store_is_a_command_of_its_own() {
+        let line = CommandLine::try_parse_from(["torus-engine", "metadata", "--dir", "m"]).unwrap();
+        assert!(matches!(line.command, Some(Command::Metadata(_))));
+        assert!(CommandLine::try_parse_from(["torus-engine", "--data-dir", "d"]).is_err());
+    }
+}

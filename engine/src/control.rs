@@ -1,0 +1,231 @@
+//! The control plane of a node: `NodeControl` by capnp-rpc on the control port, served by the node's main thread.
+//!
+//! The port is open to whoever reaches it: a message is bounded before memory is taken for it, connections are
+//! bounded in number, and garbage ends its own connection only.
+
+use capnp::message::ReaderOptions;
+use capnp_rpc::{RpcSystem, rpc_twoparty_capnp, twoparty};
+use std::cell::Cell;
+use std::future::Future;
+use std::pin::Pin;
+use std::rc::Rc;
+use tokio::net::{TcpListener, TcpStream};
+use tokio_util::compat::{TokioAsyncReadCompatExt, TokioAsyncWriteCompatExt};
+use torus_schema::control_capnp::node_control;
+use torus_schema::ids::ShardIndex;
+use torus_schema::limits;
+
+/// What a node tells about itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NodeReport {
+    /// JSON, as in the metadata store.
+    pub node: String,
+    pub heartbeat: String,
+    pub shards: Vec<ShardReport>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ShardReport {
+    pub index: ShardIndex,
+    pub segments: u32,
+    pub segments_free: u32,
+    pub live_bytes: u64,
+    pub volumes: u32,
+    pub connections: u32,
+    pub reads: u64,
+    pub writes: u64,
+    pub flushes: u64,
+    pub batches: u64,
+    pub syncs: u64,
+    pub bytes_appended: u64,
+    pub checksum_errors: u64,
+    pub refused: u64,
+}
+
+/// Asked at each call, so that nothing is kept up to date for nobody.
+pub trait Reporter: 'static {
+    fn report(&self) -> Pin<Box<dyn Future<Output = Result<NodeReport, String>>>>;
+}
+
+/// Serves until it is dropped, together with the local task set it runs in.
+pub async fn serve(listener: TcpListener, reporter: Rc<dyn Reporter>) {
+    let open = Rc::new(Cell::new(0));
+    loop {
+        let (stream, peer) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                // Out of descriptors, or the peer was gone again: the next may do better, but not at once.
+                tracing::warn!(%error, "control: accept failed");
+                tokio::time::sleep(limits::ACCEPT_RETRY_AFTER).await;
+                continue;
+            }
+        };
+        if open.get() >= limits::CONTROL_CONNECTIONS_MAX {
+            tracing::warn!(%peer, limit = limits::CONTROL_CONNECTIONS_MAX, "control: too many connections, closed one");
+            continue;
+        }
+        let guard = Open::new(open.clone());
+        let reporter = reporter.clone();
+        tokio::task::spawn_local(async move {
+            let _guard = guard;
+            if let Err(error) = talk(stream, reporter).await {
+                tracing::info!(%peer, %error, "control: connection ended");
+            }
+        });
+    }
+}
+
+async fn talk(stream: TcpStream, reporter: Rc<dyn Reporter>) -> Result<(), capnp::Error> {
+    stream.set_nodelay(true).map_err(|error| capnp::Error::failed(error.to_string()))?;
+    let (reader, writer) = stream.into_split();
+    let mut options = ReaderOptions::new();
+    options.traversal_limit_in_words(Some(limits::CONTROL_MESSAGE_WORDS_MAX)).nesting_limit(16);
+    let (reader, writer) = (reader.compat(), writer.compat_write());
+    let network = twoparty::VatNetwork::new(reader, writer, rpc_twoparty_capnp::Side::Server, options);
+    let client: node_control::Client = capnp_rpc::new_client(Control { reporter });
+    RpcSystem::new(Box::new(network), Some(client.client)).await
+}
+
+struct Open(Rc<Cell<usize>>);
+
+impl Open {
+    fn new(count: Rc<Cell<usize>>) -> Self {
+        count.set(count.get() + 1);
+        Self(count)
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.set(self.0.get() - 1);
+    }
+}
+
+struct Control {
+    reporter: Rc<dyn Reporter>,
+}
+
+impl node_control::Server for Control {
+    async fn status(
+        self: Rc<Self>,
+        _: node_control::StatusParams,
+        mut results: node_control::StatusResults,
+    ) -> Result<(), capnp::Error> {
+        let report = self.reporter.report().await.map_err(capnp::Error::failed)?;
+        let mut status = results.get().init_status();
+        status.set_node(&report.node);
+        status.set_heartbeat(&report.heartbeat);
+        let mut shards = status.init_shards(u32::try_from(report.shards.len()).unwrap_or(0));
+        for (position, shard) in (0u32..).zip(&report.shards) {
+            let mut to = shards.reborrow().get(position);
+            to.set_index(shard.index.0);
+            to.set_segments(shard.segments);
+            to.set_segments_free(shard.segments_free);
+            to.set_live_bytes(shard.live_bytes);
+            to.set_volumes(shard.volumes);
+            to.set_connections(shard.connections);
+            to.set_reads(shard.reads);
+            to.set_writes(shard.writes);
+            to.set_flushes(shard.flushes);
+            to.set_batches(shard.batches);
+            to.set_syncs(shard.syncs);
+            to.set_bytes_appended(shard.bytes_appended);
+            to.set_checksum_errors(shard.checksum_errors);
+            to.set_refused(shard.refused);
+        }
+        Ok(())
+    }
+}
+
+/// The other side, for tools and tests: one question, one answer.
+pub async fn ask_status(address: &str) -> Result<NodeReport, capnp::Error> {
+    let failed = |error: std::io::Error| capnp::Error::failed(format!("{address}: {error}"));
+    let stream = TcpStream::connect(address).await.map_err(failed)?;
+    let (reader, writer) = stream.into_split();
+    let (reader, writer) = (reader.compat(), writer.compat_write());
+    let side = rpc_twoparty_capnp::Side::Client;
+    let network = twoparty::VatNetwork::new(reader, writer, side, ReaderOptions::new());
+    let mut system = RpcSystem::new(Box::new(network), None);
+    let client: node_control::Client = system.bootstrap(rpc_twoparty_capnp::Side::Server);
+    let running = tokio::task::spawn_local(system);
+    let response = client.status_request().send().promise.await?;
+    let report = read_report(response.get()?.get_status()?);
+    running.abort();
+    report
+}
+
+fn read_report(status: torus_schema::control_capnp::node_status::Reader<'_>) -> Result<NodeReport, capnp::Error> {
+    let shards = status.get_shards()?.iter().map(|shard| ShardReport {
+        index: ShardIndex(shard.get_index()),
+        segments: shard.get_segments(),
+        segments_free: shard.get_segments_free(),
+        live_bytes: shard.get_live_bytes(),
+        volumes: shard.get_volumes(),
+        connections: shard.get_connections(),
+        reads: shard.get_reads(),
+        writes: shard.get_writes(),
+        flushes: shard.get_flushes(),
+        batches: shard.get_batches(),
+        syncs: shard.get_syncs(),
+        bytes_appended: shard.get_bytes_appended(),
+        checksum_errors: shard.get_checksum_errors(),
+        refused: shard.get_refused(),
+    });
+    let node = status.get_node()?.to_string()?;
+    let heartbeat = status.get_heartbeat()?.to_string()?;
+    Ok(NodeReport { node, heartbeat, shards: shards.collect() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::net::SocketAddr;
+
+    struct Fixed;
+
+    impl Reporter for Fixed {
+        fn report(&self) -> Pin<Box<dyn Future<Output = Result<NodeReport, String>>>> {
+            let shard = ShardReport { index: ShardIndex(1), live_bytes: u64::MAX, refused: 7, ..Default::default() };
+            let report = NodeReport { node: "{}".into(), heartbeat: "{\"é\":1}".into(), shards: vec![shard] };
+            Box::pin(async move { Ok(report) })
+        }
+    }
+
+    fn with_server<F: Future<Output = ()>>(test: impl FnOnce(SocketAddr) -> F) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        tokio::task::LocalSet::new().block_on(&runtime, async {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let address = listener.local_addr().unwrap();
+            tokio::task::spawn_local(serve(listener, Rc::new(Fixed)));
+            test(address).await;
+        });
+    }
+
+    #[test]
+    fn the_status_arrives_as_it_was_reported() {
+        with_server(|address| async move {
+            let report = ask_status(&address.to_string()).await.unwrap();
+            assert_eq!(report, Fixed.report().await.unwrap());
+        });
+    }
+
+    #[test]
+    fn garbage_ends_its_own_connection_and_no_other() {
+        with_server(|address| async move {
+            let garbage = [&[0xff; 64][..], b"GET / HTTP/1.1\r\n\r\n", &[0; 4096], &[0, 0, 0, 0, 255, 255, 255, 127]];
+            for bytes in garbage {
+                let bytes = bytes.to_vec();
+                let sent = tokio::task::spawn_blocking(move || {
+                    let mut stream = std::net::TcpStream::connect(address).unwrap();
+                    stream.write_all(&bytes).unwrap();
+                    stream.shutdown(std::net::Shutdown::Write).unwrap();
+                    // Ends when the server has closed its side; what it says before is of no interest.
+                    let _ = stream.read_to_end(&mut Vec::new());
+                });
+                sent.await.unwrap();
+                assert!(ask_status(&address.to_string()).await.is_ok());
+            }
+        });
+    }
+}

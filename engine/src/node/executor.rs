@@ -1,0 +1,207 @@
+//! One shard's thread: a glommio executor with its block file, its log and its data port, all its own.
+//!
+//! The node's main thread reaches it by commands alone, for what happens once in a while: numbers, a deleted volume,
+//! the end. Nothing of the data path passes here.
+
+use crate::disk::direct::DirectDisk;
+use crate::node::no_metadata::NoMetadata;
+use crate::shard::{Chunk, Shard, ShardIdentity, ShardStatistics};
+use bytes::Bytes;
+use futures::StreamExt;
+use futures::channel::{mpsc, oneshot};
+use std::cell::Cell;
+use std::net::TcpListener;
+use std::os::fd::{FromRawFd, IntoRawFd};
+use std::path::PathBuf;
+use std::rc::Rc;
+use thiserror::Error;
+use torus_rpc::message::{Envelope, Operation, Reply};
+use torus_rpc::runtime::Disk;
+use torus_rpc::runtime::glommio::{self as executor, GlommioRuntime};
+use torus_rpc::server::{self, ConnectionCounts};
+use torus_rpc::token::ClusterKey;
+use torus_schema::ids::{ShardIndex, VolumeId};
+use torus_schema::limits::SEGMENT_BYTES;
+
+type ShardRuntime = GlommioRuntime<NoMetadata, DirectDisk>;
+type DirectChunk = Chunk<<DirectDisk as Disk>::Bytes>;
+
+/// Everything a shard's thread needs to know.
+pub struct ShardOptions {
+    pub identity: ShardIdentity,
+    pub block_file: PathBuf,
+    pub bytes: u64,
+    pub cpu: Option<usize>,
+}
+
+impl ShardOptions {
+    fn thread_name(&self) -> String {
+        format!("shard-{}", self.identity.shard)
+    }
+}
+
+#[derive(Debug, Error)]
+pub enum ShardThreadError {
+    #[error("shard {shard} could not be {what}: {because}")]
+    Start { shard: ShardIndex, what: &'static str, because: String },
+    #[error("the thread of shard {shard} has ended; see the log before this, and start the node again")]
+    Ended { shard: ShardIndex },
+    #[error("shard {shard}: {because}")]
+    Refused { shard: ShardIndex, because: String },
+}
+
+/// Makes the block file, in an executor that ends with it.
+pub async fn format(options: ShardOptions) -> Result<(), ShardThreadError> {
+    let shard = options.identity.shard;
+    let failed = move |because| ShardThreadError::Start { shard, what: "formatted", because };
+    let (answer, formatted) = oneshot::channel();
+    let work = move || {
+        let result = executor::run(&options.thread_name(), options.cpu, format_here(&options));
+        // Nobody waits any more only if the node is being stopped.
+        let _ = answer.send(result.map_err(|error| error.to_string()).and_then(|inner| inner));
+    };
+    std::thread::Builder::new().spawn(work).map_err(|error| failed(error.to_string()))?;
+    formatted.await.map_err(|_| ShardThreadError::Ended { shard })?.map_err(failed)
+}
+
+async fn format_here(options: &ShardOptions) -> Result<(), String> {
+    let runtime = ShardRuntime::new(NoMetadata);
+    let disk = DirectDisk::create(&options.block_file, options.bytes).await.map_err(|error| error.to_string())?;
+    let formatted = Shard::format(&runtime, &disk, options.identity, SEGMENT_BYTES).await;
+    formatted.map_err(|error| error.to_string())?;
+    disk.sync().await.map_err(|error| error.to_string())?;
+    disk.close().await.map_err(|error| error.to_string())
+}
+
+/// A shard's numbers, with those of its port.
+#[derive(Clone, Debug)]
+pub struct Numbers {
+    pub shard: ShardStatistics,
+    pub connections: u32,
+}
+
+enum Command {
+    Numbers(oneshot::Sender<Numbers>),
+    DropVolume(VolumeId, oneshot::Sender<Result<(), String>>),
+    Close(oneshot::Sender<()>),
+}
+
+/// The main thread's end of it.
+pub struct ShardThread {
+    pub index: ShardIndex,
+    commands: mpsc::UnboundedSender<Command>,
+}
+
+impl ShardThread {
+    /// Opens the shard and serves it on `listener`.
+    pub async fn start(
+        options: ShardOptions,
+        key: ClusterKey,
+        listener: TcpListener,
+    ) -> Result<Self, ShardThreadError> {
+        let index = options.identity.shard;
+        let failed = move |because| ShardThreadError::Start { shard: index, what: "started", because };
+        let (commands, receiver) = mpsc::unbounded();
+        let (ready, is_ready) = oneshot::channel();
+        let work = move || {
+            let ready = Rc::new(Cell::new(Some(ready)));
+            let tell = {
+                let ready = ready.clone();
+                // Nobody waits any more only if the node is being stopped.
+                move |result: Result<(), String>| ready.take().map_or((), |ready| drop(ready.send(result)))
+            };
+            let (name, cpu) = (options.thread_name(), options.cpu);
+            let served = executor::run(&name, cpu, async {
+                let shard = open(&options, key).await;
+                tell(shard.as_ref().map(drop).map_err(String::clone));
+                if let Ok(shard) = shard {
+                    serve(shard, options.identity, listener, receiver).await;
+                }
+            });
+            if let Err(error) = served {
+                tell(Err(error.to_string()));
+            }
+        };
+        std::thread::Builder::new().spawn(work).map_err(|error| failed(error.to_string()))?;
+        is_ready.await.map_err(|_| ShardThreadError::Ended { shard: index })?.map_err(failed)?;
+        Ok(Self { index, commands })
+    }
+
+    pub async fn numbers(&self) -> Result<Numbers, ShardThreadError> {
+        self.ask(Command::Numbers).await
+    }
+
+    pub async fn drop_volume(&self, volume: VolumeId) -> Result<(), ShardThreadError> {
+        let dropped = self.ask(|answer| Command::DropVolume(volume, answer)).await?;
+        dropped.map_err(|because| ShardThreadError::Refused { shard: self.index, because })
+    }
+
+    /// No connection is accepted any more, what is in flight ends, and everything is durable.
+    pub async fn close(&self) -> Result<(), ShardThreadError> {
+        self.ask(Command::Close).await
+    }
+
+    async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, ShardThreadError> {
+        let (answer, answered) = oneshot::channel();
+        let ended = || ShardThreadError::Ended { shard: self.index };
+        self.commands.unbounded_send(command(answer)).map_err(|_| ended())?;
+        answered.await.map_err(|_| ended())
+    }
+}
+
+async fn open(options: &ShardOptions, key: ClusterKey) -> Result<Rc<Shard<ShardRuntime>>, String> {
+    let disk = DirectDisk::open(&options.block_file).await.map_err(|error| error.to_string())?;
+    let runtime = ShardRuntime::new(NoMetadata);
+    Shard::open(runtime, disk, options.identity, key).await.map_err(|error| error.to_string())
+}
+
+/// Until it is told to close, or the main thread is gone.
+async fn serve(
+    shard: Rc<Shard<ShardRuntime>>,
+    identity: ShardIdentity,
+    listener: TcpListener,
+    mut commands: mpsc::UnboundedReceiver<Command>,
+) {
+    let identity = server::Identity { cluster: identity.cluster, node: identity.node, shard: identity.shard };
+    let counts = Rc::new(ConnectionCounts::default());
+    // SAFETY: the descriptor is a listening socket that nobody else holds. It was bound by the main thread because
+    // glommio binds with SO_REUSEPORT: two nodes on one port would then share its connections unnoticed.
+    let listener = unsafe { glommio::net::TcpListener::from_raw_fd(listener.into_raw_fd()) };
+    let accepting =
+        glommio::spawn_local(server::serve(listener, identity, ShardHandler(shard.clone()), counts.clone()));
+    while let Some(command) = commands.next().await {
+        match command {
+            Command::Numbers(answer) => {
+                let numbers = Numbers { shard: shard.statistics(), connections: counts.open.get() };
+                let _ = answer.send(numbers);
+            }
+            Command::DropVolume(volume, answer) => {
+                let dropped = shard.drop_volume(volume).await.map_err(|error| error.to_string());
+                let _ = answer.send(dropped);
+            }
+            Command::Close(answer) => {
+                accepting.cancel().await;
+                shard.close().await;
+                let _ = answer.send(());
+                return;
+            }
+        }
+    }
+}
+
+/// Hands a connection's requests to the shard.
+struct ShardHandler(Rc<Shard<ShardRuntime>>);
+
+impl Clone for ShardHandler {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+impl server::Handler for ShardHandler {
+    type Chunk = DirectChunk;
+
+    async fn handle(self, envelope: Envelope, operation: Operation, payload: Bytes) -> (Reply, Vec<DirectChunk>) {
+        self.0.handle(envelope, operation, payload).await
+    }
+}

@@ -1,0 +1,338 @@
+//! The life of a storage node: lock the data dir, find the cluster, format or check, open the shards, join, serve,
+//! leave.
+//!
+//! * `executor`     a shard's thread
+//! * `no_metadata`  what a shard asks the metadata store for
+//! * `shards`       all of them, as the main thread sees them
+//! * `membership`   the node's record and heartbeat
+//! * `deleting`     volumes that were deleted
+//!
+//! The main thread runs tokio for the metadata store, the control port and signals; it never touches data. While the
+//! metadata store is away, the shards serve on.
+
+pub mod deleting;
+pub mod executor;
+pub mod membership;
+pub mod no_metadata;
+pub mod shards;
+
+use crate::config::NodeArguments;
+use crate::control;
+use crate::datadir::{DataDir, DataDirError, Found, Identity};
+use crate::node::executor::{ShardOptions, ShardThread, ShardThreadError};
+use crate::node::membership::{Membership, MembershipError};
+use crate::node::shards::{NodeReporter, Shards};
+use crate::shard::ShardIdentity;
+use std::convert::Infallible;
+use std::net::{SocketAddr, TcpListener};
+use std::rc::Rc;
+use thiserror::Error;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use torus_rpc::metadata::any::AnyMetadata;
+use torus_rpc::metadata::embedded_server::EmbeddedServer;
+use torus_rpc::metadata::{Metadata, MetadataError, Revision, Watch};
+use torus_rpc::token::{ClusterKey, KeyError};
+use torus_schema::ids::{NodeId, ShardIndex};
+use torus_schema::limits::{HEARTBEAT_INTERVAL, METADATA_RETRY_AFTER};
+use torus_schema::records::{self, ClusterRecord, NodeRecord, RecordError, ShardRecord, keys};
+
+#[derive(Debug, Error)]
+pub enum NodeError {
+    #[error(transparent)]
+    DataDir(#[from] DataDirError),
+    #[error(transparent)]
+    Metadata(#[from] MetadataError),
+    #[error(transparent)]
+    Membership(#[from] MembershipError),
+    #[error(transparent)]
+    Shard(#[from] ShardThreadError),
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    #[error("the key of the cluster record cannot be used: {0}")]
+    Key(#[from] KeyError),
+    #[error("the metadata store at {url} holds no cluster; make one with `torusadm -C {url} init`")]
+    NoCluster { url: String },
+    #[error("the cluster's records have format version {found}, expected {expected}; run the program that wrote them")]
+    ClusterFormat { found: u32, expected: u32 },
+    #[error(
+        "{what} cannot listen on {address}: {because}; is another node or program there? choose another --listen, or port 0 for any free one"
+    )]
+    Listen { what: String, address: SocketAddr, because: String },
+    #[error("the embedded metadata store could not be started: {because}")]
+    Embedded { because: String },
+    #[error("{0}")]
+    Setting(String),
+    #[error("{what}: {because}")]
+    System { what: &'static str, because: String },
+}
+
+/// Runs a node until it is told to stop. Blocks.
+pub fn run(arguments: NodeArguments) -> Result<(), NodeError> {
+    let system = |what| move |error: std::io::Error| NodeError::System { what, because: error.to_string() };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(system("the main thread's event loop"))?;
+    tokio::task::LocalSet::new().block_on(&runtime, async {
+        let mut stop = StopSignals::new().map_err(system("signal handlers"))?;
+        let dir = DataDir::lock(&arguments.data_dir)?;
+        let node = tokio::select! {
+            started = Node::start(&arguments, &dir) => started?,
+            _ = stop.wait() => return Ok(()),
+        };
+        node.serve(&mut stop).await
+    })
+}
+
+struct StopSignals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl StopSignals {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    async fn wait(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => tracing::info!("SIGTERM: stopping"),
+            _ = self.interrupt.recv() => tracing::info!("SIGINT: stopping"),
+        }
+    }
+}
+
+/// Started and joined.
+struct Node<'a> {
+    id: NodeId,
+    metadata: AnyMetadata,
+    membership: Membership<'a, AnyMetadata>,
+    shards: Rc<Shards>,
+    control: tokio::net::TcpListener,
+    reporter: Rc<NodeReporter>,
+    /// Ends with the node.
+    _embedded: Option<EmbeddedServer>,
+}
+
+impl<'a> Node<'a> {
+    async fn start(arguments: &NodeArguments, dir: &'a DataDir) -> Result<Node<'a>, NodeError> {
+        let found = dir.inspect()?;
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        // What is wrong with the settings is said before anybody is asked for anything.
+        if !matches!(found, Found::Formatted(_)) {
+            dir.plan_format(arguments.size, arguments.shards_for_format(cores))?;
+        }
+        let host = arguments.advertised_host().map_err(NodeError::Setting)?;
+        let (embedded, url) = start_embedded(arguments, dir)?;
+        let metadata = AnyMetadata::connect(&url, arguments.deadline)?;
+        let cluster = find_cluster(&metadata, &url, embedded.is_some()).await?;
+        let key = ClusterKey::from_hex(&cluster.key)?;
+        let identity = match found {
+            Found::Formatted(identity) => {
+                dir.check(&identity, cluster.id, arguments.size, arguments.shards)?;
+                dir.forget_format()?;
+                identity
+            }
+            Found::Empty | Found::InterruptedFormat => format(arguments, dir, &cluster, cores, &found).await?,
+        };
+        let listeners = Listeners::bind(arguments, identity.shards)?;
+        let record = node_record(arguments, &identity, &host, &listeners)?;
+        let mut threads = Vec::new();
+        let options = shard_options(arguments, dir, &identity, cores);
+        for (options, listener) in options.into_iter().zip(listeners.shards) {
+            threads.push(ShardThread::start(options, key.clone(), listener).await?);
+        }
+        let shards = Rc::new(Shards::new(threads));
+        let mut membership = Membership::new(metadata.clone(), dir, record.clone());
+        membership.join(shards.usage().await?).await?;
+        tracing::info!(node = %identity.node, cluster = %cluster.id, control = record.control, "serving");
+        let reporter = Rc::new(NodeReporter { record, started_s: membership.started_s(), shards: shards.clone() });
+        let (id, control) = (identity.node, listeners.control);
+        Ok(Node { id, metadata, membership, shards, control, reporter, _embedded: embedded })
+    }
+
+    /// Until a signal, or until it cannot go on.
+    async fn serve(mut self, stop: &mut StopSignals) -> Result<(), NodeError> {
+        let control = tokio::task::spawn_local(control::serve(self.control, self.reporter));
+        let result = tokio::select! {
+            _ = stop.wait() => Ok(()),
+            error = beat(&mut self.membership, &self.shards) => Err(error),
+            never = follow_deletions(&self.metadata, self.id, &self.shards) => match never {},
+        };
+        control.abort();
+        let leave = async {
+            self.shards.close().await?;
+            self.membership.leave().await?;
+            Ok::<(), NodeError>(())
+        };
+        tokio::select! {
+            left = leave => match left {
+                Ok(()) => tracing::info!("stopped"),
+                Err(error) => tracing::warn!(%error, "stopped, though not as it should be"),
+            },
+            _ = stop.wait() => tracing::warn!("told to stop twice: ended at once"),
+        }
+        result
+    }
+}
+
+/// Renews the heartbeat; ends only with what a node cannot live with.
+async fn beat(membership: &mut Membership<'_, AnyMetadata>, shards: &Shards) -> NodeError {
+    let mut is_away = false;
+    loop {
+        tokio::time::sleep(HEARTBEAT_INTERVAL).await;
+        // A shard that does not answer holds up the heartbeat: the cluster shall see a stuck node as down.
+        let usage = match shards.usage().await {
+            Ok(usage) => usage,
+            Err(error) => return error.into(),
+        };
+        match membership.renew(usage).await {
+            Ok(()) if is_away => {
+                is_away = false;
+                tracing::info!("the metadata store answers again");
+            }
+            Ok(()) => {}
+            Err(MembershipError::Metadata(error)) if is_away => tracing::debug!(%error, "still no heartbeat"),
+            Err(MembershipError::Metadata(error)) => {
+                is_away = true;
+                tracing::warn!(%error, "no heartbeat; data is served on, trying again");
+            }
+            Err(error) => return error.into(),
+        }
+    }
+}
+
+async fn follow_deletions(metadata: &AnyMetadata, node: NodeId, shards: &Shards) -> Infallible {
+    loop {
+        match deleting::follow(metadata, node, shards).await {
+            Ok(never) => match never {},
+            Err(error) => tracing::warn!(%error, "deleted volumes cannot be followed; trying again"),
+        }
+        tokio::time::sleep(METADATA_RETRY_AFTER).await;
+    }
+}
+
+/// The store inside this node, if asked for, and the URL under which the store is reached.
+fn start_embedded(arguments: &NodeArguments, dir: &DataDir) -> Result<(Option<EmbeddedServer>, String), NodeError> {
+    if !arguments.is_metadata_embedded() {
+        return Ok((None, arguments.metadata.clone()));
+    }
+    let server = EmbeddedServer::start(&dir.metadata_dir(), arguments.metadata_listen)
+        .map_err(|error| NodeError::Embedded { because: error.to_string() })?;
+    let url = format!("torus://{}", server.address());
+    tracing::info!(url, "serving the cluster's metadata");
+    Ok((Some(server), url))
+}
+
+/// A store inside this node is reached only once the node runs, so there the cluster is waited for.
+async fn find_cluster(metadata: &AnyMetadata, url: &str, is_embedded: bool) -> Result<ClusterRecord, NodeError> {
+    let key = keys::cluster();
+    loop {
+        if let Some(entry) = metadata.get(&key).await? {
+            let record: ClusterRecord = records::decode(&key, &entry.value)?;
+            let (found, expected) = (record.format_version, records::FORMAT_VERSION);
+            return if found == expected { Ok(record) } else { Err(NodeError::ClusterFormat { found, expected }) };
+        }
+        if !is_embedded {
+            return Err(NodeError::NoCluster { url: url.to_string() });
+        }
+        tracing::info!("no cluster yet: make one with `torusadm -C {url} init`");
+        // A cluster made since the question shows in the watch, which starts before everything.
+        metadata.watch(&key, Revision(1)).await?.next().await?;
+    }
+}
+
+async fn format(
+    arguments: &NodeArguments,
+    dir: &DataDir,
+    cluster: &ClusterRecord,
+    cores: usize,
+    found: &Found,
+) -> Result<Identity, NodeError> {
+    let path = dir.path().display();
+    match found {
+        Found::InterruptedFormat => tracing::warn!("data dir {path}: a format was cut off; formatting it again"),
+        _ => tracing::info!("data dir {path} is empty: formatting it for cluster {}", cluster.id),
+    }
+    dir.begin_format()?;
+    let layout = dir.plan_format(arguments.size, arguments.shards_for_format(cores))?;
+    let node = NodeId::random();
+    let draft = Identity {
+        format_version: 0,
+        cluster: cluster.id,
+        node,
+        shards: layout.shards,
+        shard_bytes: layout.shard_bytes,
+        size: layout.size.to_string(),
+    };
+    for options in shard_options(arguments, dir, &draft, cores) {
+        executor::format(options).await?;
+    }
+    let identity = dir.finish_format(cluster.id, node, &layout)?;
+    tracing::info!(node = %node, shards = layout.shards, shard_bytes = layout.shard_bytes, "formatted");
+    Ok(identity)
+}
+
+fn shard_options(arguments: &NodeArguments, dir: &DataDir, identity: &Identity, cores: usize) -> Vec<ShardOptions> {
+    let pinning = arguments.pinning(identity.shards, cores);
+    let option = |shard: ShardIndex| ShardOptions {
+        identity: ShardIdentity { cluster: identity.cluster, node: identity.node, shard },
+        block_file: dir.block_file(shard),
+        bytes: identity.shard_bytes,
+        cpu: pinning.as_ref().map(|cpus| cpus[usize::from(shard.0)]),
+    };
+    (0..identity.shards).map(ShardIndex).map(option).collect()
+}
+
+/// Bound before anything is opened, without SO_REUSEPORT, so that a port that is taken is an error.
+struct Listeners {
+    control: tokio::net::TcpListener,
+    shards: Vec<TcpListener>,
+}
+
+impl Listeners {
+    fn bind(arguments: &NodeArguments, shards: u16) -> Result<Self, NodeError> {
+        let listen = |what: String, address: SocketAddr| {
+            TcpListener::bind(address).map_err(|error| NodeError::Listen { what, address, because: error.to_string() })
+        };
+        let control = listen("the control port".to_string(), arguments.listen)?;
+        let mut data = Vec::new();
+        for shard in (0..shards).map(ShardIndex) {
+            let address = arguments.shard_listen(shard).map_err(NodeError::Setting)?;
+            data.push(listen(format!("shard {shard}"), address)?);
+        }
+        let to_tokio = || {
+            control.set_nonblocking(true)?;
+            tokio::net::TcpListener::from_std(control)
+        };
+        let control = to_tokio().map_err(|error| system("the control port", error))?;
+        Ok(Self { control, shards: data })
+    }
+}
+
+fn system(what: &'static str, error: std::io::Error) -> NodeError {
+    NodeError::System { what, because: error.to_string() }
+}
+
+fn node_record(
+    arguments: &NodeArguments,
+    identity: &Identity,
+    host: &str,
+    listeners: &Listeners,
+) -> Result<NodeRecord, NodeError> {
+    let mut shards = Vec::new();
+    for (index, listener) in (0..).map(ShardIndex).zip(&listeners.shards) {
+        let port = listener.local_addr().map_err(|error| system("the port of a shard", error))?.port();
+        shards.push(ShardRecord { index, address: format!("{host}:{port}"), size_bytes: identity.shard_bytes });
+    }
+    let port = listeners.control.local_addr().map_err(|error| system("the control port", error))?.port();
+    let this_host = || nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    Ok(NodeRecord {
+        id: identity.node,
+        cluster: identity.cluster,
+        host: arguments.host.clone().unwrap_or_else(this_host),
+        zone: arguments.zone.clone(),
+        rack: arguments.rack.clone(),
+        control: format!("{host}:{port}"),
+        shards,
+        program: env!("CARGO_PKG_VERSION").to_string(),
+    })
+}

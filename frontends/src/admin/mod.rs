@@ -1,0 +1,41 @@
+//! Administration: what `torusadm` and `torusblk volume` do, one file per noun. Nothing here prints: a command gives a
+//! `Report`, and the programs in `bin/` show it.
+//!
+//! * `cluster`   `init` and `status`
+//! * `peer`      storage nodes, and which of them are in the ring
+//! * `ring`      the ring document
+//! * `volume`    the noun both programs share; `volume_create`, `volume_delete`, `volume_show`
+//! * `snapshot`  what stands in the metadata store, read and checked
+//! * `output`    tables, JSON and CSV
+//! * `error`     every way a command is refused or fails, and what to do next
+
+pub mod cluster;
+mod error;
+pub mod output;
+pub mod peer;
+pub mod ring;
+mod snapshot;
+pub mod volume;
+pub mod volume_create;
+pub mod volume_delete;
+mod volume_show;
+
+#[cfg(test)]
+mod tests;
+
+pub use error::AdminError;
+pub use output::{Format, Report};
+
+use std::time::{SystemTime, UNIX_EPOCH};
+use torus_rpc::runtime::{Random, Runtime};
+use uuid::Uuid;
+
+/// Seconds since the epoch of Unix, for records that people read.
+fn now_s() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// From the runtime's chance, so that a simulation repeats it.
+fn draw_uuid<R: Runtime>(runtime: &R) -> Uuid {
+    uuid::Builder::from_random_bytes(runtime.random().u128().to_be_bytes()).into_uuid()
+}

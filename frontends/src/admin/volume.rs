@@ -1,0 +1,143 @@
+//! The noun `volume`, the same in `torusblk` and `torusadm`.
+
+use super::volume_create::{NewVolume, check_name, check_size, create};
+use super::volume_delete::{Wait, delete};
+use super::{AdminError, Report, snapshot, volume_show};
+use clap::{Args, Subcommand};
+use serde_json::json as object;
+use std::time::Duration;
+use torus_rpc::metadata::Metadata;
+use torus_rpc::runtime::Runtime;
+use torus_schema::limits::VOLUME_BYTES_MAX;
+use torus_schema::records::VolumeRecord;
+use torus_schema::size::{self, SizeError};
+
+#[derive(Subcommand, Clone, Debug)]
+pub enum VolumeCommand {
+    /// Make a volume
+    #[command(
+        after_help = "Examples:\n  volume create db-1 500GiB\n  volume create scratch 1TiB --replicas 2 --width 256"
+    )]
+    Create(CreateArguments),
+    /// Show all volumes
+    List,
+    /// Show all that is known of a volume: record, owner, stale replicas, where it lies
+    Show { name: String },
+    /// Delete a volume that nobody has attached; its space comes back as the nodes confirm
+    Delete(DeleteArguments),
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct CreateArguments {
+    /// 1 to 128 of A-Z a-z 0-9 . _ -, not beginning with . or -
+    pub name: String,
+    /// Such as 10GiB, 1.5T, 4096 (bytes). Thin: only what is written takes space, so it may exceed the capacity
+    #[arg(value_parser = parse_size)]
+    pub size: u64,
+    /// Copies of every block, each on another node [default: the cluster's, 3 unless set at init]
+    #[arg(long)]
+    pub replicas: Option<u8>,
+    /// Replicas in sync below which nothing is written: every acknowledged write is on at least that many
+    /// [default: replicas − 1, at least 1]
+    #[arg(long)]
+    pub min_replicas: Option<u8>,
+    /// Slices the volume is spread over, a power of two: more spread the load over more shards, fewer let the death
+    /// of a node touch fewer volumes [default: 64]
+    #[arg(long)]
+    pub width: Option<u32>,
+    /// Make every write durable before it is acknowledged, for users that never flush
+    #[arg(long)]
+    pub write_through: bool,
+}
+
+/// Past the largest u64 a size is too large all the same; saying so is for `check_size`.
+fn parse_size(text: &str) -> Result<u64, SizeError> {
+    match size::parse(text) {
+        Err(SizeError::TooLarge { .. }) => Ok(u64::MAX),
+        other => other,
+    }
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct DeleteArguments {
+    pub name: String,
+    /// Do not wait for the nodes to drop the data; they do it all the same
+    #[arg(long)]
+    pub no_wait: bool,
+}
+
+/// `progress` hears what is waited for.
+pub async fn run<R: Runtime>(
+    runtime: &R,
+    command: &VolumeCommand,
+    deadline: Duration,
+    progress: impl FnMut(&[String]),
+) -> Result<Report, AdminError> {
+    match command {
+        VolumeCommand::Create(arguments) => run_create(runtime, arguments, deadline).await,
+        VolumeCommand::List => volume_show::list(runtime.metadata()).await,
+        VolumeCommand::Show { name } => volume_show::show(runtime.metadata(), name).await,
+        VolumeCommand::Delete(arguments) => run_delete(runtime, arguments, deadline, progress).await,
+    }
+}
+
+async fn run_create<R: Runtime>(
+    runtime: &R,
+    arguments: &CreateArguments,
+    deadline: Duration,
+) -> Result<Report, AdminError> {
+    check_name(&arguments.name)?;
+    check_size(arguments.size)?;
+    let new = NewVolume {
+        name: arguments.name.clone(),
+        size_bytes: arguments.size,
+        replicas: arguments.replicas,
+        min_replicas: arguments.min_replicas,
+        width: arguments.width,
+        write_through: arguments.write_through,
+    };
+    let volume = create(runtime, &new, deadline).await?;
+    let sentence = format!(
+        "volume {} made: {}, {} replicas, uuid {}",
+        volume.name,
+        size::format(volume.size_bytes),
+        volume.replicas,
+        volume.id
+    );
+    let warnings = thin_warning(runtime.metadata(), &volume).await?.into_iter().collect();
+    Ok(Report { warnings, ..Report::said(sentence, &volume) })
+}
+
+/// A volume may be larger than the cluster; whoever makes one should know.
+async fn thin_warning<M: Metadata>(metadata: &M, volume: &VolumeRecord) -> Result<Option<String>, AdminError> {
+    let cluster = snapshot::Cluster::read(metadata).await?;
+    let capacity: u64 = cluster.ring.nodes().iter().map(|node| node.weight_bytes()).sum();
+    let full = u128::from(volume.size_bytes) * u128::from(volume.replicas);
+    if full <= u128::from(capacity) {
+        return Ok(None);
+    }
+    let ratio = full as f64 / capacity.max(1) as f64;
+    let raw = size::format(u64::try_from(full).unwrap_or(VOLUME_BYTES_MAX));
+    Ok(Some(format!(
+        "full, this volume would take {raw} with its {} replicas, {ratio:.1} times the ring's raw capacity of {}; \
+         writes fail with \"no space\" once that is used up",
+        volume.replicas,
+        size::format(capacity)
+    )))
+}
+
+async fn run_delete<R: Runtime>(
+    runtime: &R,
+    arguments: &DeleteArguments,
+    deadline: Duration,
+    progress: impl FnMut(&[String]),
+) -> Result<Report, AdminError> {
+    // The rest of the deadline is for the metadata store.
+    let wait = if arguments.no_wait { Wait::No } else { Wait::AtMost(deadline / 2) };
+    let deleted = delete(runtime, &arguments.name, wait, progress).await?;
+    let sentence = format!("volume {} deleted, uuid {}", deleted.volume.name, deleted.volume.id);
+    let waits = format!("space comes back once these nodes have confirmed: {}", deleted.awaited.join(", "));
+    let warnings = if deleted.awaited.is_empty() || arguments.no_wait { vec![] } else { vec![waits] };
+    let document = object!({"name": deleted.volume.name, "uuid": deleted.volume.id, "awaited": deleted.awaited});
+    Ok(Report { warnings, ..Report::said(sentence, document) })
+}

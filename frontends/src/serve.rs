@@ -1,0 +1,151 @@
+//! `torusblk serve`: the volumes of a cluster over NBD, until it is told to stop.
+
+use crate::device::{Exports, VolumeError};
+use crate::nbd::{Listener, ListenerError, serve};
+use crate::volume::{Attacher, VolumeExports};
+use clap::Args;
+use futures::channel::oneshot;
+use futures::future::{FutureExt, Shared};
+use std::io::Write;
+use std::net::ToSocketAddrs;
+use std::path::Path;
+use std::time::Duration;
+use thiserror::Error;
+use torus_rpc::metadata::MetadataError;
+use torus_rpc::metadata::any::AnyMetadata;
+use torus_rpc::runtime::glommio::{GlommioRuntime, StartError, run};
+
+/// What clap shows as the command's help.
+#[derive(Args, Clone, Debug)]
+pub struct ServeArguments {
+    /// Where clients connect: HOST:PORT (port 0: any free one) or unix:PATH; may be given several times
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:10809")]
+    pub listen: Vec<String>,
+    /// Attach this volume from the start instead of at its first use; may be given several times
+    #[arg(long, value_name = "NAME")]
+    pub volume: Vec<String>,
+    /// Take volumes over from another owner (waits until its reads have ended, about 11 s)
+    #[arg(long)]
+    pub force: bool,
+    /// Listen on other than loopback addresses although NBD here has neither authentication nor encryption
+    #[arg(long)]
+    pub insecure: bool,
+    /// Pin the server to this CPU
+    #[arg(long, value_name = "N")]
+    pub cpu: Option<usize>,
+}
+
+#[derive(Debug, Error)]
+pub enum ServeError {
+    #[error(transparent)]
+    Listen(#[from] ListenerError),
+    #[error(
+        "{address} is not a loopback address: everybody who reaches it could read and write every volume; \
+         listen on 127.0.0.1 or unix:PATH, or say --insecure"
+    )]
+    NotLoopback { address: String },
+    #[error("the address {address:?} is not understood ({because}); expected HOST:PORT or unix:PATH")]
+    Address { address: String, because: String },
+    #[error(transparent)]
+    Start(#[from] StartError),
+    #[error(transparent)]
+    Metadata(#[from] MetadataError),
+    #[error(transparent)]
+    Volume(#[from] VolumeError),
+    #[error("{what}: {because}")]
+    Io { what: &'static str, because: std::io::Error },
+}
+
+fn io_error(what: &'static str) -> impl FnOnce(std::io::Error) -> ServeError {
+    move |because| ServeError::Io { what, because }
+}
+
+/// Prints one line `serving URI` per address on stdout, then serves until SIGTERM or SIGINT.
+pub fn run_server(metadata: &str, deadline: Duration, arguments: &ServeArguments) -> Result<(), ServeError> {
+    let listeners = listen(arguments)?;
+    let metadata = AnyMetadata::connect(metadata, deadline)?;
+    let stop = stop_signal()?;
+    run("torusblk", arguments.cpu, serve_all(listeners, metadata, arguments, stop))?
+}
+
+fn listen(arguments: &ServeArguments) -> Result<Vec<Listener>, ServeError> {
+    let mut listeners = Vec::new();
+    for address in &arguments.listen {
+        if let Some(path) = address.strip_prefix("unix:") {
+            listeners.push(Listener::unix(Path::new(path))?);
+            continue;
+        }
+        let resolved: Vec<_> = address
+            .to_socket_addrs()
+            .map_err(|error| ServeError::Address { address: address.clone(), because: error.to_string() })?
+            .collect();
+        if !arguments.insecure && !resolved.iter().all(|resolved| resolved.ip().is_loopback()) {
+            return Err(ServeError::NotLoopback { address: address.clone() });
+        }
+        listeners.push(Listener::tcp(address)?);
+    }
+    Ok(listeners)
+}
+
+type Stop = Shared<oneshot::Receiver<()>>;
+
+/// Ready at the first SIGTERM or SIGINT; a second one ends the process at once.
+fn stop_signal() -> Result<Stop, ServeError> {
+    let signals = [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT];
+    let mut signals = signal_hook::iterator::Signals::new(signals).map_err(io_error("signal handlers"))?;
+    let (stop, stopped) = oneshot::channel();
+    let wait = move || {
+        let mut signals = signals.forever();
+        signals.next();
+        // If nobody listens any more the process is ending anyway.
+        let _ = stop.send(());
+        signals.next();
+        std::process::exit(130);
+    };
+    std::thread::Builder::new().name("signals".to_string()).spawn(wait).map_err(io_error("signal handlers"))?;
+    Ok(stopped.shared())
+}
+
+async fn serve_all(
+    listeners: Vec<Listener>,
+    metadata: AnyMetadata,
+    arguments: &ServeArguments,
+    stop: Stop,
+) -> Result<(), ServeError> {
+    let attacher = Attacher {
+        host: nix::unistd::gethostname().map_or_else(|_| "?".to_string(), |name| name.to_string_lossy().into_owned()),
+        process: "torusblk serve".to_string(),
+        pid: std::process::id(),
+        force: arguments.force,
+    };
+    let exports = VolumeExports::new(GlommioRuntime::<_>::new(metadata), attacher);
+    let served = serve_until(listeners, &exports, arguments, stop).await;
+    exports.release_all().await;
+    served
+}
+
+async fn serve_until(
+    listeners: Vec<Listener>,
+    exports: &VolumeExports<GlommioRuntime<AnyMetadata>>,
+    arguments: &ServeArguments,
+    stop: Stop,
+) -> Result<(), ServeError> {
+    let mut kept = Vec::new();
+    for name in &arguments.volume {
+        kept.push(exports.attach(name).await?);
+    }
+    // An unreachable store or a wrong URL is found out now, not by the first client.
+    exports.list().await?;
+    let mut stdout = std::io::stdout();
+    for listener in &listeners {
+        let name = arguments.volume.first().map_or("", String::as_str);
+        writeln!(stdout, "serving {}", listener.uri(name)).map_err(io_error("stdout"))?;
+    }
+    stdout.flush().map_err(io_error("stdout"))?;
+    let servers = listeners.into_iter().map(|listener| serve(listener, exports.clone(), stop.clone().map(|_| ())));
+    for ended in futures::future::join_all(servers).await {
+        ended.map_err(io_error("NBD listener"))?;
+    }
+    drop(kept);
+    Ok(())
+}

@@ -1,0 +1,326 @@
+//! The volumes of a cluster, by name: attached at first use, shared by all who use them, released when nobody has
+//! used them for a while.
+
+use super::attach::{Attacher, attach, find, give_up, metadata_error};
+use super::lease::ProcessLease;
+use super::links::Links;
+use super::notify::Notify;
+use super::session::Session;
+use crate::device::{Device, ExportInfo, Exports, Piece, VolumeError};
+use ahash::AHashMap;
+use bytes::Bytes;
+use futures::channel::oneshot;
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::time::Duration;
+use torus_rpc::metadata::{Compare, Metadata, Transaction, Write};
+use torus_rpc::runtime::{Class, Clock, Runtime, Spawn};
+use torus_schema::ids::VolumeId;
+use torus_schema::records::{EpochRecord, VolumeRecord, VolumeState, decode, encode, keys};
+
+/// A client that reconnects within this finds its volume still attached.
+const RELEASE_AFTER: Duration = Duration::from_secs(5);
+
+pub struct VolumeExports<R: Runtime> {
+    shared: Rc<Shared<R>>,
+}
+
+impl<R: Runtime> Clone for VolumeExports<R> {
+    fn clone(&self) -> Self {
+        Self { shared: self.shared.clone() }
+    }
+}
+
+struct Shared<R: Runtime> {
+    runtime: R,
+    attacher: Attacher,
+    links: Rc<Links<R>>,
+    lease: RefCell<Option<Rc<ProcessLease<R>>>>,
+    volumes: RefCell<AHashMap<VolumeId, Entry<R>>>,
+    changed: Notify,
+}
+
+enum Entry<R: Runtime> {
+    /// Somebody attaches or releases it; wait.
+    Busy,
+    Attached {
+        session: Rc<Session<R>>,
+        users: Rc<Users>,
+    },
+}
+
+#[derive(Default)]
+struct Users {
+    count: Cell<usize>,
+    /// Counts how often it became unused, so that only the last timer releases.
+    idle: Cell<u64>,
+}
+
+impl<R: Runtime> VolumeExports<R> {
+    pub fn new(runtime: R, attacher: Attacher) -> Self {
+        let links = Links::new(runtime.clone());
+        let shared = Shared {
+            runtime,
+            attacher,
+            links,
+            lease: RefCell::default(),
+            volumes: RefCell::default(),
+            changed: Notify::default(),
+        };
+        Self { shared: Rc::new(shared) }
+    }
+
+    /// Flushes and lets go of every volume: for an orderly end.
+    pub async fn release_all(&self) {
+        let volumes: Vec<_> = self.shared.volumes.borrow().keys().copied().collect();
+        for volume in volumes {
+            let taken = self.shared.take(volume, |_| true).await;
+            if let Some(session) = taken {
+                self.shared.release(session).await;
+            }
+        }
+        let lease = self.shared.lease.take();
+        if let Some(lease) = lease
+            && let Err(error) = self.shared.runtime.metadata().revoke_lease(lease.id()).await
+        {
+            tracing::warn!(%error, "the process's lease ends by itself");
+        }
+    }
+
+    async fn attach_volume(&self, name: &str) -> Result<AttachedVolume<R>, VolumeError> {
+        let shared = &self.shared;
+        let volume = find(&shared.runtime, name).await?;
+        let found = shared
+            .changed
+            .until(|| match shared.volumes.borrow().get(&volume) {
+                Some(Entry::Busy) => None,
+                Some(Entry::Attached { session, users }) => Some(Some((session.clone(), users.clone()))),
+                None => Some(None),
+            })
+            .await;
+        let ended = match found {
+            Some((session, users)) if session.ended.borrow().is_none() => {
+                return Ok(AttachedVolume::new(shared.clone(), session, users));
+            }
+            Some((session, _)) => Some(session),
+            None => None,
+        };
+        shared.volumes.borrow_mut().insert(volume, Entry::Busy);
+        if let Some(session) = ended {
+            give_up(&shared.runtime, volume, session.status.owner_revision.get()).await;
+        }
+        let attached = shared.attach(name).await;
+        let result = match attached {
+            Ok(session) => {
+                let users = Rc::new(Users::default());
+                let entry = Entry::Attached { session: session.clone(), users: users.clone() };
+                shared.volumes.borrow_mut().insert(volume, entry);
+                Ok(AttachedVolume::new(shared.clone(), session, users))
+            }
+            Err(error) => {
+                shared.volumes.borrow_mut().remove(&volume);
+                Err(error)
+            }
+        };
+        shared.changed.wake_all();
+        result
+    }
+}
+
+impl<R: Runtime> Shared<R> {
+    async fn attach(&self, name: &str) -> Result<Rc<Session<R>>, VolumeError> {
+        let lease = self.lease.borrow().clone();
+        let lease = match lease {
+            Some(lease) => lease,
+            None => {
+                let lease = ProcessLease::grant(self.runtime.clone()).await.map_err(metadata_error)?;
+                self.lease.borrow_mut().get_or_insert(lease).clone()
+            }
+        };
+        attach(self.runtime.clone(), self.links.clone(), lease, name, &self.attacher).await
+    }
+
+    /// Takes an attached volume out if `wanted`, leaving it busy; whoever takes it releases it.
+    async fn take(&self, volume: VolumeId, wanted: impl Fn(&Users) -> bool) -> Option<Rc<Session<R>>> {
+        self.changed
+            .until(|| {
+                let mut volumes = self.volumes.borrow_mut();
+                match volumes.get(&volume) {
+                    Some(Entry::Busy) => None,
+                    Some(Entry::Attached { session, users }) if wanted(users) => {
+                        let session = session.clone();
+                        volumes.insert(volume, Entry::Busy);
+                        Some(Some(session))
+                    }
+                    _ => Some(None),
+                }
+            })
+            .await
+    }
+
+    async fn release(&self, session: Rc<Session<R>>) {
+        let volume = session.record.id;
+        // Behind everything that was submitted, even by clients that have gone.
+        let ended = session.changed.until(|| session.ended.borrow().is_some().then_some(()));
+        let all = session.locks.lock(0..u64::MAX);
+        futures::pin_mut!(ended, all);
+        futures::future::select(ended, all).await;
+        if session.ended.borrow().is_none() {
+            match session.flush().await {
+                Ok(()) => publish_flush_point(&session).await,
+                Err(error) => tracing::warn!(volume = %session.record.name, %error, "released without a flush"),
+            }
+        }
+        session.detach();
+        give_up(&self.runtime, volume, session.status.owner_revision.get()).await;
+        self.volumes.borrow_mut().remove(&volume);
+        self.changed.wake_all();
+    }
+}
+
+/// So that the next attach has less to look at. A lower bound is always safe, so a failure is no more than a pity.
+async fn publish_flush_point<R: Runtime>(session: &Session<R>) {
+    let (owner, key) = (keys::owner(session.record.id), keys::epoch(session.record.id));
+    let record = EpochRecord { epoch: session.epoch, flush_point: session.flush_point.get().into() };
+    let transaction = Transaction {
+        compares: vec![Compare::CreateRevision(owner, session.status.owner_revision.get())],
+        writes: vec![Write::Put { key, value: encode(&record), lease: None }],
+        reads: vec![],
+    };
+    if let Err(error) = session.runtime.metadata().transact(transaction).await {
+        tracing::warn!(volume = %session.record.name, %error, "cannot store the flush point");
+    }
+}
+
+impl<R: Runtime> Exports for VolumeExports<R> {
+    type Device = AttachedVolume<R>;
+
+    async fn list(&self) -> Result<Vec<ExportInfo>, VolumeError> {
+        let range = self.shared.runtime.metadata().range(&keys::volumes()).await.map_err(metadata_error)?;
+        let mut exports = Vec::new();
+        for entry in range.entries {
+            let record: VolumeRecord = decode(&entry.key, &entry.value)
+                .map_err(|error| VolumeError::Metadata { because: error.to_string() })?;
+            if record.state == VolumeState::Ready {
+                exports.push(info(&record));
+            }
+        }
+        exports.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(exports)
+    }
+
+    async fn describe(&self, name: &str) -> Result<ExportInfo, VolumeError> {
+        let volume = find(&self.shared.runtime, name).await?;
+        let key = keys::volume(volume);
+        let entry = self.shared.runtime.metadata().get(&key).await.map_err(metadata_error)?;
+        let entry = entry.ok_or_else(|| VolumeError::NotFound { name: name.to_string() })?;
+        let record: VolumeRecord =
+            decode(&key, &entry.value).map_err(|error| VolumeError::Metadata { because: error.to_string() })?;
+        Ok(info(&record))
+    }
+
+    async fn attach(&self, name: &str) -> Result<AttachedVolume<R>, VolumeError> {
+        // In a task of its own: a client that goes away must not leave the entry busy.
+        let (attached, result) = oneshot::channel();
+        let (exports, name) = (self.clone(), name.to_string());
+        self.shared.runtime.spawn().spawn(Class::Foreground, async move {
+            let _ = attached.send(exports.attach_volume(&name).await);
+        });
+        result.await.unwrap_or_else(|_| Err(ended("the process ends")))
+    }
+}
+
+fn info(record: &VolumeRecord) -> ExportInfo {
+    ExportInfo {
+        name: record.name.clone(),
+        size_bytes: record.size_bytes,
+        read_only: false,
+        description: format!("Torus volume, {} replicas", record.replicas),
+    }
+}
+
+fn ended(because: &str) -> VolumeError {
+    VolumeError::SessionEnded { because: because.to_string() }
+}
+
+/// One user of an attached volume.
+pub struct AttachedVolume<R: Runtime> {
+    shared: Rc<Shared<R>>,
+    session: Rc<Session<R>>,
+    users: Rc<Users>,
+}
+
+impl<R: Runtime> AttachedVolume<R> {
+    fn new(shared: Rc<Shared<R>>, session: Rc<Session<R>>, users: Rc<Users>) -> Self {
+        users.count.set(users.count.get() + 1);
+        Self { shared, session, users }
+    }
+
+    /// Runs in a task of its own: a caller that goes away abandons the waiting, never what was sent.
+    async fn detached<T: 'static>(
+        &self,
+        work: impl Future<Output = Result<T, VolumeError>> + 'static,
+    ) -> Result<T, VolumeError> {
+        let (done, result) = oneshot::channel();
+        self.session.runtime.spawn().spawn(Class::Foreground, async move {
+            let _ = done.send(work.await);
+        });
+        result.await.unwrap_or_else(|_| Err(ended("the process ends")))
+    }
+}
+
+impl<R: Runtime> Clone for AttachedVolume<R> {
+    fn clone(&self) -> Self {
+        Self::new(self.shared.clone(), self.session.clone(), self.users.clone())
+    }
+}
+
+impl<R: Runtime> Drop for AttachedVolume<R> {
+    fn drop(&mut self) {
+        self.users.count.set(self.users.count.get() - 1);
+        if self.users.count.get() > 0 {
+            return;
+        }
+        let idle = self.users.idle.get() + 1;
+        self.users.idle.set(idle);
+        let (shared, volume, users) = (self.shared.clone(), self.session.record.id, self.users.clone());
+        self.shared.runtime.spawn().spawn(Class::Foreground, async move {
+            shared.runtime.clock().sleep(RELEASE_AFTER).await;
+            let unused =
+                |those: &Users| std::ptr::eq(those, &*users) && those.count.get() == 0 && those.idle.get() == idle;
+            let taken = shared.take(volume, unused).await;
+            if let Some(session) = taken {
+                shared.release(session).await;
+            }
+        });
+    }
+}
+
+impl<R: Runtime> Device for AttachedVolume<R> {
+    fn size_bytes(&self) -> u64 {
+        self.session.record.size_bytes
+    }
+
+    fn read_only(&self) -> bool {
+        false
+    }
+
+    async fn read(&self, offset: u64, length: u64) -> Result<Vec<Piece>, VolumeError> {
+        self.session.read(offset, length).await
+    }
+
+    async fn write(&self, offset: u64, data: Bytes, durable: bool) -> Result<(), VolumeError> {
+        let session = self.session.clone();
+        self.detached(async move { session.write(offset, data, durable).await }).await
+    }
+
+    async fn clear(&self, offset: u64, length: u64, durable: bool, advisory: bool) -> Result<(), VolumeError> {
+        let session = self.session.clone();
+        self.detached(async move { session.clear(offset, length, durable, advisory).await }).await
+    }
+
+    async fn flush(&self) -> Result<(), VolumeError> {
+        let session = self.session.clone();
+        self.detached(async move { session.flush().await }).await
+    }
+}

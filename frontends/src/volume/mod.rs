@@ -1,0 +1,29 @@
+//! Volumes: the one writer of each, on the executor that attached it.
+//!
+//! * `exports`    the volumes of a cluster by name, attached at first use and released when idle
+//! * `attach`     becoming the writer; `reconcile` levels what the last one left
+//! * `session`    one epoch of one volume, and the loop that gets a request to a replica
+//! * `writer`, `reads`, `flush`   the three things it does
+//! * `status`     marking replicas stale; `replicas` which are in sync (pure)
+//! * `lease`      what ownership hangs on
+//! * `links`      connections to shards, shared by all volumes of the executor
+//! * `plan`, `locks`, `window`    ranges cut into frames, ranges under way, sequences under way (pure)
+
+mod attach;
+mod exports;
+mod flush;
+mod lease;
+mod links;
+mod locks;
+mod notify;
+mod plan;
+mod reads;
+mod reconcile;
+mod replicas;
+mod session;
+mod status;
+mod window;
+mod writer;
+
+pub use attach::{Attacher, find};
+pub use exports::{AttachedVolume, VolumeExports};

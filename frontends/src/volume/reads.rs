@@ -1,0 +1,239 @@
+//! Reads: from one in-sync replica while nobody else can own the volume, else from as many as prove that nobody does
+//! (protocol rule 7); from another replica when one fails.
+
+use super::plan::{Piece, blocks_touched, pieces};
+use super::replicas::ShardPosition;
+use super::session::{Failure, Session};
+use crate::device::{Piece as DevicePiece, VolumeError};
+use bytes::Bytes;
+use std::rc::Rc;
+use std::time::Duration;
+use torus_rpc::message::{Answer, Operation, Refusal, Run};
+use torus_rpc::runtime::{Class, Clock, Runtime, Spawn};
+use torus_schema::limits::BLOCK_BYTES;
+
+const RETRY_AFTER: Duration = Duration::from_millis(100);
+
+impl<R: Runtime> Session<R> {
+    pub async fn read(self: &Rc<Self>, offset: u64, length: u64) -> Result<Vec<DevicePiece>, VolumeError> {
+        self.check_range(offset, length)?;
+        let touched = blocks_touched(offset, length);
+        self.locks.passed(touched.clone()).await;
+        let reads: Vec<_> = pieces(touched.clone()).map(|piece| self.read_piece(piece)).collect();
+        let mut found = Vec::with_capacity(reads.len());
+        if reads.len() == 1 {
+            for read in reads {
+                found.extend(read.await?);
+            }
+        } else {
+            for read in futures::future::join_all(reads).await {
+                found.extend(read?);
+            }
+        }
+        let skip = offset - touched.start * BLOCK_BYTES;
+        Ok(trim(found, skip, length))
+    }
+
+    /// For a writer, which holds the lock of these blocks.
+    pub(super) async fn read_into(self: &Rc<Self>, offset: u64, into: &mut [u8]) -> Result<(), VolumeError> {
+        let mut at = 0;
+        for piece in pieces(blocks_touched(offset, into.len() as u64)) {
+            for part in self.read_piece(piece).await? {
+                match part {
+                    DevicePiece::Data(data) => {
+                        into[at..at + data.len()].copy_from_slice(&data);
+                        at += data.len();
+                    }
+                    DevicePiece::Zeros(length) => {
+                        into[at..at + length as usize].fill(0);
+                        at += length as usize;
+                    }
+                }
+            }
+        }
+        assert_eq!(at, into.len());
+        Ok(())
+    }
+
+    async fn read_piece(self: &Rc<Self>, piece: Piece) -> Result<Vec<DevicePiece>, VolumeError> {
+        let slot = self.placement.slot_of(piece.first.extent());
+        // Replicas where the range is damaged: what they lack another one has.
+        let mut damaged = Vec::new();
+        loop {
+            self.check()?;
+            let (candidates, confirmations) = self.candidates(slot, &damaged);
+            if candidates.is_empty() && !damaged.is_empty() {
+                let because = format!("all {} in-sync replicas are damaged there", damaged.len());
+                return Err(VolumeError::Unreadable { block: piece.first.0, because });
+            }
+            if candidates.len() < confirmations {
+                // The lease is not valid, and too few replicas are left to prove that nobody else has the volume.
+                self.runtime.clock().sleep(RETRY_AFTER).await;
+                continue;
+            }
+            let chosen = &candidates[..confirmations];
+            let reads = chosen.iter().map(|shard| self.read_from(*shard, piece));
+            let mut found = None;
+            let mut failed = false;
+            for (shard, read) in chosen.iter().zip(futures::future::join_all(reads).await) {
+                match read {
+                    Ok(data) => found = found.or(Some(data)),
+                    Err(failure) => {
+                        failed = true;
+                        self.read_failed(*shard, failure, &mut damaged).await;
+                    }
+                }
+            }
+            match found {
+                Some(data) if !failed => return Ok(data),
+                _ => {}
+            }
+        }
+    }
+
+    /// In-sync replicas in the order in which to try them, and how many have to answer.
+    fn candidates(&self, slot: usize, without: &[ShardPosition]) -> (Vec<ShardPosition>, usize) {
+        let in_sync: Vec<_> = self.replicas.borrow().in_sync(slot).collect();
+        let mut candidates: Vec<_> = in_sync.iter().copied().filter(|shard| !without.contains(shard)).collect();
+        if candidates.len() > 1 {
+            let (a, b) = (self.lot(candidates.len()), self.lot(candidates.len()));
+            let better = if self.cost(candidates[a]) <= self.cost(candidates[b]) { a } else { b };
+            candidates.swap(0, better);
+            // Those whose fate is being decided come last.
+            candidates.sort_by_key(|shard| self.shards[*shard].suspect.get());
+        }
+        let alone = self.lease.is_valid() && self.lease.generation() == self.status.owner_lease.get();
+        // A new writer has opened at least the minimum of the in-sync replicas: among this many is one of them.
+        let min = usize::from(self.record.min_replicas).min(in_sync.len());
+        (candidates, if alone { 1 } else { in_sync.len() - min + 1 })
+    }
+
+    fn cost(&self, shard: ShardPosition) -> u64 {
+        let shard = &self.shards[shard];
+        u64::from(shard.outstanding.get() + 1) * u64::from(shard.service_us.get() + 1)
+    }
+
+    async fn read_from(&self, position: ShardPosition, piece: Piece) -> Result<Vec<DevicePiece>, Failure> {
+        let shard = &self.shards[position];
+        let asked = self.runtime.clock().now();
+        let operation = Operation::Read { first: piece.first, count: piece.count };
+        let (answer, payload) = self.ask(shard, &operation, &Bytes::new()).await?;
+        let took_us = self.runtime.clock().now().since(asked).as_micros() as u32;
+        shard.service_us.set((shard.service_us.get() / 8).saturating_mul(7).saturating_add(took_us / 8));
+        match answer {
+            Answer::Read { runs, checksums } => assemble(piece, &runs, &checksums, payload),
+            other => Err(malformed(format!("a read was answered by {other:?}"))),
+        }
+    }
+
+    async fn read_failed(self: &Rc<Self>, position: ShardPosition, failure: Failure, damaged: &mut Vec<ShardPosition>) {
+        let shard = &self.shards[position];
+        match &failure {
+            Failure::Refused(Refusal::Damaged { .. } | Refusal::Corrupt { .. }) => {
+                tracing::error!(volume = %self.record.name, shard = %shard.id, %failure, "reading another replica");
+                damaged.push(position);
+            }
+            Failure::Refused(Refusal::StaleEpoch { .. } | Refusal::BadToken) => {
+                self.end(format!("shard {} says: {failure}", shard.id));
+            }
+            _ => {
+                // Decided beside the read, which goes on with another replica.
+                shard.suspect.set(true);
+                let session = self.clone();
+                self.runtime.spawn().spawn(Class::Foreground, async move {
+                    let _ = session.mark_stale(position, &failure).await;
+                });
+                let others = self.shards.iter().any(|shard| !shard.suspect.get());
+                if !others {
+                    self.runtime.clock().sleep(RETRY_AFTER).await;
+                }
+            }
+        }
+    }
+}
+
+fn malformed(because: String) -> Failure {
+    Failure::Refused(Refusal::Malformed { because })
+}
+
+/// Checks that the answer is the whole range with the data its checksums were made of.
+fn assemble(piece: Piece, runs: &[Run], checksums: &[u32], payload: Bytes) -> Result<Vec<DevicePiece>, Failure> {
+    let total: u64 = runs.iter().map(|run| u64::from(run.count)).sum();
+    let with_data: usize = runs.iter().filter(|run| run.data).map(|run| run.count as usize).sum();
+    let block_bytes = BLOCK_BYTES as usize;
+    if total != u64::from(piece.count) || with_data != checksums.len() || with_data * block_bytes != payload.len() {
+        return Err(malformed(format!(
+            "a read of {} blocks was answered by {total}, {with_data} with data, {} checksums and {} bytes",
+            piece.count,
+            checksums.len(),
+            payload.len()
+        )));
+    }
+    for (index, (block, expected)) in payload.chunks_exact(block_bytes).zip(checksums).enumerate() {
+        let found = crc32c::crc32c(block);
+        if found != *expected {
+            let block = torus_schema::ids::BlockIndex(piece.first.0 + index as u64);
+            return Err(Failure::Refused(Refusal::Corrupt { block, found, expected: *expected }));
+        }
+    }
+    let mut at = 0;
+    let pieces = runs.iter().map(|run| {
+        let length = run.count as usize * block_bytes;
+        if !run.data {
+            return DevicePiece::Zeros(length as u64);
+        }
+        at += length;
+        DevicePiece::Data(payload.slice(at - length..at))
+    });
+    Ok(pieces.collect())
+}
+
+/// Drops `skip` bytes in front and everything behind `length`.
+fn trim(pieces: Vec<DevicePiece>, mut skip: u64, mut length: u64) -> Vec<DevicePiece> {
+    let mut kept = Vec::with_capacity(pieces.len());
+    for piece in pieces {
+        let bytes = match &piece {
+            DevicePiece::Data(data) => data.len() as u64,
+            DevicePiece::Zeros(bytes) => *bytes,
+        };
+        let (start, end) = (skip.min(bytes), (skip + length).min(bytes));
+        skip -= start;
+        length -= end - start;
+        if start < end {
+            kept.push(match piece {
+                DevicePiece::Data(data) => DevicePiece::Data(data.slice(start as usize..end as usize)),
+                DevicePiece::Zeros(_) => DevicePiece::Zeros(end - start),
+            });
+        }
+    }
+    kept
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use torus_schema::ids::{BlockIndex, Version};
+
+    fn piece(count: u32) -> Piece {
+        Piece { first: BlockIndex(7), count }
+    }
+
+    #[test]
+    fn an_answer_with_other_bytes_than_its_checksums_say_is_refused() {
+        let run = Run { count: 1, version: Version::ZERO, data: true };
+        let payload = Bytes::from(vec![5; 4096]);
+        let checksum = crc32c::crc32c(&payload);
+        assert!(assemble(piece(1), &[run], &[checksum], payload.clone()).is_ok());
+        let refused = assemble(piece(1), &[run], &[checksum ^ 1], payload.clone());
+        assert!(matches!(refused, Err(Failure::Refused(Refusal::Corrupt { .. }))));
+        assert!(assemble(piece(2), &[run], &[checksum], payload).is_err(), "one block short");
+    }
+
+    #[test]
+    fn a_range_inside_blocks_is_cut_out_of_them() {
+        let data = Bytes::from_iter((0..200u8).cycle().take(4096));
+        let pieces = vec![DevicePiece::Zeros(4096), DevicePiece::Data(data.clone())];
+        let kept = trim(pieces, 4000, 100);
+        assert_eq!(kept, [DevicePiece::Zeros(96), DevicePiece::Data(data.slice(0..4))]);
+    }
+}

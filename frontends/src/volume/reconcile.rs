@@ -1,0 +1,171 @@
+//! What the last writer left unflushed: the union of it, by highest version per block, is copied to every in-sync
+//! replica and made durable before anything is served (protocol rule 4). Without the fdatasync adopted records would
+//! escape the next flush (interleaving 10).
+
+use super::attach::lose;
+use super::replicas::ShardPosition;
+use super::session::{Failure, Session};
+use crate::device::VolumeError;
+use bytes::Bytes;
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use torus_rpc::message::{Answer, Descriptor, Operation, Refusal};
+use torus_rpc::runtime::Runtime;
+use torus_schema::ids::{BlockIndex, ExtentIndex, Version};
+use torus_schema::limits::BLOCKS_PER_EXTENT;
+
+type ByShard = BTreeMap<ShardPosition, Vec<Descriptor>>;
+
+/// A replica that failed while it was needed; the rest goes on without it.
+struct Failed {
+    shard: ShardPosition,
+    failure: Failure,
+}
+
+/// Repeats itself without the replicas that fail on the way.
+pub(super) async fn reconcile<R: Runtime>(session: &Rc<Session<R>>) -> Result<(), VolumeError> {
+    loop {
+        session.check()?;
+        match attempt(session).await {
+            Ok(()) => {
+                session.flush_point.set(Version::new(session.epoch, 0));
+                return Ok(());
+            }
+            Err(Failed { shard, failure }) => lose(session, shard, &failure).await?,
+        }
+    }
+}
+
+async fn attempt<R: Runtime>(session: &Session<R>) -> Result<(), Failed> {
+    let shards: Vec<_> =
+        (0..session.shards.len()).filter(|shard| session.replicas.borrow().holds_in_sync(*shard)).collect();
+    let described = futures::future::join_all(shards.iter().map(|shard| describe(session, *shard))).await;
+    let mut extents: BTreeMap<ExtentIndex, ByShard> = BTreeMap::new();
+    for (shard, descriptors) in shards.iter().zip(described) {
+        for descriptor in descriptors.map_err(|failure| Failed { shard: *shard, failure })? {
+            let of_shard = extents.entry(descriptor.first.extent()).or_default();
+            of_shard.entry(*shard).or_default().push(descriptor);
+        }
+    }
+    let mut copied = 0;
+    for (extent, by_shard) in extents {
+        copied += level(session, extent, by_shard).await?;
+    }
+    let flushes = shards.iter().map(|shard| async move {
+        let flushed = session.ask(&session.shards[*shard], &Operation::Flush, &Bytes::new()).await;
+        flushed.map_err(|failure| Failed { shard: *shard, failure })
+    });
+    for flushed in futures::future::join_all(flushes).await {
+        flushed?;
+    }
+    tracing::info!(volume = %session.record.name, epoch = %session.epoch, blocks_copied = copied, "reconciled");
+    Ok(())
+}
+
+/// All of the shard's records above the flush point.
+async fn describe<R: Runtime>(session: &Session<R>, shard: ShardPosition) -> Result<Vec<Descriptor>, Failure> {
+    let mut all = Vec::new();
+    let mut from = BlockIndex(0);
+    loop {
+        let operation = Operation::Describe { above: session.flush_point.get(), from };
+        match session.ask(&session.shards[shard], &operation, &Bytes::new()).await?.0 {
+            Answer::Described { descriptors, next } => {
+                all.extend(descriptors);
+                match next {
+                    Some(next) if next > from => from = next,
+                    Some(next) => return Err(malformed(format!("a description goes on at {next} from {from}"))),
+                    None => return Ok(all),
+                }
+            }
+            other => return Err(malformed(format!("a describe was answered by {other:?}"))),
+        }
+    }
+}
+
+fn malformed(because: String) -> Failure {
+    Failure::Refused(Refusal::Malformed { because })
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Newest {
+    version: Version,
+    checksum: Option<u32>,
+}
+
+/// Brings one extent to the same records on all its in-sync replicas; returns the blocks copied.
+async fn level<R: Runtime>(session: &Session<R>, extent: ExtentIndex, by_shard: ByShard) -> Result<u64, Failed> {
+    let slot = session.placement.slot_of(extent);
+    let replicas: Vec<_> = session.replicas.borrow().in_sync(slot).collect();
+    let nothing = Vec::new();
+    let lists: Vec<_> = replicas.iter().map(|shard| by_shard.get(shard).unwrap_or(&nothing)).collect();
+    if lists.windows(2).all(|pair| pair[0] == pair[1]) {
+        return Ok(0);
+    }
+    let held: Vec<_> = lists.iter().map(|list| by_block(extent, list)).collect();
+    let mut copied = 0;
+    for block in 0..BLOCKS_PER_EXTENT as usize {
+        let Some((newest, source)) = newest(&held, block) else { continue };
+        let lacking = (0..replicas.len()).filter(|replica| held[*replica][block] != Some(newest));
+        for replica in lacking {
+            let first = BlockIndex(extent.first_block().0 + block as u64);
+            copy(session, first, newest, replicas[source], replicas[replica]).await?;
+            copied += 1;
+        }
+    }
+    Ok(copied)
+}
+
+fn by_block(extent: ExtentIndex, descriptors: &[Descriptor]) -> Vec<Option<Newest>> {
+    let mut blocks = vec![None; BLOCKS_PER_EXTENT as usize];
+    for descriptor in descriptors {
+        let first = (descriptor.first.0 - extent.first_block().0) as usize;
+        let end = (first + descriptor.count as usize).min(blocks.len());
+        for block in &mut blocks[first..end] {
+            let other = Newest { version: descriptor.version, checksum: descriptor.checksum };
+            if block.is_none_or(|newest: Newest| newest.version < other.version) {
+                *block = Some(other);
+            }
+        }
+    }
+    blocks
+}
+
+fn newest(held: &[Vec<Option<Newest>>], block: usize) -> Option<(Newest, usize)> {
+    let versions =
+        held.iter().enumerate().filter_map(|(replica, blocks)| blocks[block].map(|newest| (newest, replica)));
+    versions.max_by_key(|(newest, replica)| (newest.version, std::cmp::Reverse(*replica)))
+}
+
+/// Under its original version: the same record, not a new write.
+async fn copy<R: Runtime>(
+    session: &Session<R>,
+    first: BlockIndex,
+    newest: Newest,
+    source: ShardPosition,
+    target: ShardPosition,
+) -> Result<(), Failed> {
+    let of_source = |failure| Failed { shard: source, failure };
+    let of_target = |failure| Failed { shard: target, failure };
+    let Some(checksum) = newest.checksum else {
+        let slice = session.placement.slice_of(first.extent());
+        let clear = Operation::Clear { first, count: 1, slice, version: newest.version, durable: false };
+        session.ask(&session.shards[target], &clear, &Bytes::new()).await.map_err(of_target)?;
+        return Ok(());
+    };
+    let read = Operation::Read { first, count: 1 };
+    let (answer, payload) = session.ask(&session.shards[source], &read, &Bytes::new()).await.map_err(of_source)?;
+    let Answer::Read { runs, .. } = &answer else {
+        return Err(of_source(malformed(format!("a read was answered by {answer:?}"))));
+    };
+    let same = matches!(&runs[..], [run] if run.version == newest.version && run.data);
+    if !same || crc32c::crc32c(&payload) != checksum {
+        let because = format!(
+            "block {first} was described as version {} with checksum {checksum:08x}, read as {runs:?}",
+            newest.version
+        );
+        return Err(of_source(malformed(because)));
+    }
+    let write = Operation::Write { first, version: newest.version, durable: false, checksums: vec![checksum] };
+    session.ask(&session.shards[target], &write, &payload).await.map_err(of_target)?;
+    Ok(())
+}

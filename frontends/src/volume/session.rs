@@ -1,0 +1,229 @@
+//! One epoch of one volume: who its replicas are, and the loop that gets a request to one of them until it is done or
+//! no longer required.
+
+use super::lease::ProcessLease;
+use super::links::Links;
+use super::locks::RangeLocks;
+use super::notify::Notify;
+use super::replicas::{Replicas, ShardPosition};
+use super::status::StatusKeeper;
+use super::window::Window;
+use crate::device::VolumeError;
+use bytes::Bytes;
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::time::Duration;
+use torus_rpc::error::LinkError;
+use torus_rpc::message::{Answer, Envelope, Operation, Refusal};
+use torus_rpc::runtime::{Clock, Peer, Runtime};
+use torus_schema::ids::{Epoch, Incarnation, ShardId, Version};
+use torus_schema::records::{OwnerRecord, VolumeRecord};
+use torus_schema::ring::placement::Placement;
+
+/// Between two attempts where waiting is all that can be done.
+const RETRY_AFTER: Duration = Duration::from_millis(100);
+
+pub(super) struct Session<R: Runtime> {
+    pub runtime: R,
+    pub links: Rc<Links<R>>,
+    pub lease: Rc<ProcessLease<R>>,
+    pub record: VolumeRecord,
+    /// As it stands in the metadata store, but for a lease that was replaced.
+    pub owner: OwnerRecord,
+    pub epoch: Epoch,
+    pub placement: Placement,
+    pub shards: Vec<Shard>,
+    pub replicas: RefCell<Replicas>,
+    pub status: StatusKeeper,
+    pub window: RefCell<Window>,
+    pub locks: RangeLocks,
+    /// F: everything up to it is durable on every in-sync replica.
+    pub flush_point: Cell<Version>,
+    /// Bytes written since the last flush began.
+    pub unflushed_bytes: Cell<u64>,
+    pub ended: RefCell<Option<String>>,
+    /// Replicas, window or `ended` changed.
+    pub changed: Notify,
+    /// State of the lots by which reads choose a replica.
+    pub lots: Cell<u64>,
+}
+
+/// A shard with slices of the volume, as this session knows it.
+pub(super) struct Shard {
+    pub id: ShardId,
+    pub peer: Peer,
+    pub incarnation: Cell<Incarnation>,
+    /// It takes no new data, by its last answer.
+    pub full: Cell<bool>,
+    /// A request to it failed and its fate is not decided: read elsewhere.
+    pub suspect: Cell<bool>,
+    /// Writes it has answered, and how many of them are known to be durable there.
+    pub written: Cell<u64>,
+    pub synced: Cell<u64>,
+    pub outstanding: Cell<u32>,
+    /// Recent service time of reads, a moving average.
+    pub service_us: Cell<u32>,
+}
+
+/// Why one attempt did not succeed.
+#[derive(Debug)]
+pub(super) enum Failure {
+    Refused(Refusal),
+    Link(LinkError),
+}
+
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Failure::Refused(refusal) => refusal.fmt(f),
+            Failure::Link(error) => error.fmt(f),
+        }
+    }
+}
+
+/// What has to become of a replica that failed.
+#[derive(Debug, PartialEq, Eq)]
+enum Verdict {
+    /// Another writer owns the volume.
+    Fenced,
+    /// What it held unflushed is gone: it can only go on as a stale replica.
+    Lost,
+    /// It may come back as it was.
+    Unreachable,
+    /// Try again soon.
+    Busy,
+}
+
+fn verdict(failure: &Failure) -> Verdict {
+    match failure {
+        Failure::Refused(Refusal::StaleEpoch { .. } | Refusal::BadToken) => Verdict::Fenced,
+        Failure::Refused(Refusal::NoSpace | Refusal::Corrupt { .. }) => Verdict::Busy,
+        Failure::Refused(
+            Refusal::OtherIncarnation
+            | Refusal::NotOpen
+            | Refusal::NotOwner { .. }
+            | Refusal::Damaged { .. }
+            | Refusal::Disk { .. }
+            | Refusal::Malformed { .. }
+            | Refusal::WrongPeer { .. },
+        ) => Verdict::Lost,
+        Failure::Link(_) => Verdict::Unreachable,
+    }
+}
+
+impl<R: Runtime> Session<R> {
+    pub fn check(&self) -> Result<(), VolumeError> {
+        match &*self.ended.borrow() {
+            Some(because) => Err(VolumeError::SessionEnded { because: because.clone() }),
+            None => Ok(()),
+        }
+    }
+
+    /// Every request that waits, and every later one, fails.
+    pub fn end(&self, because: String) {
+        let mut ended = self.ended.borrow_mut();
+        if ended.is_none() {
+            tracing::error!(volume = %self.record.name, epoch = %self.epoch, %because, "session ended");
+            *ended = Some(because);
+        }
+        drop(ended);
+        self.changed.wake_all();
+    }
+
+    /// The orderly end.
+    pub fn detach(&self) {
+        let because = "the volume was detached".to_string();
+        self.ended.borrow_mut().get_or_insert(because);
+        self.changed.wake_all();
+    }
+
+    pub fn envelope(&self, shard: &Shard) -> Envelope {
+        Envelope {
+            volume: self.record.id,
+            epoch: self.epoch,
+            incarnation: shard.incarnation.get(),
+            generation: self.record.generation,
+            flush_point: self.flush_point.get(),
+        }
+    }
+
+    /// One attempt (the link makes its own to reconnect).
+    pub async fn ask(&self, shard: &Shard, operation: &Operation, payload: &Bytes) -> Result<(Answer, Bytes), Failure> {
+        shard.outstanding.set(shard.outstanding.get() + 1);
+        let outstanding = Outstanding(&shard.outstanding);
+        let answered = self.links.call(&shard.peer, &self.envelope(shard), operation, payload).await;
+        drop(outstanding);
+        let (reply, payload) = answered.map_err(Failure::Link)?;
+        shard.full.set(reply.full);
+        match reply.answer {
+            Answer::Refused(refusal) => Err(Failure::Refused(refusal)),
+            answer => Ok((answer, payload)),
+        }
+    }
+
+    /// Until the shard has done it, or (`Ok(None)`) is no longer required to: then it is marked stale in the
+    /// metadata store, or the session has ended with an error.
+    pub async fn require(
+        self: &Rc<Self>,
+        position: ShardPosition,
+        required: impl Fn() -> bool,
+        operation: &Operation,
+        payload: &Bytes,
+    ) -> Result<Option<Answer>, VolumeError> {
+        let shard = &self.shards[position];
+        let mut refused_busy = 0;
+        loop {
+            self.check()?;
+            if !required() {
+                return Ok(None);
+            }
+            let failure = match self.ask(shard, operation, payload).await {
+                Ok((answer, _)) => {
+                    shard.suspect.set(false);
+                    return Ok(Some(answer));
+                }
+                Err(failure) => failure,
+            };
+            match verdict(&failure) {
+                Verdict::Fenced => self.end(format!("shard {} says: {failure}", shard.id)),
+                Verdict::Busy if refused_busy < 30 => {
+                    refused_busy += 1;
+                    self.runtime.clock().sleep(RETRY_AFTER).await;
+                }
+                Verdict::Busy | Verdict::Unreachable => {
+                    if self.mark_stale(position, &failure).await.is_err() {
+                        // It may come back as it was; nobody else can take its place.
+                        self.runtime.clock().sleep(RETRY_AFTER).await;
+                    }
+                }
+                Verdict::Lost => {
+                    if let Err(below) = self.mark_stale(position, &failure).await {
+                        self.end(format!(
+                            "shard {} lost unflushed data ({failure}) and slice {} would keep {} of at least {} replicas",
+                            shard.id, below.slice, below.remaining, below.min
+                        ));
+                    }
+                }
+            }
+        }
+    }
+
+    /// A number below `bound`, good enough to spread reads.
+    pub fn lot(&self, bound: usize) -> usize {
+        let mut x = self.lots.get();
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        self.lots.set(x);
+        (x % bound as u64) as usize
+    }
+}
+
+/// Counts down however the caller ends.
+struct Outstanding<'a>(&'a Cell<u32>);
+
+impl Drop for Outstanding<'_> {
+    fn drop(&mut self) {
+        self.0.set(self.0.get() - 1);
+    }
+}

@@ -1,0 +1,226 @@
+//! Writes and clears: fan-out to every in-sync replica at once, acknowledged when all have it (protocol rule 6).
+
+use super::plan::{Piece, blocks_covered, blocks_touched, pieces};
+use super::session::Session;
+use crate::device::VolumeError;
+use bytes::{Bytes, BytesMut};
+use std::ops::Range;
+use std::rc::Rc;
+use torus_rpc::message::Operation;
+use torus_rpc::runtime::{Class, Runtime, Spawn};
+use torus_schema::ids::{BlockIndex, Version};
+use torus_schema::limits::{BLOCK_BYTES, UNFLUSHED_BYTES_MAX};
+
+impl<R: Runtime> Session<R> {
+    pub async fn write(self: &Rc<Self>, offset: u64, data: Bytes, durable: bool) -> Result<(), VolumeError> {
+        self.check_range(offset, data.len() as u64)?;
+        let touched = blocks_touched(offset, data.len() as u64);
+        let guard = self.locks.lock(touched.clone()).await;
+        self.check_space(touched.clone()).await?;
+        let data = self.whole_blocks(offset, data, touched.clone()).await?;
+        let durable = durable || self.record.write_through;
+        let writes = pieces(touched.clone()).map(|piece| {
+            let start = ((piece.first.0 - touched.start) * BLOCK_BYTES) as usize;
+            self.write_piece(piece, data.slice(start..start + piece.bytes()), durable)
+        });
+        let written = all(writes.collect()).await;
+        drop(guard);
+        self.wrote(data.len() as u64);
+        written
+    }
+
+    /// The range reads as zeros. `advisory`: blocks at the edges that are covered in part stay as they are.
+    pub async fn clear(
+        self: &Rc<Self>,
+        offset: u64,
+        length: u64,
+        durable: bool,
+        advisory: bool,
+    ) -> Result<(), VolumeError> {
+        self.check_range(offset, length)?;
+        let (touched, covered) = (blocks_touched(offset, length), blocks_covered(offset, length));
+        let durable = durable || self.record.write_through;
+        if !advisory && touched != covered {
+            let head = (offset + length).min(touched.start.max(covered.start) * BLOCK_BYTES).max(offset);
+            let tail = (covered.end * BLOCK_BYTES).max(head);
+            for edge in [offset..head, tail..offset + length] {
+                if edge.start < edge.end {
+                    let zeros = Bytes::from(vec![0; (edge.end - edge.start) as usize]);
+                    Box::pin(self.write(edge.start, zeros, durable)).await?;
+                }
+            }
+        }
+        if covered.is_empty() {
+            return self.check();
+        }
+        let guard = self.locks.lock(covered.clone()).await;
+        let clears = self.slots_of(&covered).into_iter().map(|slot| self.clear_slot(slot, covered.clone(), durable));
+        let cleared = all(clears.collect()).await;
+        drop(guard);
+        cleared
+    }
+
+    pub fn check_range(&self, offset: u64, length: u64) -> Result<(), VolumeError> {
+        self.check()?;
+        let size = self.record.size_bytes;
+        match offset.checked_add(length) {
+            Some(end) if end <= size => Ok(()),
+            _ => Err(VolumeError::OutOfRange { offset, length, size }),
+        }
+    }
+
+    /// The client hears of a full cluster before any replica has to refuse (protocol rule 16). A shard that said it is
+    /// full is asked again, since what made room need not have come from us.
+    async fn check_space(self: &Rc<Self>, blocks: Range<u64>) -> Result<(), VolumeError> {
+        if !self.shards.iter().any(|shard| shard.full.get()) {
+            return Ok(());
+        }
+        for slot in self.slots_of(&blocks) {
+            let replicas: Vec<_> = self.replicas.borrow().in_sync(slot).collect();
+            for position in replicas {
+                let shard = &self.shards[position];
+                if !shard.full.get() {
+                    continue;
+                }
+                let first = pieces(blocks.clone()).find(|piece| self.placement.slot_of(piece.first.extent()) == slot);
+                if let Some(piece) = first {
+                    let probe = Operation::Read { first: piece.first, count: 1 };
+                    // Whatever it answers, `ask` notes whether it is still full; a failure is the write's to handle.
+                    let _ = self.ask(shard, &probe, &Bytes::new()).await;
+                }
+                if shard.full.get() {
+                    return Err(VolumeError::NoSpace { shard: shard.id.to_string() });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The data with its first and last block completed from what is stored. The caller holds the lock.
+    async fn whole_blocks(
+        self: &Rc<Self>,
+        offset: u64,
+        data: Bytes,
+        touched: Range<u64>,
+    ) -> Result<Bytes, VolumeError> {
+        let (start, end) = (touched.start * BLOCK_BYTES, touched.end * BLOCK_BYTES);
+        let data_end = offset + data.len() as u64;
+        if start == offset && end == data_end {
+            return Ok(data);
+        }
+        let mut whole = BytesMut::zeroed((end - start) as usize);
+        let last = end - BLOCK_BYTES;
+        if start != offset || (start == last && end != data_end) {
+            self.read_into(start, &mut whole[..BLOCK_BYTES as usize]).await?;
+        }
+        if end != data_end && start != last {
+            self.read_into(last, &mut whole[(last - start) as usize..]).await?;
+        }
+        whole[(offset - start) as usize..(data_end - start) as usize].copy_from_slice(&data);
+        Ok(whole.freeze())
+    }
+
+    async fn write_piece(self: &Rc<Self>, piece: Piece, payload: Bytes, durable: bool) -> Result<(), VolumeError> {
+        let blocks = payload.chunks_exact(BLOCK_BYTES as usize);
+        let checksums: Vec<u32> = blocks.map(crc32c::crc32c).collect();
+        assert_eq!(checksums.len(), piece.count as usize);
+        let slot = self.placement.slot_of(piece.first.extent());
+        let version = self.begin()?;
+        let operation = Operation::Write { first: piece.first, version, durable, checksums };
+        self.replicate(slot, &operation, &payload, durable).await?;
+        self.settle(version);
+        Ok(())
+    }
+
+    async fn clear_slot(self: &Rc<Self>, slot: usize, blocks: Range<u64>, durable: bool) -> Result<(), VolumeError> {
+        let version = self.begin()?;
+        let operation = Operation::Clear {
+            first: BlockIndex(blocks.start),
+            count: blocks.end - blocks.start,
+            slice: self.placement.slices()[slot],
+            version,
+            durable,
+        };
+        self.replicate(slot, &operation, &Bytes::new(), durable).await?;
+        self.settle(version);
+        Ok(())
+    }
+
+    fn begin(&self) -> Result<Version, VolumeError> {
+        self.check()?;
+        let Some(sequence) = self.window.borrow_mut().begin() else {
+            self.end("the epoch has no sequence left; attach the volume again".to_string());
+            return Err(VolumeError::SessionEnded { because: "no sequence left".to_string() });
+        };
+        Ok(Version::new(self.epoch, sequence))
+    }
+
+    /// Only what every required replica has is settled: a write that failed stays unresolved for good, and with it
+    /// the flush point (protocol rule 1).
+    fn settle(&self, version: Version) {
+        self.window.borrow_mut().resolve(version.sequence);
+        if self.window.borrow().is_idle() {
+            self.changed.wake_all();
+        }
+    }
+
+    async fn replicate(
+        self: &Rc<Self>,
+        slot: usize,
+        operation: &Operation,
+        payload: &Bytes,
+        durable: bool,
+    ) -> Result<(), VolumeError> {
+        let replicas: Vec<_> = self.replicas.borrow().in_sync(slot).collect();
+        let sends = replicas.into_iter().map(|position| async move {
+            let required = || self.replicas.borrow().is_in_sync(slot, position);
+            let done = self.require(position, required, operation, payload).await?;
+            if done.is_some() && !durable {
+                let shard = &self.shards[position];
+                shard.written.set(shard.written.get() + 1);
+            }
+            Ok(())
+        });
+        all(sends.collect()).await
+    }
+
+    /// Slots with an extent in the range: few for a small range, all for a large one.
+    fn slots_of(&self, blocks: &Range<u64>) -> Vec<usize> {
+        if blocks.is_empty() {
+            return Vec::new();
+        }
+        let extents = BlockIndex(blocks.start).extent().0..=BlockIndex(blocks.end - 1).extent().0;
+        let slots = self.replicas.borrow().slot_count();
+        if extents.end() - extents.start() >= 8 * slots as u64 {
+            return (0..slots).collect();
+        }
+        let mut touched: Vec<_> =
+            extents.map(|extent| self.placement.slot_of(torus_schema::ids::ExtentIndex(extent))).collect();
+        touched.sort_unstable();
+        touched.dedup();
+        touched
+    }
+
+    /// Bounds what would have to be reconciled, and lets the shards free what was overwritten.
+    fn wrote(self: &Rc<Self>, bytes: u64) {
+        let unflushed = self.unflushed_bytes.get() + bytes;
+        self.unflushed_bytes.set(unflushed);
+        if unflushed >= UNFLUSHED_BYTES_MAX {
+            self.unflushed_bytes.set(0);
+            let session = self.clone();
+            self.runtime.spawn().spawn(Class::Background, async move {
+                if let Err(error) = session.flush().await {
+                    tracing::warn!(volume = %session.record.name, %error, "flush of its own failed");
+                }
+            });
+        }
+    }
+}
+
+/// All of them to their end, then the first error: what was sent is never left half way.
+async fn all<F: Future<Output = Result<(), VolumeError>>>(mut futures: Vec<F>) -> Result<(), VolumeError> {
+    if futures.len() == 1 {
+        return futures.remove(0).await;
+    }
+    futures::future::join_all(futures).await.into_iter().collect()
+}

@@ -1,0 +1,266 @@
+//! A pipelined connection to one shard, on glommio: one task sends, one receives, and a third watches as long as
+//! something is outstanding (an idle connection costs nothing).
+
+use crate::error::LinkError;
+use crate::frame::{decode_reply, encode_request};
+use crate::message::{Answer, Envelope, Operation, PROTOCOL, Reply};
+use crate::outbox::Outbox;
+use crate::receive::ReceiveBuffer;
+use crate::runtime::glommio::stay_awake;
+use crate::runtime::{Connect, Link, Peer};
+use ahash::AHashMap;
+use bytes::Bytes;
+use futures::AsyncWriteExt;
+use futures::channel::oneshot;
+use glommio::net::TcpStream;
+use std::cell::{Cell, RefCell};
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd};
+use std::rc::Rc;
+use torus_schema::limits::{LINK_DEAD_AFTER, LINK_PROBE_AFTER, REQUEST_DEADLINE};
+
+#[derive(Clone)]
+pub struct TcpLink {
+    handle: Rc<Handle>,
+}
+
+/// The tasks share the connection; when nobody else does any more it is closed.
+struct Handle {
+    connection: Rc<Connection>,
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.connection.fail(self.connection.closed("nobody uses it any more"));
+    }
+}
+
+struct Connection {
+    address: String,
+    outbox: Outbox,
+    state: RefCell<State>,
+    /// Ticks of the watch so far; a tick is `LINK_PROBE_AFTER`.
+    ticks: Cell<u32>,
+    watching: Cell<bool>,
+    /// Something was received since the last tick.
+    heard: Cell<bool>,
+}
+
+#[derive(Default)]
+struct State {
+    next_id: u64,
+    outstanding: AHashMap<u64, Outstanding>,
+    /// Why no answer will come any more.
+    failed: Option<LinkError>,
+}
+
+type Answered = Result<(Reply, Bytes), LinkError>;
+
+struct Outstanding {
+    answer: oneshot::Sender<Answered>,
+    since_tick: u32,
+}
+
+impl Link for TcpLink {
+    async fn call(
+        &self,
+        envelope: &Envelope,
+        operation: &Operation,
+        payload: &Bytes,
+    ) -> Result<(Reply, Bytes), LinkError> {
+        let connection = &self.handle.connection;
+        let answer = connection.submit(envelope, operation, payload)?;
+        answer.await.unwrap_or_else(|_| Err(connection.closed("the connection was dropped")))
+    }
+}
+
+#[derive(Clone, Default)]
+pub struct TcpConnect;
+
+impl Connect for TcpConnect {
+    type Link = TcpLink;
+
+    async fn connect(&self, peer: &Peer) -> Result<TcpLink, LinkError> {
+        let address = peer.address.clone();
+        let silent = || LinkError::Silent { address: address.clone(), silent_ms: LINK_DEAD_AFTER.as_millis() as u64 };
+        let stream = match TcpStream::connect_timeout(&*peer.address, LINK_DEAD_AFTER).await {
+            Ok(stream) => stream,
+            Err(error) => return Err(connect_error(address, error)),
+        };
+        let link = TcpLink::start(stream, peer.address.clone())?;
+        let hello = Operation::Hello { protocol: PROTOCOL, cluster: peer.cluster, node: peer.node, shard: peer.shard };
+        let nothing = Bytes::new();
+        let answer = link.call(&Envelope::NONE, &hello, &nothing);
+        let deadline = glommio::timer::sleep(LINK_DEAD_AFTER);
+        futures::pin_mut!(answer, deadline);
+        match futures::future::select(answer, deadline).await {
+            futures::future::Either::Right(_) => Err(silent()),
+            futures::future::Either::Left((answer, _)) => match answer?.0.answer {
+                Answer::Hello { protocol: PROTOCOL } => Ok(link.clone()),
+                Answer::Refused(refusal) => Err(LinkError::Hello { address: peer.address.clone(), refusal }),
+                other => Err(LinkError::Protocol {
+                    address: peer.address.clone(),
+                    because: format!("the hello was answered by {other:?}, expected protocol {PROTOCOL}"),
+                }),
+            },
+        }
+    }
+}
+
+fn connect_error(address: String, error: glommio::GlommioError<()>) -> LinkError {
+    let text = error.to_string();
+    match std::io::Error::from(error).kind() {
+        std::io::ErrorKind::ConnectionRefused | std::io::ErrorKind::ConnectionReset => {
+            LinkError::ConnectionRefused { address, because: text }
+        }
+        _ => LinkError::Silent { address, silent_ms: LINK_DEAD_AFTER.as_millis() as u64 },
+    }
+}
+
+impl TcpLink {
+    fn start(stream: TcpStream, address: String) -> Result<TcpLink, LinkError> {
+        let connection = Rc::new(Connection {
+            address,
+            outbox: Outbox::default(),
+            state: RefCell::default(),
+            ticks: Cell::new(0),
+            watching: Cell::new(false),
+            heard: Cell::new(false),
+        });
+        stream.set_nodelay(true).map_err(|error| connection.closed(&error.to_string()))?;
+        let receiving = duplicate(&stream).map_err(|error| connection.closed(&error.to_string()))?;
+        glommio::spawn_local(send(connection.clone(), stream)).detach();
+        glommio::spawn_local(receive(connection.clone(), receiving)).detach();
+        Ok(TcpLink { handle: Rc::new(Handle { connection }) })
+    }
+}
+
+/// A second stream on the same socket: reading needs a stream of its own.
+pub fn duplicate(stream: &TcpStream) -> std::io::Result<TcpStream> {
+    // SAFETY: the stream owns the descriptor for longer than this borrow of it.
+    let borrowed = unsafe { std::os::fd::BorrowedFd::borrow_raw(stream.as_raw_fd()) };
+    let copy = borrowed.try_clone_to_owned()?;
+    // SAFETY: the descriptor is a stream socket and from here on owned by the new stream alone.
+    Ok(unsafe { TcpStream::from_raw_fd(copy.into_raw_fd()) })
+}
+
+impl Connection {
+    fn submit(
+        self: &Rc<Self>,
+        envelope: &Envelope,
+        operation: &Operation,
+        payload: &Bytes,
+    ) -> Result<oneshot::Receiver<Answered>, LinkError> {
+        let mut state = self.state.borrow_mut();
+        if let Some(error) = &state.failed {
+            return Err(error.clone());
+        }
+        let (answer, answered) = oneshot::channel();
+        let id = state.next_id;
+        state.next_id += 1;
+        state.outstanding.insert(id, Outstanding { answer, since_tick: self.ticks.get() });
+        drop(state);
+        self.outbox.push(
+            |out| encode_request(out, id, envelope, operation, payload.len()),
+            (!payload.is_empty()).then(|| payload.clone()),
+        );
+        stay_awake();
+        if !self.watching.replace(true) {
+            self.heard.set(true);
+            glommio::spawn_local(watch(self.clone())).detach();
+        }
+        Ok(answered)
+    }
+
+    /// The first failure counts; everybody who waits hears of it.
+    fn fail(&self, error: LinkError) {
+        let outstanding = {
+            let mut state = self.state.borrow_mut();
+            if state.failed.is_some() {
+                return;
+            }
+            state.failed = Some(error.clone());
+            std::mem::take(&mut state.outstanding)
+        };
+        tracing::debug!(address = %self.address, %error, outstanding = outstanding.len(), "link failed");
+        self.outbox.close();
+        for (_, waiting) in outstanding {
+            // Whoever does not wait any more need not hear.
+            let _ = waiting.answer.send(Err(error.clone()));
+        }
+    }
+
+    fn closed(&self, because: &str) -> LinkError {
+        LinkError::Closed { address: self.address.clone(), because: because.to_string() }
+    }
+
+    fn answered(&self, id: u64, reply: Reply, payload: Bytes) {
+        let waiting = self.state.borrow_mut().outstanding.remove(&id);
+        if let Some(waiting) = waiting {
+            let _ = waiting.answer.send(Ok((reply, payload)));
+        }
+    }
+}
+
+async fn send(connection: Rc<Connection>, mut stream: TcpStream) {
+    while let Some(chunks) = connection.outbox.take().await {
+        for chunk in chunks {
+            if let Err(error) = stream.write_all(chunk.bytes()).await {
+                return connection.fail(connection.closed(&error.to_string()));
+            }
+            connection.outbox.recycle(chunk);
+        }
+    }
+    // Ends the receiver too, which has its own descriptor of the socket.
+    let _ = stream.shutdown(std::net::Shutdown::Both).await;
+}
+
+async fn receive(connection: Rc<Connection>, mut stream: TcpStream) {
+    let mut buffer = ReceiveBuffer::default();
+    loop {
+        match buffer.fill(&mut stream).await {
+            Ok(0) => return connection.fail(connection.closed("the peer closed it")),
+            Ok(_) => connection.heard.set(true),
+            Err(error) => return connection.fail(connection.closed(&error.to_string())),
+        }
+        loop {
+            let decoded = buffer.next_frame().and_then(|frame| {
+                frame.map(|frame| Ok((decode_reply(&frame.prefix, &frame.header)?, frame))).transpose()
+            });
+            match decoded {
+                Ok(Some((reply, frame))) => connection.answered(frame.prefix.request_id, reply, frame.payload),
+                Ok(None) => break,
+                Err(error) => {
+                    let address = connection.address.clone();
+                    return connection.fail(LinkError::Protocol { address, because: error.to_string() });
+                }
+            }
+        }
+    }
+}
+
+/// Protocol rule 10: probe when silent, dead when still silent, and one unanswered request ends the link too. Ends
+/// itself when nothing is outstanding.
+async fn watch(connection: Rc<Connection>) {
+    let dead_ticks = LINK_DEAD_AFTER.as_millis().div_ceil(LINK_PROBE_AFTER.as_millis()) as u32;
+    let deadline_ticks = REQUEST_DEADLINE.as_millis().div_ceil(LINK_PROBE_AFTER.as_millis()) as u32;
+    let mut silent_ticks = 0;
+    loop {
+        glommio::timer::sleep(LINK_PROBE_AFTER).await;
+        let tick = connection.ticks.get() + 1;
+        connection.ticks.set(tick);
+        let oldest = connection.state.borrow().outstanding.values().map(|waiting| tick - waiting.since_tick).max();
+        let Some(oldest) = oldest else {
+            connection.watching.set(false);
+            return;
+        };
+        silent_ticks = if connection.heard.replace(false) { 0 } else { silent_ticks + 1 };
+        if silent_ticks >= dead_ticks || oldest > deadline_ticks {
+            let silent_ms = u64::from(oldest.max(silent_ticks)) * LINK_PROBE_AFTER.as_millis() as u64;
+            return connection.fail(LinkError::Silent { address: connection.address.clone(), silent_ms });
+        }
+        if silent_ticks > 0 {
+            // Nobody waits for the answer; that one comes is what counts.
+            drop(connection.submit(&Envelope::NONE, &Operation::Ping, &Bytes::new()));
+        }
+    }
+}

@@ -1,0 +1,131 @@
+//! A client and a server of the data plane over loopback TCP, on glommio as in production.
+
+use bytes::Bytes;
+use futures::{AsyncReadExt, AsyncWriteExt};
+use std::rc::Rc;
+use torus_rpc::client::TcpConnect;
+use torus_rpc::error::LinkError;
+use torus_rpc::message::{Answer, Envelope, Operation, Refusal, Reply, Run};
+use torus_rpc::runtime::{Connect, Link, Peer};
+use torus_rpc::server::{ConnectionCounts, Handler, Identity, serve};
+use torus_schema::ids::{BlockIndex, ClusterId, NodeId, ShardIndex, Version};
+
+/// Answers a read with its block number in every byte, later requests first.
+#[derive(Clone)]
+struct Echo;
+
+impl Handler for Echo {
+    type Chunk = Bytes;
+
+    async fn handle(self, _envelope: Envelope, operation: Operation, payload: Bytes) -> (Reply, Vec<Bytes>) {
+        let (answer, chunks) = match operation {
+            Operation::Read { first, count } => {
+                glommio::timer::sleep(std::time::Duration::from_millis(20 - first.0)).await;
+                let run = Run { count, version: Version::ZERO, data: true };
+                let bytes = vec![first.0 as u8; 4096 * count as usize];
+                (Answer::Read { runs: vec![run], checksums: vec![] }, vec![Bytes::from(bytes)])
+            }
+            Operation::Write { .. } if payload.iter().all(|byte| *byte == 9) => (Answer::Written, vec![]),
+            _ => (Answer::Refused(Refusal::NotOpen), vec![]),
+        };
+        (Reply { full: false, answer }, chunks)
+    }
+}
+
+fn with_server<F: Future<Output = ()>>(test: impl FnOnce(Peer) -> F) {
+    torus_rpc::runtime::glommio::run("test", None, async {
+        let identity = Identity { cluster: ClusterId::random(), node: NodeId::random(), shard: ShardIndex(0) };
+        let listener = glommio::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let server = glommio::spawn_local(serve(listener, identity, Echo, Rc::new(ConnectionCounts::default())));
+        test(Peer { cluster: identity.cluster, node: identity.node, shard: identity.shard, address }).await;
+        server.cancel().await;
+    })
+    .unwrap();
+}
+
+fn write(blocks: usize) -> Operation {
+    let checksums = vec![0; blocks];
+    Operation::Write { first: BlockIndex(0), version: Version::ZERO, durable: false, checksums }
+}
+
+#[test]
+fn requests_are_answered_out_of_order_on_one_connection() {
+    with_server(|peer| async move {
+        let link = TcpConnect.connect(&peer).await.unwrap();
+        let nothing = Bytes::new();
+        let reads = (0..16).map(|first| {
+            let (link, nothing) = (&link, &nothing);
+            async move {
+                let read = Operation::Read { first: BlockIndex(first), count: 1 + first as u32 };
+                let (reply, payload) = link.call(&Envelope::NONE, &read, nothing).await.unwrap();
+                assert!(matches!(reply.answer, Answer::Read { .. }));
+                assert_eq!(payload, vec![first as u8; 4096 * (1 + first as usize)]);
+            }
+        });
+        futures::future::join_all(reads).await;
+    });
+}
+
+#[test]
+fn a_payload_of_the_largest_size_arrives_whole() {
+    with_server(|peer| async move {
+        let link = TcpConnect.connect(&peer).await.unwrap();
+        for blocks in [1, 8, 256] {
+            let payload = Bytes::from(vec![9; 4096 * blocks]);
+            let (reply, _) = link.call(&Envelope::NONE, &write(blocks), &payload).await.unwrap();
+            assert_eq!(reply.answer, Answer::Written);
+        }
+    });
+}
+
+#[test]
+fn a_hello_that_looks_for_another_shard_is_refused_and_says_both() {
+    with_server(|mut peer| async move {
+        peer.shard = ShardIndex(7);
+        let error = TcpConnect.connect(&peer).await.err().unwrap();
+        assert!(matches!(&error, LinkError::Hello { .. }), "{error}");
+        assert!(error.to_string().contains("shard: 7"), "{error}");
+    });
+}
+
+#[test]
+fn a_port_where_nobody_listens_is_a_refused_connection() {
+    with_server(|mut peer| async move {
+        let unused = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        peer.address = unused.local_addr().unwrap().to_string();
+        drop(unused);
+        let error = TcpConnect.connect(&peer).await.err().unwrap();
+        assert!(matches!(error, LinkError::ConnectionRefused { .. }), "{error}");
+    });
+}
+
+#[test]
+fn garbage_ends_its_own_connection_and_no_other() {
+    with_server(|peer| async move {
+        let link = TcpConnect.connect(&peer).await.unwrap();
+        let mut stranger = glommio::net::TcpStream::connect(&*peer.address).await.unwrap();
+        stranger.write_all(&[0x55; 4096]).await.unwrap();
+        let mut rest = Vec::new();
+        // A reset counts as an end too.
+        let _ = stranger.read_to_end(&mut rest).await;
+        assert!(rest.is_empty());
+        let payload = Bytes::from(vec![9; 4096]);
+        assert_eq!(link.call(&Envelope::NONE, &write(1), &payload).await.unwrap().0.answer, Answer::Written);
+    });
+}
+
+#[test]
+fn nothing_is_answered_before_the_hello() {
+    with_server(|peer| async move {
+        let mut stranger = glommio::net::TcpStream::connect(&*peer.address).await.unwrap();
+        let mut frame = Vec::new();
+        torus_rpc::frame::encode_request(&mut frame, 3, &Envelope::NONE, &Operation::Flush, 0);
+        stranger.write_all(&frame).await.unwrap();
+        let mut rest = Vec::new();
+        let _ = stranger.read_to_end(&mut rest).await;
+        let prefix = torus_rpc::frame::Prefix::parse(&rest).unwrap().unwrap();
+        let reply = torus_rpc::frame::decode_reply(&prefix, &rest[torus_rpc::frame::PREFIX_BYTES..]).unwrap();
+        assert!(matches!(reply.answer, Answer::Refused(Refusal::WrongPeer { .. })));
+    });
+}

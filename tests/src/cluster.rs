@@ -1,0 +1,194 @@
+//! A cluster of real processes on this machine: a metadata store, nodes, and the commands to administer them.
+//! Everything is started on free ports in a folder of its own, and killed by pid when it is dropped.
+
+use crate::process::{self, Outcome, Process};
+use crate::store::{Store, StoreKind, free_address};
+use crate::wait;
+use futures::executor::block_on;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus};
+use std::time::Duration;
+use tempfile::TempDir;
+use torus_engine::datadir::Identity;
+use torus_rpc::metadata::Metadata;
+use torus_rpc::metadata::any::AnyMetadata;
+use torus_schema::ids::NodeId;
+use torus_schema::records::{self, HeartbeatRecord, NodeRecord, keys};
+
+/// The smallest node there is.
+pub const NODE_SIZE: &str = "512MiB";
+const DEADLINE: Duration = Duration::from_secs(5);
+
+#[derive(Clone, Debug)]
+pub struct ClusterOptions {
+    pub name: &'static str,
+    pub nodes: usize,
+    pub store: StoreKind,
+    /// Of each node.
+    pub size: &'static str,
+    /// Added to the command line of every node.
+    pub node_arguments: Vec<String>,
+    /// Make the nodes members of the ring.
+    pub is_joined: bool,
+}
+
+impl ClusterOptions {
+    pub fn new(name: &'static str, nodes: usize) -> Self {
+        let store = StoreKind::Embedded;
+        Self { name, nodes, store, size: NODE_SIZE, node_arguments: vec![], is_joined: true }
+    }
+}
+
+pub struct Cluster {
+    options: ClusterOptions,
+    pub store: Store,
+    nodes: Vec<Option<Process>>,
+    servers: usize,
+    /// Last, so that the processes are gone before it is.
+    folder: TempDir,
+}
+
+impl Cluster {
+    /// Initialised, every node up, and all of them members if asked for.
+    pub fn start(options: ClusterOptions) -> Self {
+        let folder = process::temporary_dir(options.name);
+        let store = Store::start(options.store, folder.path());
+        let nodes = (0..options.nodes).map(|_| None).collect();
+        let mut cluster = Self { options, store, nodes, servers: 0, folder };
+        cluster.torusadm(&["init"]).ok();
+        for node in 0..cluster.nodes.len() {
+            cluster.spawn_node(node);
+        }
+        for node in 0..cluster.nodes.len() {
+            cluster.await_node(node);
+        }
+        if cluster.options.is_joined && !cluster.nodes.is_empty() {
+            cluster.torusadm(&["peer", "add", "--all-peers"]).ok();
+        }
+        cluster
+    }
+
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    pub fn url(&self) -> String {
+        self.store.url()
+    }
+
+    pub fn data_dir(&self, node: usize) -> PathBuf {
+        self.folder.path().join(format!("node-{}", node + 1))
+    }
+
+    /// As node `node` is started, for tests that want it otherwise.
+    pub fn node_command(&self, node: usize) -> Command {
+        let mut command = process::program("torus-engine");
+        command.args(["--metadata", &self.url(), "--listen", "127.0.0.1:0"]).arg("--data-dir").arg(self.data_dir(node));
+        if !self.data_dir(node).join("torus.json").exists() {
+            command.args(["--size", self.options.size]);
+        }
+        command.args(&self.options.node_arguments);
+        command
+    }
+
+    fn spawn_node(&mut self, node: usize) {
+        assert!(self.nodes[node].is_none(), "node {node} runs already");
+        let mut command = self.node_command(node);
+        self.nodes[node] = Some(Process::spawn(&format!("node-{}", node + 1), &mut command, self.folder.path()));
+    }
+
+    fn await_node(&mut self, node: usize) {
+        self.node(node).await_line("serving node");
+    }
+
+    /// Returns when it has joined the cluster.
+    pub fn start_node(&mut self, node: usize) {
+        self.spawn_node(node);
+        self.await_node(node);
+    }
+
+    /// Several at once, as after a power cut.
+    pub fn start_nodes(&mut self, nodes: &[usize]) {
+        nodes.iter().for_each(|node| self.spawn_node(*node));
+        nodes.iter().for_each(|node| self.await_node(*node));
+    }
+
+    /// kill -9
+    pub fn kill_node(&mut self, node: usize) {
+        self.nodes[node].take().expect("the node runs").kill();
+    }
+
+    /// SIGTERM
+    pub fn stop_node(&mut self, node: usize) -> ExitStatus {
+        self.nodes[node].take().expect("the node runs").stop()
+    }
+
+    pub fn node(&mut self, node: usize) -> &mut Process {
+        self.nodes[node].as_mut().expect("the node runs")
+    }
+
+    pub fn node_id(&self, node: usize) -> NodeId {
+        self.identity(node).node
+    }
+
+    /// What stands in the node's data dir.
+    pub fn identity(&self, node: usize) -> Identity {
+        let text = std::fs::read(self.data_dir(node).join("torus.json")).expect("the node is formatted");
+        serde_json::from_slice(&text).expect("a node writes its own identity")
+    }
+
+    pub fn metadata(&self) -> AnyMetadata {
+        AnyMetadata::connect(&self.url(), DEADLINE).expect("our own URL is understood")
+    }
+
+    pub fn node_record(&self, node: usize) -> NodeRecord {
+        let key = keys::node(self.node_id(node));
+        let entry = block_on(self.metadata().get(&key)).expect("the store answers").expect("the node has joined");
+        records::decode(&key, &entry.value).expect("a node's record can be read")
+    }
+
+    pub fn heartbeat(&self, node: usize) -> Option<HeartbeatRecord> {
+        let key = keys::heartbeat(self.node_id(node));
+        let entry = block_on(self.metadata().get(&key)).expect("the store answers")?;
+        Some(records::decode(&key, &entry.value).expect("a heartbeat can be read"))
+    }
+
+    /// With the cluster's URL.
+    pub fn torusadm(&self, arguments: &[&str]) -> Outcome {
+        Outcome::of(process::program("torusadm").args(["--metadata", &self.url()]).args(arguments))
+    }
+
+    pub fn torusblk(&self, arguments: &[&str]) -> Outcome {
+        Outcome::of(process::program("torusblk").args(["--metadata", &self.url()]).args(arguments))
+    }
+
+    /// An NBD server for all volumes. It ends with the cluster's test, or when it is dropped.
+    pub fn serve(&mut self) -> NbdServer {
+        self.serve_with(&[])
+    }
+
+    pub fn serve_with(&mut self, arguments: &[&str]) -> NbdServer {
+        self.servers += 1;
+        let address = free_address();
+        let mut command = process::program("torusblk");
+        command.args(["--metadata", &self.url(), "serve", "--listen", &address.to_string()]).args(arguments);
+        let mut process = Process::spawn(&format!("nbd-{}", self.servers), &mut command, self.folder.path());
+        wait::until("the NBD server's port", || {
+            assert!(process.is_running(), "the NBD server ended:\n{}", process.log());
+            std::net::TcpStream::connect(address).ok()
+        });
+        NbdServer { process, address }
+    }
+}
+
+pub struct NbdServer {
+    pub process: Process,
+    pub address: SocketAddr,
+}
+
+impl NbdServer {
+    pub fn url(&self, volume: &str) -> String {
+        format!("nbd://{}/{volume}", self.address)
+    }
+}

@@ -1,0 +1,133 @@
+//! Writers and readers on one volume, each on blocks of its own, reporting to the history.
+
+use super::history::{History, SECTOR_BYTES};
+use bytes::Bytes;
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use torus_frontends::device::{Device, Piece, VolumeError};
+use torus_rpc::runtime::simulated::World;
+
+const BLOCK_BYTES: u64 = 4096;
+
+/// What all workers of a run share.
+#[derive(Clone)]
+pub struct Workload {
+    pub world: World,
+    pub history: Rc<RefCell<History>>,
+    next_value: Rc<Cell<u64>>,
+    pub failed: Rc<RefCell<Option<String>>>,
+}
+
+impl Workload {
+    pub fn new(world: &World) -> Self {
+        Self { world: world.clone(), history: Rc::default(), next_value: Rc::new(Cell::new(1)), failed: Rc::default() }
+    }
+
+    /// Operations on blocks `first..first + count` until one fails or `operations` are done; the error, if any.
+    pub async fn work<D: Device>(
+        &self,
+        device: &D,
+        first: u64,
+        count: u64,
+        operations: u64,
+    ) -> Result<(), VolumeError> {
+        for _ in 0..operations {
+            if self.failed.borrow().is_some() {
+                return Ok(());
+            }
+            let (offset, length) = self.range(first, count);
+            match self.world.random_below(16) {
+                0..=6 => self.write(device, offset, length).await?,
+                7 => self.clear(device, offset, length).await?,
+                8 | 9 => self.flush(device).await?,
+                _ => self.read(device, offset, length).await?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Whole sectors, mostly not whole blocks.
+    fn range(&self, first: u64, count: u64) -> (u64, u64) {
+        let sectors = count * BLOCK_BYTES / SECTOR_BYTES;
+        let start = self.world.random_below(sectors);
+        let length = 1 + self.world.random_below((sectors - start).min(24));
+        let (mut start, mut end) = (start, start + length);
+        if self.world.one_in(2) {
+            start -= start % 8;
+            end = end.next_multiple_of(8);
+        }
+        (first * BLOCK_BYTES + start * SECTOR_BYTES, (end - start) * SECTOR_BYTES)
+    }
+
+    async fn write<D: Device>(&self, device: &D, offset: u64, length: u64) -> Result<(), VolumeError> {
+        let value = self.next_value.replace(self.next_value.get() + 1);
+        let data = Bytes::from(value.to_le_bytes().repeat(length as usize / 8));
+        self.submitted(offset, length, value);
+        tracing::debug!(now = ?self.world.now().0, sector = offset / SECTOR_BYTES, sectors = length / SECTOR_BYTES, value, "write");
+        device.write(offset, data, self.world.one_in(8)).await?;
+        self.answered(offset, length, value);
+        Ok(())
+    }
+
+    async fn clear<D: Device>(&self, device: &D, offset: u64, length: u64) -> Result<(), VolumeError> {
+        self.submitted(offset, length, 0);
+        device.clear(offset, length, self.world.one_in(8), false).await?;
+        self.answered(offset, length, 0);
+        Ok(())
+    }
+
+    pub async fn flush<D: Device>(&self, device: &D) -> Result<(), VolumeError> {
+        let before = self.history.borrow().before_flush();
+        device.flush().await?;
+        tracing::debug!(now = ?self.world.now().0, "flushed");
+        self.history.borrow_mut().flushed(before);
+        Ok(())
+    }
+
+    pub async fn read<D: Device>(&self, device: &D, offset: u64, length: u64) -> Result<(), VolumeError> {
+        let pieces = device.read(offset, length).await?;
+        let mut bytes = Vec::with_capacity(length as usize);
+        for piece in pieces {
+            match piece {
+                Piece::Data(data) => bytes.extend_from_slice(&data),
+                Piece::Zeros(zeros) => bytes.resize(bytes.len() + zeros as usize, 0),
+            }
+        }
+        assert_eq!(bytes.len() as u64, length, "seed {}", self.world.seed());
+        for (index, sector) in bytes.chunks_exact(SECTOR_BYTES as usize).enumerate() {
+            self.check(offset / SECTOR_BYTES + index as u64, sector);
+        }
+        Ok(())
+    }
+
+    fn check(&self, sector: u64, bytes: &[u8]) {
+        let value = u64::from_le_bytes(bytes[..8].try_into().expect("8 bytes"));
+        let torn = bytes.chunks_exact(8).any(|other| other != &bytes[..8]);
+        let result = match torn {
+            true => Err(format!("sector {sector} is torn: {bytes:02x?}")),
+            false => self.history.borrow_mut().read(sector, value),
+        };
+        if let Err(because) = result {
+            self.failed.borrow_mut().get_or_insert(format!("seed {}: {because}", self.world.seed()));
+        }
+    }
+
+    fn submitted(&self, offset: u64, length: u64, value: u64) {
+        for sector in offset / SECTOR_BYTES..(offset + length) / SECTOR_BYTES {
+            self.history.borrow_mut().submitted(sector, value);
+        }
+    }
+
+    fn answered(&self, offset: u64, length: u64, value: u64) {
+        for sector in offset / SECTOR_BYTES..(offset + length) / SECTOR_BYTES {
+            self.history.borrow_mut().answered(sector, value);
+        }
+    }
+
+    /// Panics with what was found wrong, and the seed.
+    pub fn verdict(&self) {
+        if let Some(because) = &*self.failed.borrow() {
+            panic!("{because}");
+        }
+    }
+}
