@@ -1,5 +1,6 @@
 //! What a record does to the shard once it stands in the log: synchronous, the same at run time and at a start.
 
+use super::pins::Kept;
 use super::volumes::Volume;
 use crate::index::{Applied, AtTie, ClearRange, Entry, Found, Index, Place};
 use crate::log::record::{Clear, Data, Instances, Record};
@@ -96,22 +97,24 @@ impl Contents {
             self.space.add_live(position);
             let entry = Entry { position, checksum: *checksum, version: data.version };
             match self.index.apply(place, entry, at_tie) {
-                Applied::Current { replaced: Some(replaced) } => self.supersede(data.volume, replaced, data.version),
+                Applied::Current { replaced: Some(replaced) } => self.supersede(place, replaced, data.version, at_tie),
                 Applied::Current { replaced: None } => {}
-                Applied::Superseded { by } => self.supersede(data.volume, entry, by),
+                Applied::Superseded { by } => self.supersede(place, entry, by, at_tie),
             }
         }
     }
 
     /// Its space is free at once if the newer version can never be taken back, and otherwise when F says so.
-    fn supersede(&mut self, volume: VolumeId, old: Entry, by: Version) {
-        let volume = self.volumes.entry(volume).or_default();
+    fn supersede(&mut self, place: Place, old: Entry, by: Version, at_tie: AtTie) {
+        let volume = self.volumes.entry(place.volume).or_default();
         // A copy under the same version takes nothing away.
-        if by <= volume.settled || by == old.version {
-            self.space.remove_live(old.position);
+        let freed = if by <= volume.settled || by == old.version {
+            Some(old.position)
         } else {
-            volume.pins.entry(by).or_default().push(old.position);
-        }
+            let kept = Kept { block: place.block, version: old.version };
+            volume.pins.keep(kept, by, old.position, at_tie == AtTie::NewcomerWins)
+        };
+        freed.into_iter().for_each(|position| self.space.remove_live(position));
     }
 
     /// The cleaner's copy is needed exactly if its original still is.
@@ -121,12 +124,10 @@ impl Contents {
             let block = BlockIndex(data.first.0 + u64::from(number));
             let place = Place { volume: data.volume, slice: self.slice_of(data.volume, block.extent()), block };
             let to = Position(data.position.0 + number);
-            let mut pinned = || {
-                let volume = self.volumes.get_mut(&data.volume)?;
-                let by = volume.pins.iter().find(|(_, pins)| pins.contains(from)).map(|(by, _)| *by)?;
-                volume.move_pin(by, *from, to).then_some(())
-            };
-            if self.index.relocate(place, *from, to) || pinned().is_some() {
+            let kept = Kept { block, version: data.version };
+            let volume = self.volumes.get_mut(&data.volume);
+            let pinned = volume.is_some_and(|volume| volume.pins.relocate(kept, *from, to));
+            if pinned || self.index.relocate(place, *from, to) {
                 self.space.add_live(to);
                 self.space.remove_live(*from);
             }
@@ -138,9 +139,10 @@ impl Contents {
         let Some(volume) = self.volumes.get(&clear.volume) else { return };
         let Some(layout) = &volume.layout else { return };
         let mut hidden = Vec::new();
-        let tell = |_, entry| hidden.push(entry);
+        let tell = |place, entry| hidden.push((place, entry));
         self.index.clear(clear_range(clear), clear.version, &layout.placement, tell);
-        hidden.into_iter().for_each(|entry| self.supersede(clear.volume, entry, clear.version));
+        let at_tie = AtTie::NewcomerWins;
+        hidden.into_iter().for_each(|(place, entry)| self.supersede(place, entry, clear.version, at_tie));
     }
 
     /// It need not be kept: nothing it hides can show again.
@@ -155,7 +157,7 @@ impl Contents {
         let space = &mut self.space;
         self.index.drop_volume(volume, |entry| space.remove_live(entry.position));
         let pins = self.volumes.remove(&volume).map(|volume| volume.pins).unwrap_or_default();
-        pins.into_values().flatten().for_each(|position| space.remove_live(position));
+        pins.positions().for_each(|position| space.remove_live(position));
     }
 
     /// That block of the record is current where it lies, or kept. `pinned`: of its segment.
@@ -170,8 +172,8 @@ impl Contents {
     /// Positions in `segment` that are kept though superseded.
     pub fn pinned_in(&self, segment: SegmentIndex) -> AHashSet<Position> {
         let geometry = self.space.geometry();
-        let pins = self.volumes.values().flat_map(|volume| volume.pins.values().flatten());
-        pins.copied().filter(|position| geometry.segment_of(*position) == segment).collect()
+        let pins = self.volumes.values().flat_map(|volume| volume.pins.positions());
+        pins.filter(|position| geometry.segment_of(*position) == segment).collect()
     }
 }
 

@@ -1,10 +1,10 @@
 //! What the shard knows of each volume: which slices it holds, who has it open, how far it is flushed.
 //! All of it is merged from records in any order: epoch and F by maximum, slices by union.
 
+use super::pins::Pins;
 use crate::log::record::{Instances, Open};
 use crate::log::{BatchNumber, Position};
 use std::collections::BTreeMap;
-use std::ops::Bound;
 use torus_rpc::message::{Envelope, Refusal, Token};
 use torus_schema::ids::{Epoch, RingGeneration, SliceId, Version, VolumeId};
 use torus_schema::ring::placement::Placement;
@@ -39,8 +39,7 @@ pub struct Volume {
     /// F of a record that is on its way for no other purpose.
     pub settling: Version,
     pub session: Option<Session>,
-    /// Superseded at this version, which is above F: kept, because the version may yet be taken back (rule 14).
-    pub pins: BTreeMap<Version, Vec<Position>>,
+    pub pins: Pins,
     /// Appends of data that are not applied yet.
     pub in_flight: usize,
 }
@@ -129,44 +128,33 @@ impl Volume {
             return Vec::new();
         }
         self.settled = flush_point;
-        let above = (Bound::Excluded(flush_point), Bound::Unbounded);
-        let kept = match self.pins.range(above).next().map(|(first, _)| *first) {
-            Some(first) => self.pins.split_off(&first),
-            None => BTreeMap::new(),
-        };
-        std::mem::replace(&mut self.pins, kept).into_values().flatten().collect()
+        self.pins.release(flush_point)
     }
 
     /// A record that says F would free something, and none is on its way.
     pub fn is_worth_settling(&self) -> bool {
-        let oldest = self.pins.first_key_value().map(|(by, _)| *by);
-        self.flush_point > self.settling && oldest.is_some_and(|by| by <= self.flush_point && by > self.settling)
-    }
-
-    /// A kept record was copied; false if it is not kept any more.
-    pub fn move_pin(&mut self, by: Version, from: Position, to: Position) -> bool {
-        let pin = self.pins.get_mut(&by).and_then(|pins| pins.iter_mut().find(|pin| **pin == from));
-        pin.map(|pin| *pin = to).is_some()
+        let freed = |by: Version| by <= self.flush_point && by > self.settling;
+        self.flush_point > self.settling && self.pins.oldest().is_some_and(freed)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::pins::Kept;
     use super::*;
-
-    fn version(sequence: u64) -> Version {
-        Version::new(Epoch(1), sequence)
-    }
+    use torus_schema::ids::BlockIndex;
 
     #[test]
-    fn what_was_superseded_is_released_when_a_record_says_that_its_successor_is_flushed() {
-        let mut volume = Volume::default();
-        volume.pins.insert(version(5), vec![Position(50), Position(51)]);
-        volume.pins.insert(version(7), vec![Position(70)]);
-        assert_eq!(volume.settle(version(4)), vec![]);
-        assert_eq!(volume.settle(version(5)), vec![Position(50), Position(51)]);
-        assert_eq!(volume.settle(version(3)), vec![]);
-        assert_eq!(volume.settle(Version::new(Epoch(2), 0)), vec![Position(70)]);
+    fn a_flush_point_is_worth_a_record_of_its_own_only_if_that_frees_something() {
+        let version = |sequence| Version::new(Epoch(1), sequence);
+        let mut volume = Volume { flush_point: version(5), ..Volume::default() };
+        assert!(!volume.is_worth_settling());
+        let kept = Kept { block: BlockIndex(1), version: version(2) };
+        volume.pins.keep(kept, version(4), Position(40), true);
+        assert!(volume.is_worth_settling());
+        volume.settling = version(5);
+        assert!(!volume.is_worth_settling(), "one is on its way");
+        assert_eq!(volume.settle(version(5)), vec![Position(40)]);
     }
 
     #[test]

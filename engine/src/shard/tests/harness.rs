@@ -148,7 +148,7 @@ pub struct Client {
     pub machine: Machine,
     pub volume: VolumeId,
     pub envelope: Rc<Cell<Envelope>>,
-    sequence: Rc<Cell<u64>>,
+    pub sequence: Rc<Cell<u64>>,
 }
 
 impl Client {
