@@ -20,24 +20,18 @@ use torus_schema::limits::{NBD_CONNECTIONS_MAX, NBD_STOP_GRACE};
 
 /// How long accepting rests when it failed (no file descriptor is left): clients wait in the backlog meanwhile.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// glommio 0.9.0 can go to sleep beside runnable tasks: when its preempt timer expires between being set and the
-/// first task queue being looked at (the thread lost its core for that long), `run_task_queues` says that nothing ran,
-/// the timer's event wakes nobody, and the executor parks until something else happens; a client that waits for its
-/// reply makes nothing happen. A timer that is always set bounds that sleep.
-const NAP: Duration = Duration::from_millis(5);
 /// A peer that vanished without a word is noticed after idle + count × interval, in seconds.
 const KEEPALIVE_IDLE_S: u32 = 60;
 const KEEPALIVE_INTERVAL_S: u32 = 10;
 const KEEPALIVE_COUNT: u32 = 6;
 
-/// Serves until `stop`, then ends the connections and returns: at most `NBD_STOP_GRACE` later.
+/// On an executor of `torus_rpc::runtime::glommio::run`. Serves until `stop`, then ends the connections and returns: at most `NBD_STOP_GRACE` later.
 pub async fn serve<E: Exports>(listener: Listener, exports: E, stop: impl Future<Output = ()>) -> io::Result<()> {
     let socket = listener.socket()?;
     // SAFETY: the descriptor was duplicated for this and is owned by nobody else.
     let acceptor = unsafe { TcpListener::from_raw_fd(socket.into_raw_fd()) };
     let connections = Rc::new(Connections::default());
     tracing::info!(address = listener.address(), "serving NBD");
-    let naps = glommio::spawn_local(nap());
     {
         let accept = pin!(accept(&acceptor, &listener, &exports, &connections));
         match select(pin!(stop), accept).await {
@@ -48,14 +42,7 @@ pub async fn serve<E: Exports>(listener: Listener, exports: E, stop: impl Future
     drop(acceptor);
     tracing::info!(address = listener.address(), connections = connections.count(), "stopping NBD");
     connections.stop().await;
-    naps.cancel().await;
     Ok(())
-}
-
-async fn nap() {
-    loop {
-        glommio::timer::sleep(NAP).await;
-    }
 }
 
 async fn accept<E: Exports>(

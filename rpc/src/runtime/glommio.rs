@@ -11,11 +11,13 @@ use std::time::Duration;
 use thiserror::Error;
 
 /// Default would be 100 ms, for which a busy task queue then holds up timers and disk completions; the shorter, the
-/// more often glommio parks by mistake (`stay_awake`).
+/// more often glommio parks by mistake (`tick`).
 const PREEMPT_TIMER: Duration = Duration::from_millis(5);
-/// What a park by mistake costs at most, and for how long after the last traffic it is looked after.
+/// What a park by mistake (`tick`) costs at most, and for how many ticks after the last traffic.
 const AWAKE_TICK: Duration = Duration::from_millis(2);
 const AWAKE_TICKS: u32 = 50;
+/// The same without traffic: 20 wakes a second are a thousandth of a core.
+const IDLE_TICK: Duration = Duration::from_millis(50);
 /// Registered buffers of an executor's disk I/O, pinned (glommio's default).
 const IO_MEMORY_BYTES: usize = 10 << 20;
 /// Below this glommio cannot set up its rings.
@@ -47,9 +49,10 @@ pub fn run<T>(name: &str, cpu: Option<usize>, task: impl Future<Output = T>) -> 
         .io_memory(IO_MEMORY_BYTES)
         .make()
         .map_err(|error| start_error(describe, &error.to_string()))?;
-    // An earlier executor of this thread took its ticking task with it.
-    TICKING.set(false);
-    Ok(executor.run(task))
+    Ok(executor.run(async {
+        glommio::spawn_local(tick()).detach();
+        task.await
+    }))
 }
 
 fn start_error(placement: String, because: &str) -> StartError {
@@ -71,28 +74,24 @@ fn check_memlock() -> Result<(), StartError> {
 }
 
 thread_local! {
-    /// Ticks left until the executor of this thread may sleep without a timer; 0: it does.
+    /// Ticks left at the short interval.
     static AWAKE: Cell<u32> = const { Cell::new(0) };
-    static TICKING: Cell<bool> = const { Cell::new(false) };
 }
 
-/// To be called where there is traffic. If glommio's preempt timer expires between its look at I/O and its look at
-/// the task queues (the thread was descheduled), it takes "nothing ran" for "nothing to run" and parks with tasks
-/// runnable, until some other event: requests were seen to wait for seconds on a loaded machine. A timer that is
-/// always set while there is traffic is such an event. Without traffic there is no timer.
+/// To be called where there is traffic: the executor's ticks come faster for a while.
 pub fn stay_awake() {
     AWAKE.set(AWAKE_TICKS);
-    if TICKING.replace(true) {
-        return;
+}
+
+/// If glommio's preempt timer expires between its look at I/O and its look at the task queues (the thread lost its
+/// core), it takes "nothing ran" for "nothing to run" and parks with tasks runnable until some other event: on a loaded
+/// machine requests were seen to wait for seconds. A timer that is always set is such an event.
+async fn tick() {
+    loop {
+        let left = AWAKE.get();
+        AWAKE.set(left.saturating_sub(1));
+        glommio::timer::sleep(if left > 0 { AWAKE_TICK } else { IDLE_TICK }).await;
     }
-    glommio::spawn_local(async {
-        while AWAKE.get() > 0 {
-            AWAKE.set(AWAKE.get() - 1);
-            glommio::timer::sleep(AWAKE_TICK).await;
-        }
-        TICKING.set(false);
-    })
-    .detach();
 }
 
 /// `D`: the disk of a shard's executor, or none on a client's.
