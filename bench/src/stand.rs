@@ -85,9 +85,8 @@ impl Stand {
 
 /// Nodes on free ports, in the build folder, joined to a ring.
 pub fn start_cluster(name: &'static str, nodes: usize) -> Cluster {
-    let node_arguments = vec!["--log".to_string(), "warn".to_string()];
     let store = StoreKind::Embedded;
-    Cluster::start(ClusterOptions { name, nodes, store, size: NODE_SIZE, node_arguments, is_joined: true })
+    Cluster::start(ClusterOptions { name, nodes, store, size: NODE_SIZE, node_arguments: vec![], is_joined: true })
 }
 
 pub fn create_volume(cluster: &Cluster, name: &str, replicas: u32) {
