@@ -26,6 +26,7 @@ const FEW_CORES: usize = 4;
         SIGTERM and SIGINT stop a node cleanly; kill -9 loses nothing that was flushed.",
     args_conflicts_with_subcommands = true,
     subcommand_negates_reqs = true,
+    args_override_self = true,
     arg_required_else_help = true
 )]
 pub struct CommandLine {
@@ -176,21 +177,8 @@ impl FromStr for NodeSize {
                 _ => Err(format!("found {text:?}, {expected} (1% to 100%)")),
             };
         }
-        bytes_of(text).map(NodeSize::Bytes).ok_or_else(|| format!("found {text:?}, {expected}"))
+        torus_schema::size::parse(text).map(NodeSize::Bytes).map_err(|error| format!("{error}; {expected}"))
     }
-}
-
-fn bytes_of(text: &str) -> Option<u64> {
-    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-    let unit = match &text[digits..] {
-        "" => 1,
-        "K" | "KiB" => limits::KIB,
-        "M" | "MiB" => limits::MIB,
-        "G" | "GiB" => limits::GIB,
-        "T" | "TiB" => limits::TIB,
-        _ => return None,
-    };
-    text[..digits].parse::<u64>().ok()?.checked_mul(unit)
 }
 
 impl std::fmt::Display for NodeSize {

@@ -1,14 +1,13 @@
 //! Serves a device in memory as `disk`, to measure the NBD server without what stands behind it:
 //! `cargo run --release --example nbd_memory -- /tmp/nbd.sock 1073741824`, or `HOST:PORT` instead of a path.
 
-use glommio::{LocalExecutorBuilder, Placement};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::error::Error;
 use std::path::Path;
-use std::time::Duration;
 use torus_frontends::nbd::memory::{MemoryDevice, MemoryExports};
 use torus_frontends::nbd::{Listener, serve};
+use torus_rpc::runtime::glommio::run;
 
 fn main() -> Result<(), Box<dyn Error>> {
     tracing_subscriber::fmt::init();
@@ -22,9 +21,6 @@ fn main() -> Result<(), Box<dyn Error>> {
         signals.forever().next();
         drop(stop);
     });
-    let executor = LocalExecutorBuilder::new(Placement::Unbound)
-        .preempt_timer(Duration::from_millis(1))
-        .spawn(move || async move { serve(listener, exports, async { stopped.await.unwrap_or_default() }).await })?;
-    executor.join()??;
+    run("nbd_memory", None, serve(listener, exports, async { stopped.await.unwrap_or_default() }))??;
     Ok(())
 }

@@ -6,6 +6,7 @@ use crate::frame::{decode_reply, encode_request};
 use crate::message::{Answer, Envelope, Operation, PROTOCOL, Reply};
 use crate::outbox::Outbox;
 use crate::receive::ReceiveBuffer;
+use crate::runtime::glommio::stay_awake;
 use crate::runtime::{Connect, Link, Peer};
 use ahash::AHashMap;
 use bytes::Bytes;
@@ -162,6 +163,7 @@ impl Connection {
             |out| encode_request(out, id, envelope, operation, payload.len()),
             (!payload.is_empty()).then(|| payload.clone()),
         );
+        stay_awake();
         if !self.watching.replace(true) {
             self.heard.set(true);
             glommio::spawn_local(watch(self.clone())).detach();

@@ -10,6 +10,7 @@ use crate::frame::{decode_request, encode_reply};
 use crate::message::{Answer, Envelope, Operation, PROTOCOL, Refusal, Reply};
 use crate::outbox::Outbox;
 use crate::receive::{Frame, ReceiveBuffer};
+use crate::runtime::glommio::stay_awake;
 use bytes::Bytes;
 use futures::AsyncWriteExt;
 use glommio::net::{TcpListener, TcpStream};
@@ -120,6 +121,7 @@ async fn receive<H: Handler>(
         if buffer.fill(&mut stream).await? == 0 {
             return Ok(());
         }
+        stay_awake();
         while let Some(frame) = buffer.next_frame()? {
             let (envelope, operation) = decode_request(&frame.prefix, &frame.header)?;
             if !greeted || matches!(operation, Operation::Hello { .. } | Operation::Ping) {

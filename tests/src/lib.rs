@@ -4,12 +4,14 @@
 //! * `process`  a program that ends with its test
 //! * `simulation`  a whole cluster in one thread, from one seed
 //! * `store`    a metadata store: etcd, or our own
+//! * `tools`    stock NBD tools
 //! * `cluster`  a store, nodes and the commands to administer them
 
 pub mod cluster;
 pub mod process;
 pub mod simulation;
 pub mod store;
+pub mod tools;
 pub mod wait;
 
 pub use cluster::{Cluster, ClusterOptions};

@@ -58,6 +58,13 @@ pub enum Applied {
     Superseded { by: Version },
 }
 
+/// Which of two copies of one version becomes current.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum AtTie {
+    NewcomerWins,
+    StandingWins,
+}
+
 #[derive(Default)]
 pub struct Index {
     volumes: AHashMap<VolumeId, VolumeIndex>,
@@ -120,11 +127,12 @@ impl Index {
         blocks.map(|block| volume.find(first.slice, BlockIndex(block))).collect()
     }
 
-    /// At an equal version the newcomer becomes current: it is a copy, and the one that will stay.
-    pub fn apply(&mut self, place: Place, entry: Entry) -> Applied {
+    /// At an equal version both are copies of the same data, and `at_tie` says which becomes current.
+    pub fn apply(&mut self, place: Place, entry: Entry, at_tie: AtTie) -> Applied {
         let volume = self.volumes.entry(place.volume).or_default();
         let found = volume.find(place.slice, place.block);
-        if found.version() > entry.version {
+        let tie_lost = at_tie == AtTie::StandingWins && found.version() == entry.version && found != Found::Never;
+        if found.version() > entry.version || tie_lost {
             return Applied::Superseded { by: found.version() };
         }
         volume.pages.entry(place.block.extent()).or_default().put(in_extent(place.block), entry);
@@ -218,18 +226,26 @@ impl Index {
     ) -> (Vec<Descriptor>, Option<BlockIndex>) {
         let mut descriptors = Vec::new();
         let Some(volume) = self.volumes.get(&volume) else { return (descriptors, None) };
-        let mut at = from;
-        while let Some(extent) = volume.next_extent_above(above, at.extent(), placement) {
-            let start = at.max(extent.first_block());
-            for block in start.0..extent.first_block().0 + BLOCKS_PER_EXTENT {
-                let found = volume.find(placement.slice_of(extent), BlockIndex(block));
-                if found.version() > above && !push_descriptor(&mut descriptors, BlockIndex(block), found, limit) {
+        let (extents, more) = volume.extents_above(above, from.extent(), placement, limit + 1);
+        let behind = extents.last().filter(|_| more).map(|last| ExtentIndex(last.0 + 1).first_block());
+        for extent in extents {
+            let slice = placement.slice_of(extent);
+            let (start, end) = (from.max(extent.first_block()).0, extent.first_block().0 + BLOCKS_PER_EXTENT);
+            if !volume.pages.contains_key(&extent) {
+                let found = volume.find(slice, BlockIndex(start));
+                if !push_descriptor(&mut descriptors, BlockIndex(start), (end - start) as u32, found, limit) {
+                    return (descriptors, Some(BlockIndex(start)));
+                }
+                continue;
+            }
+            for block in start..end {
+                let found = volume.find(slice, BlockIndex(block));
+                if found.version() > above && !push_descriptor(&mut descriptors, BlockIndex(block), 1, found, limit) {
                     return (descriptors, Some(BlockIndex(block)));
                 }
             }
-            at = ExtentIndex(extent.0 + 1).first_block();
         }
-        (descriptors, None)
+        (descriptors, behind)
     }
 
     /// Tells of every block with data, then forgets the volume.
@@ -242,24 +258,38 @@ impl Index {
 }
 
 impl VolumeIndex {
-    /// The first extent from `from` on that may hold a version above `above`.
-    fn next_extent_above(&self, above: Version, from: ExtentIndex, placement: &Placement) -> Option<ExtentIndex> {
+    /// The first `limit` extents from `from` on that may hold a version above `above`, and whether there may be more.
+    fn extents_above(
+        &self,
+        above: Version,
+        from: ExtentIndex,
+        placement: &Placement,
+        limit: usize,
+    ) -> (Vec<ExtentIndex>, bool) {
         let pages = self.pages.iter().filter(|(extent, page)| **extent >= from && page.highest() > above);
-        let first_page = pages.map(|(extent, _)| *extent).min();
-        let first_cleared = self.cleared.iter().filter_map(|(slice, cleared)| {
+        let mut extents: Vec<ExtentIndex> = pages.map(|(extent, _)| *extent).collect();
+        for (slice, cleared) in &self.cleared {
             let ranges = cleared.ranges_from(from).filter(|(_, _, version)| *version > above);
-            ranges
-                .flat_map(|(first, end, _)| first.0..end.0)
-                .take_while(|extent| first_page.is_none_or(|page| *extent < page.0))
-                .map(ExtentIndex)
-                .find(|extent| placement.slice_of(*extent) == *slice)
-        });
-        first_page.into_iter().chain(first_cleared).min()
+            let inside = ranges.flat_map(|(first, end, _)| first.0..end.0).map(ExtentIndex);
+            // A range may name as many extents as a volume can have; more than the limit are not needed of any slice.
+            extents.extend(inside.filter(|extent| placement.slice_of(*extent) == *slice).take(limit + 1));
+        }
+        extents.sort_unstable();
+        extents.dedup();
+        let more = extents.len() > limit;
+        extents.truncate(limit);
+        (extents, more)
     }
 }
 
 /// False if there is no room for it.
-fn push_descriptor(descriptors: &mut Vec<Descriptor>, block: BlockIndex, found: Found, limit: usize) -> bool {
+fn push_descriptor(
+    descriptors: &mut Vec<Descriptor>,
+    block: BlockIndex,
+    count: u32,
+    found: Found,
+    limit: usize,
+) -> bool {
     let version = found.version();
     let checksum = match found {
         Found::Data(entry) => Some(entry.checksum),
@@ -272,13 +302,13 @@ fn push_descriptor(descriptors: &mut Vec<Descriptor>, block: BlockIndex, found: 
         && last.first.0 + u64::from(last.count) == block.0
         && last.first.extent() == block.extent()
     {
-        last.count += 1;
+        last.count += count;
         return true;
     }
     if descriptors.len() >= limit {
         return false;
     }
-    descriptors.push(Descriptor { first: block, count: 1, version, checksum });
+    descriptors.push(Descriptor { first: block, count, version, checksum });
     true
 }
 

@@ -35,9 +35,9 @@ fn a_late_write_below_a_clear_of_an_extent_never_written_loses() {
     let slice = place(0).slice;
     index.clear(range(slice, 0, 1 << 40), version(9), &placement(), |_, _| panic!("nothing was there"));
     assert_eq!(index.volumes[&VOLUME].pages.len(), 0);
-    assert_eq!(index.apply(place(3), entry(77, 8)), Applied::Superseded { by: version(9) });
+    assert_eq!(index.apply(place(3), entry(77, 8), AtTie::NewcomerWins), Applied::Superseded { by: version(9) });
     assert_eq!(index.find(place(3)), Found::Cleared(version(9)));
-    assert_eq!(index.apply(place(3), entry(78, 10)), Applied::Current { replaced: None });
+    assert_eq!(index.apply(place(3), entry(78, 10), AtTie::NewcomerWins), Applied::Current { replaced: None });
 }
 
 #[test]
@@ -52,16 +52,26 @@ fn clearing_a_whole_volume_of_a_pebibyte_makes_no_page() {
     assert_eq!(first.len(), 5);
     assert!(first.iter().all(|descriptor| descriptor.count == 1024 && descriptor.checksum.is_none()));
     assert_eq!(next, Some(BlockIndex(5 * 1024)));
+    let (rest, _) = index.describe(VOLUME, Version::ZERO, BlockIndex(5 * 1024 + 7), &placement(), 5);
+    assert_eq!((rest[0].first, rest[0].count), (BlockIndex(5 * 1024 + 7), 1017));
 }
 
 #[test]
 fn only_what_is_still_current_moves() {
     let mut index = Index::default();
-    index.apply(place(3), entry(77, 8));
+    index.apply(place(3), entry(77, 8), AtTie::NewcomerWins);
     assert!(index.relocate(place(3), Position(77), Position(99)));
     assert!(!index.relocate(place(3), Position(77), Position(100)));
     assert!(!index.relocate(place(4), Position(77), Position(100)));
     assert_eq!(index.find(place(3)), Found::Data(Entry { position: Position(99), ..entry(77, 8) }));
+}
+
+#[test]
+fn of_two_copies_the_standing_one_stays_where_that_is_asked_for() {
+    let mut index = Index::default();
+    index.apply(place(3), entry(77, 8), AtTie::NewcomerWins);
+    assert_eq!(index.apply(place(3), entry(99, 8), AtTie::StandingWins), Applied::Superseded { by: version(8) });
+    assert_eq!(index.find(place(3)), Found::Data(entry(77, 8)));
 }
 
 #[derive(Debug, Clone)]
@@ -92,7 +102,7 @@ proptest! {
             match step {
                 Step::Write(block, sequence) => {
                     let current = model.get(&block).copied().unwrap_or_default();
-                    let applied = index.apply(place(block), entry(number, sequence));
+                    let applied = index.apply(place(block), entry(number, sequence), AtTie::NewcomerWins);
                     if current.0 > sequence {
                         prop_assert_eq!(applied, Applied::Superseded { by: version(current.0) });
                     } else {

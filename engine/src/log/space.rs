@@ -13,7 +13,7 @@
 //! records without payload.
 
 use super::{Geometry, Position, SegmentIndex};
-use torus_schema::limits::RESERVE_PERCENT;
+use torus_schema::limits::{BLOCK_BYTES, RESERVE_PERCENT};
 
 /// Segments that only the cleaner may start on: it needs one at most to free one.
 pub const CLEANER_SEGMENTS: u32 = 1;
@@ -39,7 +39,7 @@ pub enum Usage {
 struct Segment {
     usage: Usage,
     live: u32,
-    notes: u32,
+    note_bytes: u64,
     readers: u32,
     /// Cleaning it failed: it holds something that cannot be read.
     stuck: bool,
@@ -50,7 +50,7 @@ pub struct Space {
     segments: Vec<Segment>,
     free: u32,
     live: u64,
-    notes: u64,
+    note_bytes: u64,
     /// What fits into one segment at least.
     payload_blocks: u32,
     sync_started: SyncNumber,
@@ -59,13 +59,13 @@ pub struct Space {
 
 impl Space {
     pub fn new(geometry: Geometry) -> Self {
-        let segment = Segment { usage: Usage::Free, live: 0, notes: 0, readers: 0, stuck: false };
+        let segment = Segment { usage: Usage::Free, live: 0, note_bytes: 0, readers: 0, stuck: false };
         Self {
             geometry,
             segments: vec![segment; geometry.segments as usize],
             free: geometry.segments,
             live: 0,
-            notes: 0,
+            note_bytes: 0,
             payload_blocks: geometry.payload_blocks(),
             sync_started: SyncNumber(0),
             sync_completed: SyncNumber(0),
@@ -98,7 +98,7 @@ impl Space {
     pub fn is_full(&self) -> bool {
         let segments = u64::from(self.geometry.segments.saturating_sub(self.reserve()));
         let capacity = segments * u64::from(self.payload_blocks - self.payload_blocks / 16);
-        self.live + self.notes.div_ceil(32) > capacity
+        self.live + note_blocks(self.note_bytes) > capacity
     }
 
     /// The free segment to write to next.
@@ -144,15 +144,15 @@ impl Space {
         self.look_at(segment);
     }
 
-    pub fn add_note(&mut self, segment: SegmentIndex) {
-        self.at(segment).notes += 1;
-        self.notes += 1;
+    pub fn add_note(&mut self, segment: SegmentIndex, bytes: usize) {
+        self.at(segment).note_bytes += bytes as u64;
+        self.note_bytes += bytes as u64;
     }
 
     /// All its notes were carried elsewhere or are superfluous.
     pub fn forget_notes(&mut self, segment: SegmentIndex) {
-        self.notes -= u64::from(self.at(segment).notes);
-        self.at(segment).notes = 0;
+        self.note_bytes -= self.at(segment).note_bytes;
+        self.at(segment).note_bytes = 0;
         self.look_at(segment);
     }
 
@@ -193,7 +193,7 @@ impl Space {
 
     /// The one with the fewest needed blocks, if cleaning it gains anything. In need a smaller gain will do.
     pub fn victim(&self) -> Option<SegmentIndex> {
-        let cost = |segment: &Segment| segment.live + segment.notes.div_ceil(32);
+        let cost = |segment: &Segment| segment.live + note_blocks(segment.note_bytes) as u32;
         let sealed = |segment: &&Segment| segment.usage == Usage::Sealed && !segment.stuck;
         let (at, segment) = (0u32..)
             .zip(&self.segments)
@@ -216,7 +216,7 @@ impl Space {
     fn look_at(&mut self, segment: SegmentIndex) {
         let needs = SyncNumber(self.sync_started.0 + 1);
         let entry = self.at(segment);
-        if entry.usage == Usage::Sealed && entry.live == 0 && entry.notes == 0 {
+        if entry.usage == Usage::Sealed && entry.live == 0 && entry.note_bytes == 0 {
             entry.usage = Usage::Emptied { needs };
         }
     }
@@ -230,6 +230,11 @@ impl Space {
             self.free += 1;
         }
     }
+}
+
+/// A note stands in a batch header and in the footer.
+fn note_blocks(bytes: u64) -> u64 {
+    (2 * bytes).div_ceil(BLOCK_BYTES)
 }
 
 #[cfg(test)]

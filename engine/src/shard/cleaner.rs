@@ -7,7 +7,6 @@
 
 use super::queue::{Need, Waiting};
 use super::{Shard, State};
-use crate::index::{Found, Place};
 use crate::log::record::{Data, Record};
 use crate::log::recovery::footer_of;
 use crate::log::{BLOCK, Geometry, Position, SegmentIndex};
@@ -24,10 +23,28 @@ const MOVE_BLOCKS_MAX: usize = 256;
 enum Chore {
     /// A segment needs nothing but a sync to be free.
     Sync,
+    /// Some F is known that no record says yet: saying it frees something.
+    Settle,
     Clean(SegmentIndex),
     /// What waits for space waits in vain.
     Refuse,
     Stop,
+}
+
+/// Volumes of which a kind of note was said once more already.
+#[derive(Default)]
+struct Carried {
+    instances: AHashSet<VolumeId>,
+    opens: AHashSet<VolumeId>,
+    drops: AHashSet<VolumeId>,
+}
+
+/// A needed part of a record, read and verified.
+struct Copy {
+    data: Data,
+    payload: Bytes,
+    /// Where each block lay.
+    origins: Vec<Position>,
 }
 
 /// Why a segment could not be cleaned.
@@ -55,6 +72,7 @@ impl<R: Runtime> Shard<R> {
                     return;
                 }
                 Chore::Refuse => self.refuse_waiting(),
+                Chore::Settle => self.settle_flush_points(),
                 Chore::Sync => {
                     // Only fails with the shard, which ends the loop.
                     let _ = self.sync_after_now().await;
@@ -62,6 +80,24 @@ impl<R: Runtime> Shard<R> {
                 Chore::Clean(victim) => self.clean(victim).await,
             }
             self.pump();
+        }
+    }
+
+    /// Says F in the log where that frees something. Nobody waits for it: it is seen when it is applied.
+    fn settle_flush_points(self: &Rc<Self>) {
+        let notes: Vec<Record> = {
+            let volumes = &mut self.state.borrow_mut().contents.volumes;
+            let worth = volumes.iter_mut().filter(|(_, volume)| volume.is_worth_settling());
+            worth
+                .filter_map(|(id, volume)| {
+                    volume.settling = volume.flush_point;
+                    volume.open(*id).map(Record::Open)
+                })
+                .collect()
+        };
+        for note in notes {
+            // Refused only if the shard failed, which ends the cleaner.
+            let _ = self.submit(Need::Move, note, Bytes::new(), None);
         }
     }
 
@@ -106,25 +142,36 @@ impl<R: Runtime> Shard<R> {
         self.carry_notes(&records, &mut waiting)?;
         // What is superseded from now on stays counted in the victim, which is then cleaned once more.
         let pinned = self.state.borrow().contents.pinned_in(victim);
+        // Read first, then submitted together: the copies share their headers, which is what makes room for them all.
+        let mut copies = Vec::new();
         let mut blocks = 0;
         for record in &records {
             let Record::Data(data) = record else { continue };
             for run in self.needed_runs(&pinned, data) {
                 blocks += run.len();
-                waiting.push(self.move_run(data, run).await?);
+                copies.push(self.read_run(data, run).await?);
                 if blocks >= MOVE_BLOCKS_MAX {
+                    self.submit_copies(&mut copies, &mut waiting)?;
                     wait_for(&mut waiting).await?;
                     blocks = 0;
                 }
             }
         }
+        self.submit_copies(&mut copies, &mut waiting)?;
         wait_for(&mut waiting).await?;
+        Ok(())
+    }
+
+    fn submit_copies(self: &Rc<Self>, copies: &mut Vec<Copy>, waiting: &mut Vec<Waiting>) -> Result<(), Refusal> {
+        for Copy { data, payload, origins } in copies.drain(..) {
+            waiting.push(self.submit(Need::Move, Record::Data(data), payload, Some(origins))?);
+        }
         Ok(())
     }
 
     /// What is known of a volume is said once more, as it is now; clears as they are, if they still hide anything.
     fn carry_notes(self: &Rc<Self>, records: &[Record], waiting: &mut Vec<Waiting>) -> Result<(), Refusal> {
-        let mut carried: AHashSet<VolumeId> = AHashSet::new();
+        let mut carried: Carried = Carried::default();
         for record in records {
             let notes = self.state.borrow().notes_to_carry(record, &mut carried);
             for note in notes {
@@ -137,15 +184,9 @@ impl<R: Runtime> Shard<R> {
     /// Neighbouring blocks of the record that are needed, as places within it.
     fn needed_runs(&self, pinned: &AHashSet<Position>, data: &Data) -> Vec<std::ops::Range<usize>> {
         let state = self.state.borrow();
-        let needed = |number: usize| {
-            let position = Position(data.position.0 + number as u32);
-            let block = BlockIndex(data.first.0 + number as u64);
-            let slice = state.contents.slice_of(data.volume, block.extent());
-            let found = state.contents.index.find(Place { volume: data.volume, slice, block });
-            pinned.contains(&position) || matches!(found, Found::Data(entry) if entry.position == position)
-        };
+        let needed = |number: &usize| state.contents.needs(data, *number, pinned);
         let mut runs: Vec<std::ops::Range<usize>> = Vec::new();
-        for number in (0..data.checksums.len()).filter(|number| needed(*number)) {
+        for number in (0..data.checksums.len()).filter(needed) {
             match runs.last_mut() {
                 Some(run) if run.end == number => run.end += 1,
                 _ => runs.push(number..number + 1),
@@ -154,7 +195,7 @@ impl<R: Runtime> Shard<R> {
         runs
     }
 
-    async fn move_run(self: &Rc<Self>, data: &Data, run: std::ops::Range<usize>) -> Result<Waiting, Trouble> {
+    async fn read_run(self: &Rc<Self>, data: &Data, run: std::ops::Range<usize>) -> Result<Copy, Trouble> {
         let from = Position(data.position.0 + run.start as u32);
         let bytes = self.disk.read(Geometry::offset(from), run.len() * BLOCK).await;
         let bytes = bytes.map_err(|_| Trouble::Unreadable)?;
@@ -168,8 +209,8 @@ impl<R: Runtime> Shard<R> {
         let origins = (0..run.len() as u32).map(|number| Position(from.0 + number)).collect();
         let first = BlockIndex(data.first.0 + run.start as u64);
         let flush_point = self.state.borrow().flush_point(data.volume).max(data.flush_point);
-        let copy = Data { first, checksums, flush_point, ..data.clone() };
-        Ok(self.submit(Need::Move, Record::Data(copy), Bytes::copy_from_slice(&bytes), Some(origins))?)
+        let data = Data { first, checksums, flush_point, ..data.clone() };
+        Ok(Copy { data, payload: Bytes::copy_from_slice(&bytes), origins })
     }
 }
 
@@ -194,25 +235,31 @@ impl State {
         if space.sync_would_free() {
             return Some(Chore::Sync);
         }
+        if self.contents.volumes.values().any(|volume| volume.is_worth_settling()) {
+            return Some(Chore::Settle);
+        }
         if let Some(victim) = space.victim() {
             return Some(Chore::Clean(victim));
         }
         // A segment on its way to its footer may be the next victim, and a reader may be all that holds one back.
-        let hope = self.seals_in_flight > 0 || self.queue.opening || space.reader_holds_one();
+        let hope =
+            self.seals_in_flight > 0 || self.queue.in_flight > 0 || self.queue.opening || space.reader_holds_one();
         (waits && !hope).then_some(Chore::Refuse)
     }
 
-    fn notes_to_carry(&self, record: &Record, carried: &mut AHashSet<VolumeId>) -> Vec<Record> {
+    fn notes_to_carry(&self, record: &Record, carried: &mut Carried) -> Vec<Record> {
         let id = record.volume();
         let volume = self.contents.volumes.get(&id);
         match (record, volume) {
             (Record::Data(_), _) => Vec::new(),
             // Its data may still lie anywhere, and ids are never used again: cheap to keep, fatal to forget.
-            (Record::Drop(_), _) if carried.insert(id) => vec![record.clone()],
+            (Record::Drop(_), _) if carried.drops.insert(id) => vec![record.clone()],
             (Record::Clear(clear), Some(_)) if !self.contents.is_superfluous(clear) => vec![record.clone()],
-            (Record::Instances(_) | Record::Open(_), Some(volume)) if carried.insert(id) => {
-                let instances = volume.instances(id).into_iter().map(Record::Instances);
-                instances.chain(volume.open(id).map(Record::Open)).collect()
+            (Record::Instances(_), Some(volume)) if carried.instances.insert(id) => {
+                volume.instances(id).into_iter().map(Record::Instances).collect()
+            }
+            (Record::Open(_), Some(volume)) if carried.opens.insert(id) => {
+                volume.open(id).map(Record::Open).into_iter().collect()
             }
             _ => Vec::new(),
         }

@@ -6,6 +6,7 @@
 //! * `requests`  what is asked, checked and answered
 //! * `reads`     blocks from the disk, verified
 //! * `volumes`   instances, writers, flush points
+//! * `pins`      what is superseded and kept
 //! * `state`     what a record does to index, space and volumes
 //! * `queue`     appends gathered into batches (pure)
 //! * `append`    batches and syncs on their way to the disk
@@ -15,6 +16,7 @@
 mod append;
 mod cleaner;
 mod notify;
+mod pins;
 mod queue;
 mod reads;
 mod requests;

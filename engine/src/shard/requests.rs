@@ -73,7 +73,7 @@ impl<R: Runtime> Shard<R> {
     /// Rule 5, and F taken note of.
     fn check(&self, envelope: &Envelope, slice: Option<SliceId>) -> Result<(), Refusal> {
         let state = &mut *self.state.borrow_mut();
-        let volume = state.contents.volumes.get(&envelope.volume).ok_or(Refusal::NotOpen)?;
+        let volume = state.contents.volumes.get_mut(&envelope.volume).ok_or(Refusal::NotOpen)?;
         if envelope.epoch < volume.epoch {
             return Err(Refusal::StaleEpoch { replica: volume.epoch });
         }
@@ -85,7 +85,7 @@ impl<R: Runtime> Shard<R> {
         if flush_point.epoch > envelope.epoch || flush_point.sequence > SEQUENCE_MAX {
             return Err(malformed(format!("flush point {flush_point} in epoch {}", envelope.epoch)));
         }
-        state.contents.raise_flush_point(envelope.volume, flush_point);
+        volume.flush_point = volume.flush_point.max(flush_point);
         Ok(())
     }
 

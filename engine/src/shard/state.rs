@@ -1,7 +1,8 @@
 //! What a record does to the shard once it stands in the log: synchronous, the same at run time and at a start.
 
+use super::pins::Kept;
 use super::volumes::Volume;
-use crate::index::{Applied, ClearRange, Entry, Index, Place};
+use crate::index::{Applied, AtTie, ClearRange, Entry, Found, Index, Place};
 use crate::log::record::{Clear, Data, Instances, Record};
 use crate::log::space::Space;
 use crate::log::{Position, SegmentIndex};
@@ -27,21 +28,32 @@ impl Contents {
     pub fn apply(&mut self, record: &Record, segment: SegmentIndex, origins: Option<&[Position]>) {
         match (record, origins) {
             (Record::Data(data), Some(origins)) => self.moved(data, origins),
-            (Record::Data(data), None) => self.data(data),
+            (Record::Data(data), None) => self.data(data, AtTie::NewcomerWins),
             (note, _) => {
-                self.space.add_note(segment);
+                self.space.add_note(segment, note.bytes());
                 self.note(note);
             }
         }
     }
 
-    pub fn note(&mut self, record: &Record) {
+    /// At a start. Notes are counted apart (`start`), when it is known which of them still say anything.
+    pub fn replay(&mut self, record: &Record, at_tie: AtTie) {
+        match record {
+            Record::Data(data) => self.data(data, at_tie),
+            note => self.note(note),
+        }
+    }
+
+    fn note(&mut self, record: &Record) {
         match record {
             Record::Drop(volume) => self.drop_volume(*volume),
             record if self.dropped.contains(&record.volume()) => {}
             Record::Clear(clear) => self.clear(clear),
             Record::Instances(instances) => self.instances(instances),
-            Record::Open(open) => self.volumes.entry(open.volume).or_default().merge_open(open),
+            Record::Open(open) => {
+                self.volumes.entry(open.volume).or_default().merge_open(open);
+                self.settle(open.volume, open.flush_point);
+            }
             Record::Data(_) => unreachable!("data is not a note"),
         }
     }
@@ -51,11 +63,9 @@ impl Contents {
     pub fn foresee(&mut self, record: &Record) {
         match record {
             Record::Clear(clear) if !self.dropped.contains(&clear.volume) => {
-                self.raise_flush_point(clear.volume, clear.flush_point)
+                self.settle(clear.volume, clear.flush_point)
             }
-            Record::Data(data) if !self.dropped.contains(&data.volume) => {
-                self.raise_flush_point(data.volume, data.flush_point)
-            }
+            Record::Data(data) if !self.dropped.contains(&data.volume) => self.settle(data.volume, data.flush_point),
             Record::Clear(_) | Record::Data(_) => {}
             note => self.note(note),
         }
@@ -66,42 +76,45 @@ impl Contents {
         layout.map_or(UNKNOWN_SLICE, |layout| layout.placement.slice_of(extent))
     }
 
-    pub fn raise_flush_point(&mut self, volume: VolumeId, flush_point: Version) {
+    fn settle(&mut self, volume: VolumeId, flush_point: Version) {
         let volume = self.volumes.entry(volume).or_default();
-        volume.raise_flush_point(flush_point).into_iter().for_each(|freed| self.space.remove_live(freed));
+        volume.settle(flush_point).into_iter().for_each(|freed| self.space.remove_live(freed));
     }
 
     fn instances(&mut self, record: &Instances) {
         self.volumes.entry(record.volume).or_default().merge_instances(record);
     }
 
-    fn data(&mut self, data: &Data) {
+    fn data(&mut self, data: &Data, at_tie: AtTie) {
         if self.dropped.contains(&data.volume) {
             return;
         }
+        self.settle(data.volume, data.flush_point);
         for (number, checksum) in (0u32..).zip(&data.checksums) {
             let block = BlockIndex(data.first.0 + u64::from(number));
             let place = Place { volume: data.volume, slice: self.slice_of(data.volume, block.extent()), block };
             let position = Position(data.position.0 + number);
             self.space.add_live(position);
             let entry = Entry { position, checksum: *checksum, version: data.version };
-            match self.index.apply(place, entry) {
-                Applied::Current { replaced: Some(replaced) } => self.supersede(data.volume, replaced, data.version),
+            match self.index.apply(place, entry, at_tie) {
+                Applied::Current { replaced: Some(replaced) } => self.supersede(place, replaced, data.version, at_tie),
                 Applied::Current { replaced: None } => {}
-                Applied::Superseded { by } => self.supersede(data.volume, entry, by),
+                Applied::Superseded { by } => self.supersede(place, entry, by, at_tie),
             }
         }
     }
 
     /// Its space is free at once if the newer version can never be taken back, and otherwise when F says so.
-    fn supersede(&mut self, volume: VolumeId, old: Entry, by: Version) {
-        let volume = self.volumes.entry(volume).or_default();
+    fn supersede(&mut self, place: Place, old: Entry, by: Version, at_tie: AtTie) {
+        let volume = self.volumes.entry(place.volume).or_default();
         // A copy under the same version takes nothing away.
-        if by <= volume.flush_point || by == old.version {
-            self.space.remove_live(old.position);
+        let freed = if by <= volume.settled || by == old.version {
+            Some(old.position)
         } else {
-            volume.pins.entry(by).or_default().push(old.position);
-        }
+            let kept = Kept { block: place.block, version: old.version };
+            volume.pins.keep(kept, by, old.position, at_tie == AtTie::NewcomerWins)
+        };
+        freed.into_iter().for_each(|position| self.space.remove_live(position));
     }
 
     /// The cleaner's copy is needed exactly if its original still is.
@@ -111,12 +124,10 @@ impl Contents {
             let block = BlockIndex(data.first.0 + u64::from(number));
             let place = Place { volume: data.volume, slice: self.slice_of(data.volume, block.extent()), block };
             let to = Position(data.position.0 + number);
-            let mut pinned = || {
-                let volume = self.volumes.get_mut(&data.volume)?;
-                let by = volume.pins.iter().find(|(_, pins)| pins.contains(from)).map(|(by, _)| *by)?;
-                volume.move_pin(by, *from, to).then_some(())
-            };
-            if self.index.relocate(place, *from, to) || pinned().is_some() {
+            let kept = Kept { block, version: data.version };
+            let volume = self.volumes.get_mut(&data.volume);
+            let pinned = volume.is_some_and(|volume| volume.pins.relocate(kept, *from, to));
+            if pinned || self.index.relocate(place, *from, to) {
                 self.space.add_live(to);
                 self.space.remove_live(*from);
             }
@@ -124,20 +135,21 @@ impl Contents {
     }
 
     fn clear(&mut self, clear: &Clear) {
-        self.raise_flush_point(clear.volume, clear.flush_point);
+        self.settle(clear.volume, clear.flush_point);
         let Some(volume) = self.volumes.get(&clear.volume) else { return };
         let Some(layout) = &volume.layout else { return };
         let mut hidden = Vec::new();
-        let tell = |_, entry| hidden.push(entry);
+        let tell = |place, entry| hidden.push((place, entry));
         self.index.clear(clear_range(clear), clear.version, &layout.placement, tell);
-        hidden.into_iter().for_each(|entry| self.supersede(clear.volume, entry, clear.version));
+        let at_tie = AtTie::NewcomerWins;
+        hidden.into_iter().for_each(|(place, entry)| self.supersede(place, entry, clear.version, at_tie));
     }
 
-    /// The cleaner need not carry it: nothing it hides can show again.
+    /// It need not be kept: nothing it hides can show again.
     pub fn is_superfluous(&self, clear: &Clear) -> bool {
         let Some(volume) = self.volumes.get(&clear.volume) else { return self.dropped.contains(&clear.volume) };
         let Some(layout) = &volume.layout else { return false };
-        self.index.is_superseded(clear_range(clear), clear.version, volume.flush_point, &layout.placement)
+        self.index.is_superseded(clear_range(clear), clear.version, volume.settled, &layout.placement)
     }
 
     fn drop_volume(&mut self, volume: VolumeId) {
@@ -145,14 +157,23 @@ impl Contents {
         let space = &mut self.space;
         self.index.drop_volume(volume, |entry| space.remove_live(entry.position));
         let pins = self.volumes.remove(&volume).map(|volume| volume.pins).unwrap_or_default();
-        pins.into_values().flatten().for_each(|position| space.remove_live(position));
+        pins.positions().for_each(|position| space.remove_live(position));
+    }
+
+    /// That block of the record is current where it lies, or kept. `pinned`: of its segment.
+    pub fn needs(&self, data: &Data, number: usize, pinned: &AHashSet<Position>) -> bool {
+        let position = Position(data.position.0 + number as u32);
+        let block = BlockIndex(data.first.0 + number as u64);
+        let slice = self.slice_of(data.volume, block.extent());
+        let found = self.index.find(Place { volume: data.volume, slice, block });
+        pinned.contains(&position) || matches!(found, Found::Data(entry) if entry.position == position)
     }
 
     /// Positions in `segment` that are kept though superseded.
     pub fn pinned_in(&self, segment: SegmentIndex) -> AHashSet<Position> {
         let geometry = self.space.geometry();
-        let pins = self.volumes.values().flat_map(|volume| volume.pins.values().flatten());
-        pins.copied().filter(|position| geometry.segment_of(*position) == segment).collect()
+        let pins = self.volumes.values().flat_map(|volume| volume.pins.positions());
+        pins.filter(|position| geometry.segment_of(*position) == segment).collect()
     }
 }
 

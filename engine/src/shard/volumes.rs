@@ -1,6 +1,7 @@
 //! What the shard knows of each volume: which slices it holds, who has it open, how far it is flushed.
 //! All of it is merged from records in any order: epoch and F by maximum, slices by union.
 
+use super::pins::Pins;
 use crate::log::record::{Instances, Open};
 use crate::log::{BatchNumber, Position};
 use std::collections::BTreeMap;
@@ -30,10 +31,15 @@ pub struct Volume {
     pub slices: BTreeMap<SliceId, Instance>,
     pub epoch: Epoch,
     pub token: Option<Token>,
+    /// F as its writer last told.
     pub flush_point: Version,
+    /// F as a record says that stands in the log. Only this frees anything: the next start knows no more than this, and
+    /// would find in use again what was freed by more.
+    pub settled: Version,
+    /// F of a record that is on its way for no other purpose.
+    pub settling: Version,
     pub session: Option<Session>,
-    /// Superseded at this version, which is above F: kept, because the version may yet be taken back (rule 14).
-    pub pins: BTreeMap<Version, Vec<Position>>,
+    pub pins: Pins,
     /// Appends of data that are not applied yet.
     pub in_flight: usize,
 }
@@ -62,8 +68,8 @@ impl Volume {
         }
     }
 
+    /// Without its F; see `settle`.
     pub fn merge_open(&mut self, record: &Open) {
-        self.flush_point = self.flush_point.max(record.flush_point);
         if record.epoch >= self.epoch {
             self.epoch = record.epoch;
             self.token = Some(record.token);
@@ -115,46 +121,40 @@ impl Volume {
         }
     }
 
-    /// F moved: what it now covers needs to be kept no longer.
-    pub fn raise_flush_point(&mut self, flush_point: Version) -> Vec<Position> {
-        if flush_point <= self.flush_point {
+    /// A record in the log says F: what it covers needs to be kept no longer.
+    pub fn settle(&mut self, flush_point: Version) -> Vec<Position> {
+        self.flush_point = self.flush_point.max(flush_point);
+        if flush_point <= self.settled {
             return Vec::new();
         }
-        self.flush_point = flush_point;
-        let kept = match self.pins.range((std::ops::Bound::Excluded(flush_point), std::ops::Bound::Unbounded)).next() {
-            Some((first, _)) => {
-                let first = *first;
-                self.pins.split_off(&first)
-            }
-            None => BTreeMap::new(),
-        };
-        std::mem::replace(&mut self.pins, kept).into_values().flatten().collect()
+        self.settled = flush_point;
+        self.pins.release(flush_point)
     }
 
-    /// A kept record was copied; false if it is not kept any more.
-    pub fn move_pin(&mut self, by: Version, from: Position, to: Position) -> bool {
-        let pin = self.pins.get_mut(&by).and_then(|pins| pins.iter_mut().find(|pin| **pin == from));
-        pin.map(|pin| *pin = to).is_some()
+    /// A record that says F would free something, and none is on its way.
+    pub fn is_worth_settling(&self) -> bool {
+        let freed = |by: Version| by <= self.flush_point && by > self.settling;
+        self.flush_point > self.settling && self.pins.oldest().is_some_and(freed)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::pins::Kept;
     use super::*;
-
-    fn version(sequence: u64) -> Version {
-        Version::new(Epoch(1), sequence)
-    }
+    use torus_schema::ids::BlockIndex;
 
     #[test]
-    fn what_was_superseded_is_released_when_the_flush_point_reaches_its_successor_and_not_before() {
-        let mut volume = Volume::default();
-        volume.pins.insert(version(5), vec![Position(50), Position(51)]);
-        volume.pins.insert(version(7), vec![Position(70)]);
-        assert_eq!(volume.raise_flush_point(version(4)), vec![]);
-        assert_eq!(volume.raise_flush_point(version(5)), vec![Position(50), Position(51)]);
-        assert_eq!(volume.raise_flush_point(version(3)), vec![]);
-        assert_eq!(volume.raise_flush_point(Version::new(Epoch(2), 0)), vec![Position(70)]);
+    fn a_flush_point_is_worth_a_record_of_its_own_only_if_that_frees_something() {
+        let version = |sequence| Version::new(Epoch(1), sequence);
+        let mut volume = Volume { flush_point: version(5), ..Volume::default() };
+        assert!(!volume.is_worth_settling());
+        let kept = Kept { block: BlockIndex(1), version: version(2) };
+        volume.pins.keep(kept, version(4), Position(40), true);
+        assert!(volume.is_worth_settling());
+        volume.settling = version(5);
+        assert!(!volume.is_worth_settling(), "one is on its way");
+        assert_eq!(volume.settle(version(5)), vec![Position(40)]);
     }
 
     #[test]

@@ -24,6 +24,10 @@ pub enum AdminError {
     NotInitialised,
     #[error("there is a cluster in this metadata store already: {id}; use it, or another store")]
     AlreadyInitialised { id: ClusterId },
+    #[error(
+        "the cluster's records have format version {found}, this program knows {expected}; use the version that made it"
+    )]
+    FormatVersion { found: u32, expected: u32 },
     #[error("--slices {found}: expected a power of two up to {SLICES_MAX}")]
     Slices { found: u32 },
     #[error("{found} replicas: expected 1 to {REPLICAS_MAX}")]
@@ -83,6 +87,8 @@ pub enum AdminError {
     TooFewNodes { replicas: u8, nodes: usize },
     #[error("volume {name:?} could not be created on {place}: {because}; {undone}")]
     Instances { name: String, place: String, because: String, undone: String },
+    #[error("volume {name:?} stays unfinished ({because}); `volume delete {name}` cleans up, then create it again")]
+    Unfinished { name: String, because: MetadataError },
     #[error("volume {name:?} was deleted while it was being created")]
     DeletedMeanwhile { name: String },
     #[error(

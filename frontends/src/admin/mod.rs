@@ -20,6 +20,9 @@ pub mod volume_create;
 pub mod volume_delete;
 mod volume_show;
 
+#[cfg(test)]
+mod tests;
+
 pub use error::AdminError;
 pub use output::{Format, Report};
 

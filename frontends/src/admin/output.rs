@@ -16,7 +16,7 @@ pub enum Format {
 pub struct Report {
     pub header: Vec<&'static str>,
     pub rows: Vec<Vec<String>>,
-    /// Lines below the table, not in CSV.
+    /// Lines below the table; not in CSV, unless there is no table.
     pub summary: Vec<String>,
     pub json: Value,
     /// For the error output, whatever the format.
@@ -55,8 +55,11 @@ impl Report {
     }
 
     fn csv(&self) -> String {
+        if self.header.is_empty() {
+            return self.table();
+        }
         let header = self.header.iter().map(|name| name.to_string()).collect();
-        let lines = (!self.header.is_empty()).then_some(&header).into_iter().chain(&self.rows);
+        let lines = std::iter::once(&header).chain(&self.rows);
         lines.map(|cells| cells.iter().map(|cell| quoted(cell)).collect::<Vec<_>>().join(",") + "\r\n").collect()
     }
 }

@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use torus_rpc::metadata::{Entry, Metadata, Revision, Transaction};
 use torus_schema::ids::{NodeId, VolumeId};
 use torus_schema::records::{
-    ClusterRecord, HeartbeatRecord, NameRecord, NodeRecord, OwnerRecord, StatusRecord, VolumeRecord, decode, keys,
+    ClusterRecord, FORMAT_VERSION, HeartbeatRecord, NameRecord, NodeRecord, OwnerRecord, StatusRecord, VolumeRecord,
+    decode, keys,
 };
 use torus_schema::ring::{Ring, RingRecord};
 
@@ -25,10 +26,14 @@ impl Cluster {
         let (cluster, ring, placements) =
             (entries.next().flatten(), entries.next().flatten(), entries.next().flatten());
         let cluster = cluster.ok_or(AdminError::NotInitialised)?;
+        let cluster: ClusterRecord = decode(&cluster.key, &cluster.value)?;
+        if cluster.format_version != FORMAT_VERSION {
+            return Err(AdminError::FormatVersion { found: cluster.format_version, expected: FORMAT_VERSION });
+        }
         let ring_entry = ring.ok_or(AdminError::NotInitialised)?;
         let record = decode::<RingRecord>(&ring_entry.key, &ring_entry.value)?;
         Ok(Self {
-            record: decode(&cluster.key, &cluster.value)?,
+            record: cluster,
             ring: Ring::from_record(record)?,
             ring_entry,
             placements: placements.map(|entry| entry.mod_revision),

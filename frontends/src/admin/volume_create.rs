@@ -259,13 +259,15 @@ async fn make_ready<M: Metadata>(
         writes: vec![Write::Put { key, value: encode(&ready), lease: None }],
         reads: vec![],
     };
+    let unfinished = |because| AdminError::Unfinished { name: ready.name.clone(), because };
     let applied = match metadata.transact(transaction).await {
         Ok(result) => result.applied,
+        // Whether it took place shows by what stands there now.
         Err(error @ MetadataError::Unknown { .. }) => {
             let found = Found::read(metadata, &ready.name).await.ok();
-            found.filter(|found| found.record == ready).map(|_| true).ok_or(error)?
+            found.filter(|found| found.record == ready).map(|_| true).ok_or_else(|| unfinished(error))?
         }
-        Err(error) => return Err(error.into()),
+        Err(error) => return Err(unfinished(error)),
     };
     if applied { Ok(ready) } else { Err(AdminError::DeletedMeanwhile { name: ready.name }) }
 }

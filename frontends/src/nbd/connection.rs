@@ -22,6 +22,7 @@ use std::os::fd::AsRawFd;
 use std::pin::pin;
 use std::rc::Rc;
 use thiserror::Error;
+use torus_rpc::runtime::glommio::stay_awake;
 use torus_schema::limits::NBD_HANDSHAKE_DEADLINE;
 
 /// Entries of one send; the kernel takes 1024, and a socket's buffer is full well before.
@@ -52,6 +53,7 @@ impl Input {
         match self.stream.read(self.bytes.spare(wanted, chunk_bytes)).await? {
             0 => Err(End::Closed),
             count => {
+                stay_awake();
                 self.bytes.received(count);
                 Ok(())
             }

@@ -1,8 +1,5 @@
 //! Accepts connections, counts them, and stops them in order: what is in flight is answered, what still comes is
 //! refused, who does not take their replies is cut off.
-//!
-//! The executor's preempt timer should be 1 ms or less: it decides how long one busy task queue keeps the others
-//! from the network.
 
 use crate::device::Exports;
 use crate::nbd::connection::{Client, End, Input};
@@ -28,7 +25,7 @@ const KEEPALIVE_IDLE_S: u32 = 60;
 const KEEPALIVE_INTERVAL_S: u32 = 10;
 const KEEPALIVE_COUNT: u32 = 6;
 
-/// Serves until `stop`, then ends the connections and returns: at most `NBD_STOP_GRACE` later.
+/// On an executor of `torus_rpc::runtime::glommio::run`. Serves until `stop`, then ends the connections and returns: at most `NBD_STOP_GRACE` later.
 pub async fn serve<E: Exports>(listener: Listener, exports: E, stop: impl Future<Output = ()>) -> io::Result<()> {
     let socket = listener.socket()?;
     // SAFETY: the descriptor was duplicated for this and is owned by nobody else.

@@ -156,19 +156,14 @@ async fn own<R: Runtime>(
         match owner_entry {
             Some(entry) if decoded::<OwnerRecord>(entry)? == owner => {
                 let ring = ring_entry.as_ref().ok_or_else(|| record_error("there is no ring"))?;
-                let ring = Ring::from_record(decoded::<RingRecord>(ring)?).map_err(record_error)?;
-                let status = status_entry.as_ref();
                 return Ok(Owned {
                     epoch: next,
                     owner,
                     owner_revision: entry.create_revision,
                     owner_lease,
                     volume: (decoded(volume_entry)?, volume_entry.mod_revision),
-                    status: (
-                        status.map(decoded).transpose()?.unwrap_or_default(),
-                        status.map(|entry| entry.mod_revision),
-                    ),
-                    ring,
+                    status: status_of(status_entry.as_ref())?,
+                    ring: Ring::from_record(decoded::<RingRecord>(ring)?).map_err(record_error)?,
                     flush_point: record.flush_point.into(),
                 });
             }
@@ -189,6 +184,11 @@ async fn own<R: Runtime>(
             None => {}
         }
     }
+}
+
+fn status_of(entry: Option<&Entry>) -> Result<(StatusRecord, Option<Revision>), VolumeError> {
+    let status = entry.map(decoded).transpose()?.unwrap_or_default();
+    Ok((status, entry.map(|entry| entry.mod_revision)))
 }
 
 fn attached_by(name: &str, owner: &OwnerRecord) -> VolumeError {
@@ -299,6 +299,7 @@ async fn build<R: Runtime>(
     let cluster: ClusterRecord =
         decoded(&cluster.ok_or_else(|| record_error("there is no cluster; `torusadm init` makes one"))?)?;
     let key = ClusterKey::from_hex(&cluster.key).map_err(record_error)?;
+    check_record(&record, &owned.ring)?;
     let placement = Placement::new(record.placement, record.width, owned.ring.slices());
     let placed = placement.slices().iter().map(|slice| (*slice, owned.ring.replicas(*slice, record.replicas).to_vec()));
     let replicas = Replicas::new(placed.collect(), usize::from(record.min_replicas), &owned.status.0);
@@ -336,6 +337,23 @@ async fn build<R: Runtime>(
         changed: Default::default(),
     };
     Ok((Rc::new(session), open))
+}
+
+/// Records come from a store that others write to.
+fn check_record(record: &VolumeRecord, ring: &Ring) -> Result<(), VolumeError> {
+    let (width, slices) = (record.width, ring.slices());
+    if !width.is_power_of_two() || width > slices {
+        return Err(record_error(format!("volume {} has width {width}, the ring {slices} slices", record.name)));
+    }
+    let (replicas, most) = (usize::from(record.replicas), ring.replicas_max());
+    if replicas == 0 || replicas > most || record.min_replicas == 0 || record.min_replicas > record.replicas {
+        let because = format!(
+            "volume {} asks for {replicas} replicas, at least {} in sync; the ring has {most} for a slice",
+            record.name, record.min_replicas
+        );
+        return Err(record_error(because));
+    }
+    Ok(())
 }
 
 fn owner_name(owner: &OwnerRecord) -> String {

@@ -2,7 +2,6 @@
 
 use bytes::{BufMut, BytesMut};
 use futures::channel::oneshot;
-use glommio::{LocalExecutorBuilder, Placement};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
@@ -47,15 +46,14 @@ impl Server {
         );
         let (uri, base_uri, address) = (listener.uri("disk"), listener.uri(""), listener.tcp_address());
         let (stop, stopped) = oneshot::channel::<()>();
-        let thread = LocalExecutorBuilder::new(Placement::Unbound)
-            .preempt_timer(Duration::from_millis(1))
-            .spawn(move || async move {
-                serve(listener, exports, async { stopped.await.unwrap_or_default() })
-                    .await
-                    .expect("the listener is good");
-            })
-            .expect("an executor");
-        let thread = std::thread::spawn(move || thread.join().expect("the server does not panic"));
+        let thread = std::thread::spawn(move || {
+            let served = torus_rpc::runtime::glommio::run(
+                "nbd",
+                None,
+                serve(listener, exports, async { stopped.await.unwrap_or_default() }),
+            );
+            served.expect("an executor").expect("the listener is good");
+        });
         Self { device, uri, base_uri, address, stop: Some(stop), thread: Some(thread) }
     }
 

@@ -1,0 +1,13 @@
+//! The shard on a simulated disk.
+//!
+//! * `harness`   a client of one shard, that knows what it wrote
+//! * `requests`  what is refused, and with what
+//! * `recovery`  row by row
+//! * `space`     cleaning, full, dropping
+//! * `model`     seeded sequences of everything, with crashes, against a plain map
+
+mod harness;
+mod model;
+mod recovery;
+mod requests;
+mod space;

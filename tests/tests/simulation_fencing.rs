@@ -1,0 +1,171 @@
+//! A writer that lost its volume must not answer from what it knows (interleavings of the replication protocol, as
+//! scripts instead of seeds; the seeds only vary delays).
+
+use bytes::Bytes;
+use std::cell::Cell;
+use std::rc::Rc;
+use std::time::Duration;
+use torus_frontends::device::{Device, Exports, Piece, VolumeError};
+use torus_frontends::volume::AttachedVolume;
+use torus_rpc::runtime::simulated::World;
+use torus_tests::simulation::cluster::{Client, Cluster, Runtime};
+
+const BLOCK: u64 = 4096;
+const NAME: &str = "volume";
+
+type Volume = AttachedVolume<Runtime>;
+
+async fn cluster(world: &World, min_replicas: u8) -> Cluster {
+    let cluster = Cluster::start(world, 2).await;
+    cluster.create_volume(NAME, 16 << 20, 2, min_replicas).await;
+    cluster
+}
+
+fn simulate<F: Future<Output = ()> + 'static>(test: impl Fn(World) -> F) {
+    for seed in 0..20 {
+        let world = World::new(seed);
+        let scenario = test(world.clone());
+        world.block_on(scenario);
+    }
+}
+
+async fn write(volume: &Volume, value: u8) -> Result<(), VolumeError> {
+    volume.write(0, Bytes::from(vec![value; BLOCK as usize]), false).await
+}
+
+async fn read(volume: &Volume) -> Result<u8, VolumeError> {
+    Ok(match &volume.read(0, BLOCK).await?[..] {
+        [Piece::Data(data)] => data[0],
+        _ => 0,
+    })
+}
+
+/// Attaches as soon as the owner before has gone.
+async fn attach_in_turn(world: &World, client: &Client) -> Volume {
+    loop {
+        match client.exports.attach(NAME).await {
+            Ok(volume) => return volume,
+            Err(VolumeError::Attached { .. }) => world.sleep(Duration::from_millis(200)).await,
+            Err(error) => panic!("seed {}: {error}", world.seed()),
+        }
+    }
+}
+
+/// Interleaving 1: W0 is cut off from the metadata store; W1 cannot reach node 0, marks it stale, and writes to node 1
+/// alone. W0 still reaches node 0, which never heard of W1.
+#[test]
+fn a_writer_that_was_fenced_unnoticed_reads_nothing_old() {
+    simulate(async |world| {
+        let cluster = cluster(&world, 1).await;
+        let (old, new) = (cluster.client("w0", false), cluster.client("w1", false));
+        let first = old.exports.attach(NAME).await.expect("nobody else is there");
+        write(&first, 1).await.expect("all is well");
+        first.flush().await.expect("all is well");
+        let replaced = Rc::new(Cell::new(false));
+        let (flag, here) = (replaced.clone(), world.clone());
+        let reader = async move {
+            // For as long as it takes to be fenced, and then some.
+            for _ in 0..200 {
+                let late = flag.get();
+                match read(&first).await {
+                    Ok(value) => assert!(!late || value == 2, "seed {}: {value} after 2 was acknowledged", here.seed()),
+                    Err(VolumeError::SessionEnded { .. }) => return true,
+                    Err(error) => panic!("seed {}: {error}", here.seed()),
+                }
+                here.sleep(Duration::from_millis(100)).await;
+            }
+            false
+        };
+        old.store.set_available(false);
+        let unreachable = cluster.nodes[0].process.get().expect("it runs");
+        world.cut(new.process, unreachable);
+        let here = world.clone();
+        let writer = async move {
+            let second = attach_in_turn(&here, &new).await;
+            write(&second, 2).await.expect("one replica is enough here");
+            replaced.set(true);
+            // Held until the reader is done.
+            here.sleep(Duration::from_secs(30)).await;
+        };
+        let (fenced, ()) = futures::future::join(reader, writer).await;
+        assert!(fenced, "seed {}: W0 never noticed", world.seed());
+    });
+}
+
+/// Rule 2: a takeover by force ends the old session, which may neither write nor read on, and nothing is lost.
+#[test]
+fn a_writer_that_was_taken_over_ends_and_what_it_wrote_is_there() {
+    simulate(async |world| {
+        let cluster = cluster(&world, 1).await;
+        let (old, new) = (cluster.client("w0", false), cluster.client("w1", true));
+        let first = old.exports.attach(NAME).await.expect("nobody else is there");
+        write(&first, 1).await.expect("all is well");
+        let second = new.exports.attach(NAME).await.expect("force takes it");
+        assert_eq!(read(&second).await.expect("attached"), 1, "seed {}", world.seed());
+        write(&second, 2).await.expect("attached");
+        let written = write(&first, 3).await;
+        assert!(matches!(written, Err(VolumeError::SessionEnded { .. })), "seed {}: {written:?}", world.seed());
+        assert!(first.flush().await.is_err(), "seed {}: a flush of a fenced writer says OK", world.seed());
+        assert_eq!(read(&second).await.expect("attached"), 2, "seed {}", world.seed());
+    });
+}
+
+/// A live owner is named, and stays the owner.
+#[test]
+fn a_volume_that_is_attached_elsewhere_is_refused_and_the_owner_named() {
+    simulate(async |world| {
+        let cluster = cluster(&world, 1).await;
+        let (old, new) = (cluster.client("host-of-w0", false), cluster.client("w1", false));
+        let first = old.exports.attach(NAME).await.expect("nobody else is there");
+        world.sleep(Duration::from_secs(30)).await;
+        let refused = new.exports.attach(NAME).await.err().expect("it is attached");
+        assert!(refused.to_string().contains("host-of-w0"), "{refused}");
+        write(&first, 1).await.expect("it is still the owner");
+    });
+}
+
+/// The lease runs out while the metadata store is away from its owner only; nobody else came. It owns the volume again
+/// by itself, and nothing ends.
+#[test]
+fn an_owner_whose_lease_ran_out_goes_on_if_nobody_came() {
+    simulate(async |world| {
+        let cluster = cluster(&world, 1).await;
+        let client = cluster.client("w0", false);
+        let volume = client.exports.attach(NAME).await.expect("nobody else is there");
+        write(&volume, 1).await.expect("all is well");
+        client.store.set_available(false);
+        world.sleep(Duration::from_secs(30)).await;
+        cluster.store.expire_leases();
+        assert_eq!(read(&volume).await.expect("both replicas confirm the epoch"), 1);
+        write(&volume, 2).await.expect("a write needs no lease");
+        client.store.set_available(true);
+        world.sleep(Duration::from_secs(10)).await;
+        write(&volume, 3).await.expect("owned again");
+        let other = cluster.client("w1", false);
+        let refused = other.exports.attach(NAME).await.err();
+        assert!(matches!(refused, Some(VolumeError::Attached { .. })), "seed {}: {refused:?}", world.seed());
+    });
+}
+
+/// Interleaving 5: the only other replica restarts between an acknowledgement and the flush. The flush must not be
+/// answered by its new incarnation, which has lost the write.
+#[test]
+fn a_flush_is_not_answered_by_a_replica_that_forgot_the_write() {
+    simulate(async |world| {
+        let cluster = cluster(&world, 1).await;
+        let client = cluster.client("w0", false);
+        let volume = client.exports.attach(NAME).await.expect("nobody else is there");
+        write(&volume, 1).await.expect("all is well");
+        cluster.fail_power(1);
+        cluster.start_node(1).await;
+        volume.flush().await.expect("one replica is enough here");
+        // What was flushed must survive the power failing everywhere.
+        world.kill(client.process);
+        for node in 0..2 {
+            cluster.fail_power(node);
+            cluster.start_node(node).await;
+        }
+        let volume = attach_in_turn(&world, &cluster.client("w1", false)).await;
+        assert_eq!(read(&volume).await.expect("attached"), 1, "seed {}", world.seed());
+    });
+}
