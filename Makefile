@@ -17,6 +17,7 @@ test: setup
 run: setup
 	@scripts/run
 
+# Torus beside the raw disk and qemu-nbd, on this machine, in one run. ARGS="--quick", ARGS=--help; see bench/README.md
 bench: setup
 	cargo build --release --workspace
-	cargo run --release -p torus-bench
+	cargo run --release -p torus-bench -- $(ARGS)

@@ -9,11 +9,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::Duration;
 
-/// The folder with the programs that `cargo build` made: this test was built beside them.
+/// The folder with the programs that `cargo build` made: a test was built into deps/ below them, the bench beside them.
 pub fn programs() -> PathBuf {
-    let test = std::env::current_exe().expect("a running program has a path");
-    let deps = test.parent().expect("a test is in a folder");
-    deps.parent().expect("tests are in deps/ of the build folder").to_path_buf()
+    let own = std::env::current_exe().expect("a running program has a path");
+    let folder = own.parent().expect("a program is in a folder");
+    let is_test = folder.ends_with("deps");
+    if is_test { folder.parent().expect("deps/ is in the build folder").to_path_buf() } else { folder.to_path_buf() }
 }
 
 /// Fails with what to do, rather than testing nothing.

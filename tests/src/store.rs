@@ -70,6 +70,10 @@ impl Store {
         command
     }
 
+    pub fn pid(&self) -> u32 {
+        self.process.as_ref().expect("the store runs").pid()
+    }
+
     pub fn kill(&mut self) {
         self.process.take().expect("the store runs").kill();
     }

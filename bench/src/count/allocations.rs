@@ -1,0 +1,80 @@
+//! Allocations per operation: a client and a whole storage node in this one process, over loopback TCP as ever, under
+//! an allocator that counts. This thread is the client; the others are the node's shard and its main thread, which
+//! does nothing but send a heartbeat.
+
+use super::allocator;
+use crate::error::{BenchError, Result};
+use crate::library::{self, Load, Work, drive};
+use crate::report::{table, write_json};
+use crate::stand;
+use clap::Parser;
+use nix::sys::signal::{Signal, raise};
+use serde::Serialize;
+use std::time::Duration;
+use torus_engine::config::CommandLine;
+use torus_engine::node;
+use torus_tests::wait;
+
+#[derive(Serialize)]
+struct Row {
+    work: Work,
+    depth: usize,
+    operations: u64,
+    client_per_operation: f64,
+    node_per_operation: f64,
+}
+
+pub fn run(time: Duration) -> Result<()> {
+    let cluster = stand::start_cluster("bench-count", 0);
+    let line = [
+        "torus-engine".to_string(),
+        format!("--metadata={}", cluster.url()),
+        format!("--data-dir={}", cluster.data_dir(0).display()),
+        format!("--size={}", stand::NODE_SIZE),
+    ];
+    let arguments = CommandLine::try_parse_from(line).map_err(BenchError::wrap("the node's settings"))?.node;
+    let arguments = arguments.expect("--metadata and --data-dir are those of a node");
+    let node = std::thread::spawn(move || node::run(arguments).map_err(BenchError::wrap("the node")));
+    wait::until("the node in this process to join", || {
+        assert!(!node.is_finished(), "the node ended");
+        let joined = cluster.torusadm(&["peer", "add", "--all-peers"]).status.success();
+        (joined && !cluster.torusadm(&["peer", "list", "--output", "csv"]).ok().trim().is_empty()).then_some(())
+    });
+    stand::create_volume(&cluster, "counted", 1);
+    let rows = library::with_volume(&cluster.url(), "counted", async |device| {
+        eprintln!("bench: writing the region");
+        library::fill(&device).await.map_err(library::volume_error)?;
+        let mut rows = Vec::new();
+        for work in [Work::Read, Work::Write, Work::DurableWrite] {
+            for depth in [1, 32] {
+                let load = Load { work, depth, run: time, seed: 1 };
+                // What grows to its size once is not an operation's cost.
+                drive(&device, load).await?;
+                allocator::start();
+                let operations = drive(&device, load).await?.len();
+                let counted = allocator::stop();
+                let per_operation = |count: u64| count as f64 / operations.max(1) as f64;
+                let (client_per_operation, node_per_operation) =
+                    (per_operation(counted.own), per_operation(counted.others));
+                rows.push(Row { work, depth, operations, client_per_operation, node_per_operation });
+            }
+        }
+        Ok(rows)
+    })?;
+    // The node waits for it, as if it were a process of its own.
+    raise(Signal::SIGTERM).map_err(BenchError::wrap("SIGTERM to the node in this process"))?;
+    node.join().map_err(|_| BenchError::Failed {
+        what: "the node in this process".to_string(),
+        because: "it panicked; its message is above".to_string(),
+    })??;
+    print(&rows);
+    write_json("allocations", &rows).map(drop)
+}
+
+fn print(rows: &[Row]) {
+    let cells = |row: &Row| {
+        let name = format!("{:?} × {}", row.work, row.depth);
+        vec![name, format!("{:.2}", row.client_per_operation), format!("{:.2}", row.node_per_operation)]
+    };
+    println!("{}", table(&["allocations per 4 KiB", "client", "node"], rows.iter().map(cells)));
+}

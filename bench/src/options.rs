@@ -1,0 +1,95 @@
+//! The command line of `torus-bench`.
+
+use clap::{Args, Parser, Subcommand};
+use std::time::Duration;
+
+/// Measures Torus beside the raw disk and its peers: one machine, one run
+#[derive(Parser, Debug)]
+#[command(
+    name = "torus-bench",
+    version,
+    args_conflicts_with_subcommands = true,
+    after_help = "Without a command: compare. Results go to stdout as tables and to bench/out/ as JSON. `make bench` builds what \
+                  is measured first.\nUnused otherwise, the machine gives better figures; ratios suffer less than rates."
+)]
+pub struct CommandLine {
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    #[command(flatten)]
+    pub compare: Compare,
+}
+
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Every fio profile on the raw file, qemu-nbd, and Torus over NBD with 3 replicas and with 1
+    Compare(Compare),
+    /// 4 KiB on one file: bare io_uring, raw glommio, and our path through the Disk trait
+    Spike(Effort),
+    /// A volume with 3 replicas through the client library, without NBD
+    Library(Effort),
+    /// System calls and context switches (needs `perf` and root), and allocations, per 4 KiB operation
+    Count(Effort),
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct Effort {
+    /// How often everything is measured, one after the other; figures are medians
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..))]
+    pub rounds: u16,
+    /// Seconds of each measurement
+    #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
+    pub seconds: u16,
+    /// One short round: to see that it works, not what it gives
+    #[arg(long)]
+    pub quick: bool,
+}
+
+impl Effort {
+    pub fn rounds_and_time(&self) -> (usize, Duration) {
+        if self.quick {
+            (1, Duration::from_secs(1))
+        } else {
+            (self.rounds.into(), Duration::from_secs(self.seconds.into()))
+        }
+    }
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct Compare {
+    #[command(flatten)]
+    effort: Effort,
+    /// Only profiles whose name contains this
+    #[arg(long, value_name = "TEXT")]
+    profile: Option<String>,
+    /// Reach our NBD server by TCP instead of a unix socket
+    #[arg(long)]
+    pub tcp: bool,
+}
+
+impl Compare {
+    pub fn effort(&self) -> (usize, Duration) {
+        self.effort.rounds_and_time()
+    }
+
+    pub fn wants(&self, profile: &str) -> bool {
+        self.profile.as_ref().is_none_or(|text| profile.contains(text.as_str()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        CommandLine::command().debug_assert();
+    }
+
+    #[test]
+    fn quick_is_one_round_of_one_second() {
+        let line = CommandLine::parse_from(["torus-bench", "--quick", "--profile", "read"]);
+        assert_eq!(line.compare.effort(), (1, Duration::from_secs(1)));
+        assert!(line.compare.wants("randread-qd1") && !line.compare.wants("write-fsync"));
+    }
+}
