@@ -162,12 +162,7 @@ pub async fn drive<D: Device>(device: &D, load: Load) -> Result<Histogram<u64>> 
     Ok(Rc::into_inner(latencies).expect("the tasks have ended").into_inner())
 }
 
-async fn once<D: Device>(
-    device: &D,
-    work: Work,
-    offset: u64,
-    content: &Bytes,
-) -> std::result::Result<(), VolumeError> {
+async fn once<D: Device>(device: &D, work: Work, offset: u64, content: &Bytes) -> std::result::Result<(), VolumeError> {
     match work {
         Work::Read => device.read(offset, BLOCK as u64).await.map(drop),
         Work::Write => device.write(offset, content.clone(), false).await,
