@@ -14,7 +14,7 @@ use futures::AsyncWriteExt;
 use futures::channel::oneshot;
 use glommio::net::TcpStream;
 use std::cell::{Cell, RefCell};
-use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd};
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::rc::Rc;
 use torus_schema::limits::{LINK_DEAD_AFTER, LINK_PROBE_AFTER, REQUEST_DEADLINE};
 
@@ -36,6 +36,8 @@ impl Drop for Handle {
 
 struct Connection {
     address: String,
+    /// To shut it down whoever is at work on it.
+    socket: OwnedFd,
     outbox: Outbox,
     state: RefCell<State>,
     /// Ticks of the watch so far; a tick is `LINK_PROBE_AFTER`.
@@ -118,7 +120,12 @@ fn connect_error(address: String, error: glommio::GlommioError<()>) -> LinkError
 
 impl TcpLink {
     fn start(stream: TcpStream, address: String) -> Result<TcpLink, LinkError> {
+        let closed =
+            |error: &dyn std::fmt::Display| LinkError::Closed { address: address.clone(), because: error.to_string() };
+        stream.set_nodelay(true).map_err(|error| closed(&error))?;
+        let receiving = duplicate(&stream).map_err(|error| closed(&error))?;
         let connection = Rc::new(Connection {
+            socket: duplicate_descriptor(&stream).map_err(|error| closed(&error))?,
             address,
             outbox: Outbox::default(),
             state: RefCell::default(),
@@ -126,8 +133,6 @@ impl TcpLink {
             watching: Cell::new(false),
             heard: Cell::new(false),
         });
-        stream.set_nodelay(true).map_err(|error| connection.closed(&error.to_string()))?;
-        let receiving = duplicate(&stream).map_err(|error| connection.closed(&error.to_string()))?;
         glommio::spawn_local(send(connection.clone(), stream)).detach();
         glommio::spawn_local(receive(connection.clone(), receiving)).detach();
         Ok(TcpLink { handle: Rc::new(Handle { connection }) })
@@ -136,11 +141,15 @@ impl TcpLink {
 
 /// A second stream on the same socket: reading needs a stream of its own.
 pub fn duplicate(stream: &TcpStream) -> std::io::Result<TcpStream> {
-    // SAFETY: the stream owns the descriptor for longer than this borrow of it.
-    let borrowed = unsafe { std::os::fd::BorrowedFd::borrow_raw(stream.as_raw_fd()) };
-    let copy = borrowed.try_clone_to_owned()?;
+    let copy = duplicate_descriptor(stream)?;
     // SAFETY: the descriptor is a stream socket and from here on owned by the new stream alone.
     Ok(unsafe { TcpStream::from_raw_fd(copy.into_raw_fd()) })
+}
+
+fn duplicate_descriptor(stream: &TcpStream) -> std::io::Result<OwnedFd> {
+    // SAFETY: the stream owns the descriptor for longer than this borrow of it.
+    let borrowed = unsafe { std::os::fd::BorrowedFd::borrow_raw(stream.as_raw_fd()) };
+    borrowed.try_clone_to_owned()
 }
 
 impl Connection {
@@ -183,9 +192,23 @@ impl Connection {
         };
         tracing::debug!(address = %self.address, %error, outstanding = outstanding.len(), "link failed");
         self.outbox.close();
+        // Ends a send that the peer does not take, and the receiver, which has its own descriptor.
+        let _ = nix::sys::socket::shutdown(self.socket.as_raw_fd(), nix::sys::socket::Shutdown::Both);
         for (_, waiting) in outstanding {
             // Whoever does not wait any more need not hear.
             let _ = waiting.answer.send(Err(error.clone()));
+        }
+    }
+
+    fn end_overdue(&self, tick: u32) {
+        let deadline_ticks = REQUEST_DEADLINE.as_millis().div_ceil(LINK_PROBE_AFTER.as_millis()) as u32;
+        let mut state = self.state.borrow_mut();
+        let is_overdue = |_: &u64, waiting: &mut Outstanding| tick - waiting.since_tick > deadline_ticks;
+        let overdue: Vec<_> = state.outstanding.extract_if(is_overdue).collect();
+        drop(state);
+        for (_, waiting) in overdue {
+            let waited_ms = u64::from(tick - waiting.since_tick) * LINK_PROBE_AFTER.as_millis() as u64;
+            let _ = waiting.answer.send(Err(LinkError::Overdue { address: self.address.clone(), waited_ms }));
         }
     }
 
@@ -207,7 +230,7 @@ async fn send(connection: Rc<Connection>, mut stream: TcpStream) {
             if let Err(error) = stream.write_all(chunk.bytes()).await {
                 return connection.fail(connection.closed(&error.to_string()));
             }
-            connection.outbox.recycle(chunk);
+            connection.outbox.sent(chunk);
         }
     }
     // Ends the receiver too, which has its own descriptor of the socket.
@@ -238,24 +261,23 @@ async fn receive(connection: Rc<Connection>, mut stream: TcpStream) {
     }
 }
 
-/// Protocol rule 10: probe when silent, dead when still silent, and one unanswered request ends the link too. Ends
-/// itself when nothing is outstanding.
+/// Protocol rule 10: probe when silent, dead when still silent; a request that stays unanswered on a live link fails
+/// alone. Ends itself when nothing is outstanding.
 async fn watch(connection: Rc<Connection>) {
     let dead_ticks = LINK_DEAD_AFTER.as_millis().div_ceil(LINK_PROBE_AFTER.as_millis()) as u32;
-    let deadline_ticks = REQUEST_DEADLINE.as_millis().div_ceil(LINK_PROBE_AFTER.as_millis()) as u32;
     let mut silent_ticks = 0;
     loop {
         glommio::timer::sleep(LINK_PROBE_AFTER).await;
         let tick = connection.ticks.get() + 1;
         connection.ticks.set(tick);
-        let oldest = connection.state.borrow().outstanding.values().map(|waiting| tick - waiting.since_tick).max();
-        let Some(oldest) = oldest else {
+        connection.end_overdue(tick);
+        if connection.state.borrow().outstanding.is_empty() {
             connection.watching.set(false);
             return;
-        };
+        }
         silent_ticks = if connection.heard.replace(false) { 0 } else { silent_ticks + 1 };
-        if silent_ticks >= dead_ticks || oldest > deadline_ticks {
-            let silent_ms = u64::from(oldest.max(silent_ticks)) * LINK_PROBE_AFTER.as_millis() as u64;
+        if silent_ticks >= dead_ticks {
+            let silent_ms = u64::from(silent_ticks) * LINK_PROBE_AFTER.as_millis() as u64;
             return connection.fail(LinkError::Silent { address: connection.address.clone(), silent_ms });
         }
         if silent_ticks > 0 {

@@ -11,6 +11,9 @@ pub enum LinkError {
     ConnectionRefused { address: String, because: String },
     #[error("{address} did not answer for {silent_ms} ms")]
     Silent { address: String, silent_ms: u64 },
+    /// The connection lives, the answer to this request does not come.
+    #[error("{address} has not answered a request for {waited_ms} ms")]
+    Overdue { address: String, waited_ms: u64 },
     #[error("the connection to {address} ended: {because}")]
     Closed { address: String, because: String },
     #[error("{address} sent what is not a frame of this protocol: {because}")]

@@ -31,8 +31,10 @@ pub struct Outbox<P = Bytes> {
     /// A buffer that was sent, to be filled again.
     spare: RefCell<Option<Vec<u8>>>,
     sender: RefCell<Option<Waker>>,
-    /// Who waits for everything to be sent.
+    /// Who waits for it to get shorter.
     finisher: RefCell<Option<Waker>>,
+    /// Waiting or being sent.
+    bytes: Cell<usize>,
     closed: Cell<bool>,
 }
 
@@ -43,6 +45,7 @@ impl<P> Default for Outbox<P> {
             spare: RefCell::default(),
             sender: RefCell::default(),
             finisher: RefCell::default(),
+            bytes: Cell::new(0),
             closed: Cell::new(false),
         }
     }
@@ -55,8 +58,12 @@ impl<P: Deref<Target = [u8]>> Outbox<P> {
             return;
         }
         let mut waiting = self.waiting.borrow_mut();
-        encode(self.gathered(&mut waiting));
+        let gathered = self.gathered(&mut waiting);
+        let before = gathered.len();
+        encode(gathered);
+        let mut added = gathered.len() - before;
         for payload in payload {
+            added += payload.len();
             if payload.len() < COPY_BYTES_MAX {
                 self.gathered(&mut waiting).extend_from_slice(&payload);
             } else {
@@ -64,6 +71,7 @@ impl<P: Deref<Target = [u8]>> Outbox<P> {
             }
         }
         drop(waiting);
+        self.bytes.set(self.bytes.get() + added);
         if let Some(waker) = self.sender.take() {
             waker.wake();
         }
@@ -88,9 +96,6 @@ impl<P: Deref<Target = [u8]>> Outbox<P> {
             let mut waiting = self.waiting.borrow_mut();
             if waiting.is_empty() {
                 *self.sender.borrow_mut() = Some(context.waker().clone());
-                if let Some(finisher) = self.finisher.take() {
-                    finisher.wake();
-                }
                 return Poll::Pending;
             }
             Poll::Ready(Some(std::mem::take(&mut *waiting)))
@@ -98,21 +103,24 @@ impl<P: Deref<Target = [u8]>> Outbox<P> {
         .await
     }
 
-    /// Gives a sent buffer back.
-    pub fn recycle(&self, chunk: Chunk<P>) {
+    /// The chunk is out; its buffer is used again.
+    pub fn sent(&self, chunk: Chunk<P>) {
+        self.bytes.set(self.bytes.get() - chunk.bytes().len());
         if let Chunk::Gathered(mut bytes) = chunk
             && bytes.capacity() <= 8 * COPY_BYTES_MAX
         {
             bytes.clear();
             *self.spare.borrow_mut() = Some(bytes);
         }
+        if let Some(finisher) = self.finisher.take() {
+            finisher.wake();
+        }
     }
 
-    /// Waits until all is sent and the sender asks for more, or has closed.
-    pub async fn finish(&self) {
+    /// Waits until at most that much is waiting or being sent, or it is closed. For one waiter at a time.
+    pub async fn at_most(&self, bytes: usize) {
         std::future::poll_fn(|context| {
-            let idle = self.waiting.borrow().is_empty() && self.sender.borrow().is_some();
-            if idle || self.closed.get() {
+            if self.bytes.get() <= bytes || self.closed.get() {
                 return Poll::Ready(());
             }
             *self.finisher.borrow_mut() = Some(context.waker().clone());
@@ -146,6 +154,20 @@ mod tests {
         let lengths: Vec<_> = chunks.iter().map(|chunk| chunk.bytes().len()).collect();
         assert_eq!(lengths, [3, COPY_BYTES_MAX, 1]);
         assert!(outbox.take().now_or_never().is_none());
+    }
+
+    #[test]
+    fn a_reader_that_takes_nothing_is_noticed_by_what_waits_for_it() {
+        let outbox = Outbox::<Bytes>::default();
+        outbox.push(|out| out.extend_from_slice(&[0; 100]), [Bytes::from(vec![1; COPY_BYTES_MAX])]);
+        let mut drained = Box::pin(outbox.at_most(100));
+        assert!(drained.as_mut().now_or_never().is_none());
+        let chunks = outbox.take().now_or_never().unwrap().unwrap();
+        assert!(drained.as_mut().now_or_never().is_none(), "being sent is not sent");
+        for chunk in chunks {
+            outbox.sent(chunk);
+        }
+        assert!(drained.now_or_never().is_some());
     }
 
     #[test]

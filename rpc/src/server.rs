@@ -21,7 +21,9 @@ use std::rc::Rc;
 use std::task::{Poll, Waker};
 use thiserror::Error;
 use torus_schema::ids::{ClusterId, NodeId, ShardIndex};
-use torus_schema::limits::{CONNECTION_BYTES_MAX, CONNECTION_REQUESTS_MAX};
+use torus_schema::limits::{
+    BLOCK_BYTES, BLOCKS_PER_FRAME_MAX, CONNECTION_BYTES_MAX, CONNECTION_REQUESTS_MAX, LINK_DEAD_AFTER,
+};
 
 /// Who answers on this port; a hello that looks for another is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,7 +102,9 @@ async fn serve_connection<H: Handler>(stream: TcpStream, identity: Identity, han
     }
     // What was accepted is carried out; its answers go nowhere, unless all are ready already.
     connection.load.idle().await;
-    connection.outbox.finish().await;
+    let sent = std::pin::pin!(connection.outbox.at_most(0));
+    let too_long = std::pin::pin!(glommio::timer::sleep(LINK_DEAD_AFTER));
+    futures::future::select(sent, too_long).await;
     connection.outbox.close();
 }
 
@@ -124,6 +128,8 @@ async fn receive<H: Handler>(
         stay_awake();
         while let Some(frame) = buffer.next_frame()? {
             let (envelope, operation) = decode_request(&frame.prefix, &frame.header)?;
+            // Who does not take the answers gets no more of them; pings are no exception.
+            connection.outbox.at_most(CONNECTION_BYTES_MAX as usize).await;
             if !greeted || matches!(operation, Operation::Hello { .. } | Operation::Ping) {
                 let answer = greet(identity, &operation, greeted);
                 let refused = match &answer {
@@ -138,8 +144,9 @@ async fn receive<H: Handler>(
                 greeted = true;
                 continue;
             }
-            connection.load.admit(frame.prefix.frame_bytes()).await;
-            start(connection.clone(), handler.clone(), envelope, operation, frame);
+            let cost = cost(&frame, &operation);
+            connection.load.admit(cost).await;
+            start(connection.clone(), handler.clone(), envelope, operation, frame, cost);
         }
     }
 }
@@ -163,19 +170,29 @@ fn greet(identity: Identity, operation: &Operation, greeted: bool) -> Answer {
     }
 }
 
+/// Bytes of memory the request may take until it is answered.
+fn cost(frame: &Frame, operation: &Operation) -> usize {
+    let answered_blocks = match operation {
+        Operation::Read { count, .. } => u64::from(*count).min(BLOCKS_PER_FRAME_MAX),
+        _ => 0,
+    };
+    frame.prefix.frame_bytes() + (answered_blocks * BLOCK_BYTES) as usize
+}
+
 fn start<H: Handler>(
     connection: Rc<Connection<H::Chunk>>,
     handler: H,
     envelope: Envelope,
     operation: Operation,
     frame: Frame,
+    cost: usize,
 ) {
     let work = handler.handle(envelope, operation, frame.payload);
     glommio::spawn_local(async move {
         let (reply, payload) = work.await;
         let payload_bytes = payload.iter().map(|chunk| chunk.len()).sum();
         connection.outbox.push(|out| encode_reply(out, frame.prefix.request_id, &reply, payload_bytes), payload);
-        connection.load.release(frame.prefix.frame_bytes());
+        connection.load.release(cost);
     })
     .detach();
 }
@@ -188,7 +205,7 @@ async fn send<P: Deref<Target = [u8]>>(connection: Rc<Connection<P>>, mut stream
                 connection.outbox.close();
                 break;
             }
-            connection.outbox.recycle(chunk);
+            connection.outbox.sent(chunk);
         }
     }
     // The receiver has its own descriptor of the socket and ends by this.

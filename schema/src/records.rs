@@ -259,6 +259,9 @@ pub struct EpochRecord {
     pub epoch: Epoch,
     /// A lower bound of the flush point: everything up to it is durable on every in-sync replica.
     pub flush_point: VersionRecord,
+    /// The last owner was forced out: the next one first waits until its reads have ended.
+    #[serde(default)]
+    pub taken_over: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -63,6 +63,21 @@ fn several_shards_have_a_block_file_and_a_port_each() {
 }
 
 #[test]
+fn nodes_that_join_by_themselves_are_members_without_a_command() {
+    let options = ClusterOptions { is_joined: false, ..ClusterOptions::new("auto-join", 3) };
+    let mut cluster = Cluster::start(ClusterOptions { node_arguments: vec!["--auto-join".into()], ..options });
+    cluster.torusblk(&["volume", "create", "demo", "64MiB", "--replicas", "3"]).ok();
+    // With a volume there is data to move: the fourth waits for an operator.
+    let mut command = cluster.node_command(0);
+    command.arg("--data-dir").arg(cluster.folder().join("fourth")).args(["--size", NODE_SIZE]);
+    let mut fourth = Process::spawn("fourth", &mut command, cluster.folder());
+    fourth.await_line("not joined");
+    fourth.await_line("serving node");
+    assert!(cluster.stop_node(0).success());
+    cluster.start_node(0);
+}
+
+#[test]
 fn a_port_that_is_taken_is_named() {
     let cluster = Cluster::start(ClusterOptions::new("port-taken", 0));
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();

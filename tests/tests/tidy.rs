@@ -13,6 +13,7 @@ const GLOMMIO: &[&str] = &[
     "bench/",
     "engine/src/disk/direct.rs",
     "engine/src/node/executor.rs",
+    "frontends/examples/",
     "frontends/src/bin/",
     "frontends/src/nbd/connection.rs",
     "frontends/src/nbd/listener.rs",

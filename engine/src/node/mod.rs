@@ -5,6 +5,7 @@
 //! * `no_metadata`  what a shard asks the metadata store for
 //! * `shards`       all of them, as the main thread sees them
 //! * `membership`   the node's record and heartbeat
+//! * `joining`      the node's place in the ring, for `--auto-join`
 //! * `deleting`     volumes that were deleted
 //!
 //! The main thread runs tokio for the metadata store, the control port and signals; it never touches data. While the
@@ -12,6 +13,7 @@
 
 pub mod deleting;
 pub mod executor;
+pub mod joining;
 pub mod membership;
 pub mod no_metadata;
 pub mod shards;
@@ -20,6 +22,7 @@ use crate::config::NodeArguments;
 use crate::control;
 use crate::datadir::{DataDir, DataDirError, Found, Identity};
 use crate::node::executor::{ShardOptions, ShardThread, ShardThreadError};
+use crate::node::joining::Joined;
 use crate::node::membership::{Membership, MembershipError};
 use crate::node::shards::{NodeReporter, Shards};
 use crate::shard::ShardIdentity;
@@ -143,6 +146,9 @@ impl<'a> Node<'a> {
         let shards = Rc::new(Shards::new(threads));
         let mut membership = Membership::new(metadata.clone(), dir, record.clone());
         membership.join(shards.usage().await?).await?;
+        if arguments.auto_join {
+            join_ring(&metadata, &record).await;
+        }
         tracing::info!(node = %identity.node, cluster = %cluster.id, control = record.control, "serving");
         let reporter = Rc::new(NodeReporter { record, started_s: membership.started_s(), shards: shards.clone() });
         let (id, control) = (identity.node, listeners.control);
@@ -171,6 +177,18 @@ impl<'a> Node<'a> {
             _ = stop.wait() => tracing::warn!("told to stop twice: ended at once"),
         }
         result
+    }
+}
+
+/// A node that cannot join serves all the same: an operator can add it.
+async fn join_ring(metadata: &AnyMetadata, record: &NodeRecord) {
+    match joining::join(metadata, record).await {
+        Ok(Joined::Already) => {}
+        Ok(Joined::Now(generation)) => tracing::info!(%generation, "joined the ring"),
+        Ok(Joined::Refused { volumes }) => {
+            tracing::warn!(volumes, "--auto-join: not joined, since data would move; use `torusadm peer add`");
+        }
+        Err(error) => tracing::warn!(%error, "--auto-join: not joined"),
     }
 }
 

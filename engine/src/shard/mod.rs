@@ -12,6 +12,7 @@
 //! * `append`    batches and syncs on their way to the disk
 //! * `cleaner`   gives space back
 //! * `start`     format and recovery
+//! * `replay`    which of several copies counts then
 
 mod append;
 mod cleaner;
@@ -19,6 +20,7 @@ mod notify;
 mod pins;
 mod queue;
 mod reads;
+mod replay;
 mod requests;
 mod start;
 mod state;

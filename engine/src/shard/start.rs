@@ -5,8 +5,8 @@
 //! about a torn tail is never made twice; only then is anything appended.
 
 use super::queue::{Queue, Syncs};
+use super::replay::{self, Notes};
 use super::state::Contents;
-use super::volumes::Instance;
 use super::{Notify, Shard, ShardError, ShardIdentity, ShardStatistics, State};
 use crate::index::AtTie;
 use crate::log::record::Record;
@@ -15,12 +15,11 @@ use crate::log::segment::Footer;
 use crate::log::space::Space;
 use crate::log::superblock::{SUPERBLOCK_BLOCKS, Superblock, decode_either};
 use crate::log::{BLOCK, BatchNumber, Geometry, Position, SegmentIndex};
-use ahash::{AHashMap, AHashSet};
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use torus_rpc::runtime::{Class, Disk, DiskError, Random, Runtime, Spawn};
 use torus_rpc::token::ClusterKey;
-use torus_schema::ids::{BlockIndex, Incarnation, SliceId, Version, VolumeId};
+use torus_schema::ids::Incarnation;
 use torus_schema::limits::BLOCK_BYTES;
 
 /// The reserve, and something to use.
@@ -125,14 +124,10 @@ async fn recover<D: Disk>(
     superblock: &mut Superblock,
 ) -> Result<(Contents, Scan), ShardError> {
     let mut contents = Contents::new(Space::new(geometry));
-    let mut notes = Vec::new();
+    let mut notes = Notes::default();
     let mut see = |segment: SegmentIndex, records: &[Record]| {
-        for record in records {
-            contents.foresee(record);
-            if record.payload_blocks() == 0 {
-                notes.push((segment, record.clone()));
-            }
-        }
+        records.iter().for_each(|record| contents.foresee(record));
+        notes.see(segment, records);
     };
     let mut scan = recovery::scan(disk, geometry, &mut see).await?;
     for found in &scan.segments {
@@ -145,116 +140,16 @@ async fn recover<D: Disk>(
         write_superblock(disk, superblock).await?;
     }
     scan.segments.iter().for_each(|found| contents.space.found(found.identity.segment));
-    // Sealed ones first, so that at a tie an unsealed segment, the last one written to, is the one that loses.
-    scan.segments.sort_by_key(|found| (found.unsealed.is_some(), found.identity.sequence));
-    for found in &scan.segments {
-        replay(disk, geometry, found, &mut contents).await?;
+    for segment in scan.segments.iter().filter(|found| found.unsealed.is_none()).map(|found| found.identity.segment) {
+        let footer = recovery::footer_of(disk, geometry, segment).await?;
+        let footer = footer.ok_or(ShardError::Unsteady { segment: segment.0 })?;
+        footer.records.iter().for_each(|record| contents.replay(record, AtTie::NewcomerWins));
     }
-    count_notes(&mut scan.segments, notes, &mut contents);
-    forget_needless_data(&mut scan.segments, &contents);
+    replay::replay_unsealed(&mut scan.segments, &notes, &mut contents);
+    notes.count(&scan.segments, &mut contents);
     seal_all(disk, geometry, &mut scan).await?;
     scan.segments.iter().for_each(|found| contents.space.sealed(found.identity.segment));
     Ok((contents, scan))
-}
-
-/// Of two copies of one version the one in the later segment counts, as it did before; but not if that segment was
-/// still open. A cleaner that was cut short has begun a segment with nothing but copies: it is then empty again. If it
-/// counted, a shard that dies again and again while it cleans would eat the last free segments, and with none left
-/// nothing could ever be cleaned.
-async fn replay<D: Disk>(
-    disk: &D,
-    geometry: Geometry,
-    found: &FoundSegment,
-    contents: &mut Contents,
-) -> Result<(), ShardError> {
-    let segment = found.identity.segment;
-    match &found.unsealed {
-        Some(records) => records.iter().for_each(|record| contents.replay(record, AtTie::StandingWins)),
-        None => {
-            let read = recovery::footer_of(disk, geometry, segment).await?;
-            let footer = read.ok_or(ShardError::Unsteady { segment: segment.0 })?;
-            footer.records.iter().for_each(|record| contents.replay(record, AtTie::NewcomerWins));
-        }
-    }
-    Ok(())
-}
-
-/// Each thing that has to be remembered is counted where it is said last; for the same reason as above, segments that
-/// were open are asked only for what nobody else says.
-/// What they say needlessly does not get into their footer, or the next start would count it.
-fn count_notes(segments: &mut [FoundSegment], notes: Vec<(SegmentIndex, Record)>, contents: &mut Contents) {
-    let mut by_segment: AHashMap<SegmentIndex, Vec<Record>> = AHashMap::new();
-    notes.into_iter().for_each(|(segment, note)| by_segment.entry(segment).or_default().push(note));
-    let (sealed, open): (Vec<_>, Vec<_>) = segments.iter_mut().partition(|found| found.unsealed.is_none());
-    let mut said = Said::default();
-    for found in sealed.into_iter().rev() {
-        let segment = found.identity.segment;
-        for note in by_segment.remove(&segment).unwrap_or_default() {
-            if said.is_new(&note, contents) {
-                contents.space.add_note(segment, note.bytes());
-            }
-        }
-    }
-    for found in open {
-        let segment = found.identity.segment;
-        let mut counted = 0;
-        found.unsealed.iter_mut().for_each(|records| {
-            records.retain(|record| {
-                let keep = record.payload_blocks() > 0 || said.is_new(record, contents);
-                counted += if keep && record.payload_blocks() == 0 { record.bytes() } else { 0 };
-                keep
-            })
-        });
-        contents.space.add_note(segment, counted);
-    }
-}
-
-/// A copy that lost a tie must lose it at the next start too, when its segment is sealed.
-fn forget_needless_data(segments: &mut [FoundSegment], contents: &Contents) {
-    for found in segments {
-        let pinned = contents.pinned_in(found.identity.segment);
-        let needed = |record: &Record| match record {
-            Record::Data(data) => (0..data.checksums.len()).any(|number| contents.needs(data, number, &pinned)),
-            _ => true,
-        };
-        found.unsealed.iter_mut().for_each(|records| records.retain(needed));
-    }
-}
-
-/// What the notes counted so far say.
-#[derive(Default)]
-struct Said {
-    drops: AHashSet<VolumeId>,
-    opens: AHashSet<VolumeId>,
-    instances: AHashSet<(VolumeId, SliceId)>,
-    clears: AHashSet<(VolumeId, SliceId, BlockIndex, u64, Version)>,
-}
-
-impl Said {
-    fn is_new(&mut self, note: &Record, contents: &Contents) -> bool {
-        let volume = contents.volumes.get(&note.volume());
-        match (note, volume) {
-            (Record::Drop(id), _) => self.drops.insert(*id),
-            (Record::Open(open), Some(volume)) => open.epoch == volume.epoch && self.opens.insert(open.volume),
-            (Record::Instances(record), Some(volume)) => {
-                let (generation, created) = (record.generation, record.created);
-                let current = |slice: &&SliceId| volume.slices.get(slice) == Some(&Instance { generation, created });
-                // Not `any`: all of them are said with it.
-                record
-                    .slices
-                    .iter()
-                    .filter(current)
-                    .filter(|slice| self.instances.insert((record.volume, **slice)))
-                    .count()
-                    > 0
-            }
-            (Record::Clear(clear), Some(_)) => {
-                let key = (clear.volume, clear.slice, clear.first, clear.count, clear.version);
-                !contents.is_superfluous(clear) && self.clears.insert(key)
-            }
-            _ => false,
-        }
-    }
 }
 
 async fn seal_all<D: Disk>(disk: &D, geometry: Geometry, scan: &mut Scan) -> Result<(), DiskError> {

@@ -3,28 +3,27 @@
 
 use super::lease::ProcessLease;
 use super::links::Links;
+use super::own::{Owned, give_up, keep_owning, own};
 use super::reconcile::reconcile;
 use super::replicas::Replicas;
-use super::session::{Failure, Session, Shard};
+use super::session::{Failure, Session, Shard, Verdict, verdict};
 use super::status::StatusKeeper;
 use super::window::Window;
 use crate::device::VolumeError;
 use bytes::Bytes;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 use torus_rpc::message::{Answer, Opened, Operation, Refusal};
-use torus_rpc::metadata::{Compare, Entry, Metadata, MetadataError, Revision, Transaction, Write};
+use torus_rpc::metadata::{Entry, Metadata, MetadataError};
 use torus_rpc::runtime::{Class, Clock, Peer, Random, Runtime, Spawn};
 use torus_rpc::token::ClusterKey;
-use torus_schema::ids::{Epoch, Incarnation, SliceId, Version, VolumeId};
-use torus_schema::limits::{LEASE_DRIFT, LINK_DEAD_AFTER, OWNER_LEASE_TTL};
+use torus_schema::ids::{Incarnation, SliceId, VolumeId};
+use torus_schema::limits::LINK_DEAD_AFTER;
 use torus_schema::records::{
-    ClusterRecord, EpochRecord, NameRecord, NodeRecord, OwnerRecord, StatusRecord, VolumeRecord, VolumeState, decode,
-    encode, keys,
+    ClusterRecord, NameRecord, NodeRecord, OwnerRecord, VolumeRecord, VolumeState, decode, keys,
 };
 use torus_schema::ring::placement::Placement;
-use torus_schema::ring::record::RingRecord;
 use torus_schema::ring::table::Ring;
 
 const RETRY_AFTER: Duration = Duration::from_millis(100);
@@ -43,7 +42,7 @@ pub(super) fn metadata_error(error: MetadataError) -> VolumeError {
     VolumeError::Metadata { because: error.to_string() }
 }
 
-fn record_error(error: impl std::fmt::Display) -> VolumeError {
+pub(super) fn record_error(error: impl std::fmt::Display) -> VolumeError {
     VolumeError::Metadata { because: error.to_string() }
 }
 
@@ -66,203 +65,26 @@ pub(super) async fn attach<R: Runtime>(
     let owned = own(&runtime, &lease, volume, name, attacher).await?;
     let epoch = owned.epoch;
     tracing::info!(volume = name, %epoch, "attached; opening its replicas");
-    let session = match prepare(runtime.clone(), links, lease, owned).await {
-        Ok((session, open)) => match open_and_reconcile(&session, &open).await {
-            Ok(()) => Ok(session),
-            Err(error) => {
-                session.end(format!("attach failed: {error}"));
-                Err((error, session.status.owner_revision.get()))
-            }
-        },
-        Err(failed) => Err(failed),
-    };
-    match session {
-        Ok(session) => {
-            runtime.spawn().spawn(Class::Foreground, keep_owning(session.clone()));
-            Ok(session)
+    let owner_revision = owned.owner_revision;
+    let (session, open) = match build(runtime.clone(), links, lease, owned).await {
+        Ok(built) => built,
+        Err(error) => {
+            give_up(&runtime, volume, owner_revision).await;
+            return Err(error);
         }
-        Err((error, owner)) => {
-            give_up(&runtime, volume, owner).await;
-            Err(error)
-        }
-    }
-}
-
-/// The owner key goes only if it is still the one created by `owner`.
-pub(super) async fn give_up<R: Runtime>(runtime: &R, volume: VolumeId, owner: Revision) {
-    let key = keys::owner(volume);
-    let transaction = Transaction {
-        compares: vec![Compare::CreateRevision(key.clone(), owner)],
-        writes: vec![Write::Delete { key }],
-        reads: vec![],
     };
-    if let Err(error) = runtime.metadata().transact(transaction).await {
-        tracing::warn!(%volume, %error, "the volume stays owned until this process's lease ends");
+    // Before anything that may take long: the lease may end meanwhile.
+    runtime.spawn().spawn(Class::Foreground, keep_owning(session.clone()));
+    if let Err(error) = open_and_reconcile(&session, &open).await {
+        session.end(format!("attach failed: {error}"));
+        give_up(&runtime, volume, session.status.owner_revision.get()).await;
+        return Err(error);
     }
+    Ok(session)
 }
 
-/// Everything read in the transaction that made us the owner.
-struct Owned {
-    epoch: Epoch,
-    owner: OwnerRecord,
-    owner_revision: Revision,
-    owner_lease: u64,
-    volume: (VolumeRecord, Revision),
-    status: (StatusRecord, Option<Revision>),
-    ring: Ring,
-    /// As the metadata store has it: a lower bound.
-    flush_point: Version,
-}
-
-fn decoded<T: serde::de::DeserializeOwned>(entry: &Entry) -> Result<T, VolumeError> {
+pub(super) fn decoded<T: serde::de::DeserializeOwned>(entry: &Entry) -> Result<T, VolumeError> {
     decode(&entry.key, &entry.value).map_err(record_error)
-}
-
-async fn own<R: Runtime>(
-    runtime: &R,
-    lease: &Rc<ProcessLease<R>>,
-    volume: VolumeId,
-    name: &str,
-    attacher: &Attacher,
-) -> Result<Owned, VolumeError> {
-    let mut forced = false;
-    loop {
-        let epoch_key = keys::epoch(volume);
-        let before = runtime.metadata().get(&epoch_key).await.map_err(metadata_error)?;
-        let record: EpochRecord = before.as_ref().map(decoded).transpose()?.unwrap_or_default();
-        let next = Epoch(record.epoch.0 + 1);
-        let owner = OwnerRecord {
-            host: attacher.host.clone(),
-            process: attacher.process.clone(),
-            pid: attacher.pid,
-            epoch: next,
-            lease: lease.id().0.to_string(),
-            attached_s: unix_seconds(),
-        };
-        let owner_lease = lease.generation();
-        let transaction = attach_transaction(volume, before.as_ref(), record, &owner, lease.id());
-        let result = match runtime.metadata().transact(transaction).await {
-            Ok(result) => result,
-            // Known only by looking again: an owner with our lease and this epoch is ourselves.
-            Err(MetadataError::Unknown { .. }) => look(runtime, volume).await?,
-            Err(error) => return Err(metadata_error(error)),
-        };
-        let [owner_entry, volume_entry, status_entry, ring_entry, _] = &result.reads[..] else {
-            unreachable!("as many reads are answered as were asked for");
-        };
-        let Some(volume_entry) = volume_entry else {
-            return Err(VolumeError::NotFound { name: name.to_string() });
-        };
-        match owner_entry {
-            Some(entry) if decoded::<OwnerRecord>(entry)? == owner => {
-                let ring = ring_entry.as_ref().ok_or_else(|| record_error("there is no ring"))?;
-                return Ok(Owned {
-                    epoch: next,
-                    owner,
-                    owner_revision: entry.create_revision,
-                    owner_lease,
-                    volume: (decoded(volume_entry)?, volume_entry.mod_revision),
-                    status: status_of(status_entry.as_ref())?,
-                    ring: Ring::from_record(decoded::<RingRecord>(ring)?).map_err(record_error)?,
-                    flush_point: record.flush_point.into(),
-                });
-            }
-            Some(entry) => {
-                let other: OwnerRecord = decoded(entry)?;
-                if other.lease == owner.lease {
-                    // An earlier attempt of this process whose outcome was unknown then.
-                    give_up(runtime, volume, entry.create_revision).await;
-                    continue;
-                }
-                if !attacher.force || forced {
-                    return Err(attached_by(name, &other));
-                }
-                take_over(runtime, volume, &other).await?;
-                forced = true;
-            }
-            // Somebody attached and left in between.
-            None => {}
-        }
-    }
-}
-
-fn status_of(entry: Option<&Entry>) -> Result<(StatusRecord, Option<Revision>), VolumeError> {
-    let status = entry.map(decoded).transpose()?.unwrap_or_default();
-    Ok((status, entry.map(|entry| entry.mod_revision)))
-}
-
-fn attached_by(name: &str, owner: &OwnerRecord) -> VolumeError {
-    let age_s = unix_seconds().saturating_sub(owner.attached_s);
-    let owner = format!("{} (pid {}) on {} since {age_s} s", owner.process, owner.pid, owner.host);
-    VolumeError::Attached { name: name.to_string(), owner }
-}
-
-/// Owner absent → epoch + 1 and own the key; status and ring are read in the same transaction (interleaving 13).
-fn attach_transaction(
-    volume: VolumeId,
-    before: Option<&Entry>,
-    record: EpochRecord,
-    owner: &OwnerRecord,
-    lease: torus_rpc::metadata::LeaseId,
-) -> Transaction {
-    let epoch_key = keys::epoch(volume);
-    let unchanged = match before {
-        Some(entry) => Compare::ModRevision(epoch_key.clone(), entry.mod_revision),
-        None => Compare::Absent(epoch_key.clone()),
-    };
-    let next = EpochRecord { epoch: owner.epoch, flush_point: record.flush_point };
-    Transaction {
-        compares: vec![
-            Compare::Absent(keys::owner(volume)),
-            Compare::Present(keys::volume(volume)),
-            Compare::Absent(keys::deleting(volume)),
-            unchanged,
-        ],
-        writes: vec![
-            Write::Put { key: epoch_key.clone(), value: encode(&next), lease: None },
-            Write::Put { key: keys::owner(volume), value: encode(owner), lease: Some(lease) },
-        ],
-        reads: attach_reads(volume),
-    }
-}
-
-fn attach_reads(volume: VolumeId) -> Vec<String> {
-    vec![keys::owner(volume), keys::volume(volume), keys::status(volume), keys::ring(), keys::epoch(volume)]
-}
-
-async fn look<R: Runtime>(
-    runtime: &R,
-    volume: VolumeId,
-) -> Result<torus_rpc::metadata::TransactionResult, VolumeError> {
-    let transaction = Transaction { reads: attach_reads(volume), ..Transaction::default() };
-    runtime.metadata().transact(transaction).await.map_err(metadata_error)
-}
-
-/// Rule 2: the epoch moves first, so that the old owner cannot take its key again when its lease is revoked; then its
-/// reads are waited out.
-async fn take_over<R: Runtime>(runtime: &R, volume: VolumeId, owner: &OwnerRecord) -> Result<(), VolumeError> {
-    let key = keys::epoch(volume);
-    let entry = runtime.metadata().get(&key).await.map_err(metadata_error)?;
-    let entry = entry.ok_or_else(|| record_error(format!("{key} is missing although the volume is owned")))?;
-    let record: EpochRecord = decoded(&entry)?;
-    let next = EpochRecord { epoch: Epoch(record.epoch.0 + 1), flush_point: record.flush_point };
-    let transaction = Transaction {
-        compares: vec![Compare::ModRevision(key.clone(), entry.mod_revision)],
-        writes: vec![Write::Put { key, value: encode(&next), lease: None }, Write::Delete { key: keys::owner(volume) }],
-        reads: vec![],
-    };
-    let result = runtime.metadata().transact(transaction).await.map_err(metadata_error)?;
-    if !result.applied {
-        return Ok(());
-    }
-    if let Ok(lease) = owner.lease.parse() {
-        let lease = torus_rpc::metadata::LeaseId(lease);
-        runtime.metadata().revoke_lease(lease).await.map_err(metadata_error)?;
-    }
-    tracing::warn!(host = %owner.host, process = %owner.process, pid = owner.pid,
-        wait_ms = (OWNER_LEASE_TTL + LEASE_DRIFT).as_millis() as u64, "taking the volume over");
-    runtime.clock().sleep(OWNER_LEASE_TTL + LEASE_DRIFT).await;
-    Ok(())
 }
 
 /// How each shard is asked to open.
@@ -271,24 +93,12 @@ struct Open {
     owner: String,
 }
 
-type Prepared<R> = (Rc<Session<R>>, Open);
-
-async fn prepare<R: Runtime>(
-    runtime: R,
-    links: Rc<Links<R>>,
-    lease: Rc<ProcessLease<R>>,
-    owned: Owned,
-) -> Result<Prepared<R>, (VolumeError, Revision)> {
-    let owner_revision = owned.owner_revision;
-    build(runtime, links, lease, owned).await.map_err(|error| (error, owner_revision))
-}
-
 async fn build<R: Runtime>(
     runtime: R,
     links: Rc<Links<R>>,
     lease: Rc<ProcessLease<R>>,
     owned: Owned,
-) -> Result<Prepared<R>, VolumeError> {
+) -> Result<(Rc<Session<R>>, Open), VolumeError> {
     let (record, volume_revision) = owned.volume;
     if record.state != VolumeState::Ready {
         let because = "its creation was not finished; delete it and create it again".to_string();
@@ -322,6 +132,7 @@ async fn build<R: Runtime>(
         replicas: RefCell::new(replicas),
         status: StatusKeeper {
             owner_revision: Cell::new(owned.owner_revision),
+            epoch_revision: owned.epoch_revision,
             owner_lease: Cell::new(owned.owner_lease),
             volume_revision,
             status_revision: Cell::new(owned.status.1),
@@ -434,6 +245,10 @@ pub(super) async fn lose<R: Runtime>(
     shard: usize,
     failure: &Failure,
 ) -> Result<(), VolumeError> {
+    if verdict(failure) == Verdict::Fenced {
+        session.end(format!("shard {} says: {failure}", session.shards[shard].id));
+        return session.check();
+    }
     session.mark_stale(shard, failure).await.map_err(|below| VolumeError::NotReady {
         because: format!(
             "shard {} does not answer ({failure}), and without it slice {} has {} replicas in sync, at least {} are needed",
@@ -478,74 +293,4 @@ async fn drop_missing<R: Runtime>(
     })?;
     super::status::replace(session, next).await;
     session.check()
-}
-
-/// Rule 2: when the lease was lost, the key is taken again if nobody attached meanwhile; otherwise the session ends.
-async fn keep_owning<R: Runtime>(session: Rc<Session<R>>) {
-    loop {
-        let lost = session.status.owner_lease.get();
-        let session_ended = session.changed.until(|| session.ended.borrow().is_some().then_some(()));
-        let replaced = session.lease.replaced(lost);
-        futures::pin_mut!(session_ended, replaced);
-        match futures::future::select(session_ended, replaced).await {
-            futures::future::Either::Left(_) => return,
-            futures::future::Either::Right(_) => own_again(&session).await,
-        }
-    }
-}
-
-async fn own_again<R: Runtime>(session: &Rc<Session<R>>) {
-    let volume = session.record.id;
-    while session.ended.borrow().is_none() {
-        let generation = session.lease.generation();
-        match try_own_again(session, volume).await {
-            Ok(Some(owner_revision)) => {
-                tracing::warn!(volume = %session.record.name, epoch = %session.epoch, "owned again under another lease");
-                session.status.owner_revision.set(owner_revision);
-                session.status.owner_lease.set(generation);
-                return;
-            }
-            Ok(None) => {}
-            Err(error) => tracing::warn!(volume = %session.record.name, %error, "cannot own the volume again yet"),
-        }
-        session.runtime.clock().sleep(RETRY_AFTER).await;
-    }
-}
-
-async fn try_own_again<R: Runtime>(
-    session: &Rc<Session<R>>,
-    volume: VolumeId,
-) -> Result<Option<Revision>, VolumeError> {
-    let lease = session.lease.id();
-    let (epoch_key, owner_key) = (keys::epoch(volume), keys::owner(volume));
-    let reads = vec![epoch_key.clone(), owner_key.clone()];
-    let now = session.runtime.metadata().transact(Transaction { reads, ..Transaction::default() }).await;
-    let now = now.map_err(metadata_error)?;
-    let Some(epoch_entry) = &now.reads[0] else {
-        session.end("the volume's epoch is gone from the metadata store".to_string());
-        return Ok(None);
-    };
-    let record: EpochRecord = decoded(epoch_entry)?;
-    if record.epoch != session.epoch {
-        session.end(format!("another writer attached the volume: epoch {}, ours {}", record.epoch, session.epoch));
-        return Ok(None);
-    }
-    if let Some(entry) = &now.reads[1] {
-        let owner: OwnerRecord = decoded(entry)?;
-        // Ours, by a transaction whose outcome was unknown; or not yet gone with its lease.
-        return Ok((owner.lease == lease.0.to_string()).then_some(entry.create_revision));
-    }
-    let owner = OwnerRecord { lease: lease.0.to_string(), ..session.owner.clone() };
-    let transaction = Transaction {
-        compares: vec![Compare::Absent(owner_key.clone()), Compare::ModRevision(epoch_key, epoch_entry.mod_revision)],
-        writes: vec![Write::Put { key: owner_key.clone(), value: encode(&owner), lease: Some(lease) }],
-        reads: vec![],
-    };
-    let result = session.runtime.metadata().transact(transaction).await.map_err(metadata_error)?;
-    Ok(result.applied.then_some(result.revision))
-}
-
-/// Only for people to read, in records; nothing is decided by it.
-fn unix_seconds() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }

@@ -1,15 +1,17 @@
 //! The volumes of a cluster, by name: attached at first use, shared by all who use them, released when nobody has
 //! used them for a while.
 
-use super::attach::{Attacher, attach, find, give_up, metadata_error};
+use super::attach::{Attacher, attach, find, metadata_error};
 use super::lease::ProcessLease;
 use super::links::Links;
 use super::notify::Notify;
+use super::own::give_up;
 use super::session::Session;
 use crate::device::{Device, ExportInfo, Exports, Piece, VolumeError};
 use ahash::AHashMap;
 use bytes::Bytes;
 use futures::channel::oneshot;
+use futures::future::{Either, select};
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::Duration;
@@ -20,6 +22,8 @@ use torus_schema::records::{EpochRecord, VolumeRecord, VolumeState, decode, enco
 
 /// A client that reconnects within this finds its volume still attached.
 const RELEASE_AFTER: Duration = Duration::from_secs(5);
+/// A request that waits for replicas longer than this, and whose client has gone, is given up.
+const RELEASE_WITHIN: Duration = Duration::from_secs(10);
 
 pub struct VolumeExports<R: Runtime> {
     shared: Rc<Shared<R>>,
@@ -160,15 +164,11 @@ impl<R: Runtime> Shared<R> {
 
     async fn release(&self, session: Rc<Session<R>>) {
         let volume = session.record.id;
-        // Behind everything that was submitted, even by clients that have gone.
-        let ended = session.changed.until(|| session.ended.borrow().is_some().then_some(()));
-        let all = session.locks.lock(0..u64::MAX);
-        futures::pin_mut!(ended, all);
-        futures::future::select(ended, all).await;
-        if session.ended.borrow().is_none() {
-            match session.flush().await {
-                Ok(()) => publish_flush_point(&session).await,
-                Err(error) => tracing::warn!(volume = %session.record.name, %error, "released without a flush"),
+        {
+            let settled = std::pin::pin!(settle(&session));
+            let too_long = std::pin::pin!(self.runtime.clock().sleep(RELEASE_WITHIN));
+            if let Either::Right(_) = select(settled, too_long).await {
+                session.end(format!("it was released while requests waited for more than {RELEASE_WITHIN:?}"));
             }
         }
         session.detach();
@@ -178,12 +178,29 @@ impl<R: Runtime> Shared<R> {
     }
 }
 
+/// Behind everything that was submitted, even by clients that have gone: flush, and say how far.
+async fn settle<R: Runtime>(session: &Rc<Session<R>>) {
+    let all = session.locks.lock(0..u64::MAX).await;
+    if session.ended.borrow().is_none() {
+        match session.flush().await {
+            Ok(()) => publish_flush_point(session).await,
+            Err(error) => tracing::warn!(volume = %session.record.name, %error, "released without a flush"),
+        }
+    }
+    drop(all);
+}
+
 /// So that the next attach has less to look at. A lower bound is always safe, so a failure is no more than a pity.
 async fn publish_flush_point<R: Runtime>(session: &Session<R>) {
     let (owner, key) = (keys::owner(session.record.id), keys::epoch(session.record.id));
-    let record = EpochRecord { epoch: session.epoch, flush_point: session.flush_point.get().into() };
+    let flush_point = session.flush_point.get().into();
+    let record = EpochRecord { epoch: session.epoch, flush_point, taken_over: false };
     let transaction = Transaction {
-        compares: vec![Compare::CreateRevision(owner, session.status.owner_revision.get())],
+        compares: vec![
+            Compare::CreateRevision(owner, session.status.owner_revision.get()),
+            // Whoever takes over moves the epoch first; it must not be set back.
+            Compare::ModRevision(key.clone(), session.status.epoch_revision),
+        ],
         writes: vec![Write::Put { key, value: encode(&record), lease: None }],
         reads: vec![],
     };

@@ -4,7 +4,9 @@
 //! (protocol rule 7): whoever takes over waits TTL + drift after the lease ended.
 
 use super::notify::Notify;
+use futures::future::{Either, select};
 use std::cell::Cell;
+use std::pin::pin;
 use std::rc::{Rc, Weak};
 use std::time::Duration;
 use torus_rpc::metadata::{LeaseId, Metadata, MetadataError, Result};
@@ -67,11 +69,24 @@ impl<R: Runtime> ProcessLease<R> {
 }
 
 async fn keep_alive<R: Runtime>(runtime: R, lease: Weak<ProcessLease<R>>) {
+    let mut waited = false;
     loop {
-        runtime.clock().sleep(KEEPALIVE_INTERVAL).await;
+        if !std::mem::take(&mut waited) {
+            runtime.clock().sleep(KEEPALIVE_INTERVAL).await;
+        }
         let Some(id) = lease.upgrade().map(|lease| lease.id()) else { return };
         let sent = runtime.clock().now();
-        let renewed = match runtime.metadata().keep_alive(id).await {
+        let attempt = pin!(runtime.metadata().keep_alive(id));
+        // A slow answer must not keep the next attempt from being made while the lease still lives.
+        let renewed = match select(attempt, pin!(runtime.clock().sleep(KEEPALIVE_INTERVAL))).await {
+            Either::Left((renewed, _)) => renewed,
+            Either::Right(_) => {
+                tracing::warn!("the metadata store is slow to keep the lease alive; trying on");
+                waited = true;
+                continue;
+            }
+        };
+        let renewed = match renewed {
             Ok(()) => Ok(id),
             Err(MetadataError::LeaseGone(_)) => {
                 tracing::warn!(lease = id.0, "the lease is gone; asking for another");

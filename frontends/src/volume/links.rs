@@ -26,8 +26,18 @@ pub struct Links<R: Runtime> {
 }
 
 enum Entry<L> {
-    Connecting,
-    Open { link: L, generation: u64 },
+    /// Those who wait hear of the outcome of this attempt, whatever it is.
+    Connecting {
+        attempt: u64,
+    },
+    Open {
+        link: L,
+        generation: u64,
+    },
+    Failed {
+        attempt: u64,
+        error: LinkError,
+    },
 }
 
 impl<R: Runtime> Links<R> {
@@ -53,7 +63,9 @@ impl<R: Runtime> Links<R> {
                 Ok((link, generation)) => match link.call(envelope, operation, payload).await {
                     Ok(answer) => return Ok(answer),
                     Err(error) => {
-                        self.discard(peer, generation);
+                        if !matches!(error, LinkError::Overdue { .. }) {
+                            self.discard(peer, generation);
+                        }
                         error
                     }
                 },
@@ -62,7 +74,8 @@ impl<R: Runtime> Links<R> {
             let now = self.runtime.clock().now();
             let started = *started.get_or_insert(now);
             let hopeless = match &error {
-                LinkError::ConnectionRefused { .. } | LinkError::Hello { .. } | LinkError::Silent { .. } => true,
+                LinkError::ConnectionRefused { .. } | LinkError::Hello { .. } => true,
+                LinkError::Silent { .. } | LinkError::Overdue { .. } => true,
                 LinkError::Closed { .. } | LinkError::Protocol { .. } => false,
             };
             if hopeless || now.since(started) >= LINK_DEAD_AFTER {
@@ -76,35 +89,35 @@ impl<R: Runtime> Links<R> {
 
     /// The link to `peer`, connected by the first who asks.
     async fn link(&self, peer: &Peer) -> Result<(R::Link, u64), LinkError> {
+        let mut awaited = None;
         let found = self
             .changed
-            .until(|| match self.links.borrow_mut().get(peer) {
-                Some(Entry::Open { link, generation }) => Some(Some((link.clone(), *generation))),
-                Some(Entry::Connecting) => None,
-                None => Some(None),
+            .until(|| match self.links.borrow().get(peer) {
+                Some(Entry::Open { link, generation }) => Some(Some(Ok((link.clone(), *generation)))),
+                Some(Entry::Connecting { attempt }) => {
+                    awaited.get_or_insert(*attempt);
+                    None
+                }
+                Some(Entry::Failed { attempt, error }) if awaited.is_some_and(|awaited| awaited <= *attempt) => {
+                    Some(Some(Err(error.clone())))
+                }
+                Some(Entry::Failed { .. }) | None => Some(None),
             })
             .await;
-        if let Some(open) = found {
-            return Ok(open);
+        if let Some(outcome) = found {
+            return outcome;
         }
-        self.links.borrow_mut().insert(peer.clone(), Entry::Connecting);
+        let attempt = self.generations.replace(self.generations.get() + 1);
+        self.links.borrow_mut().insert(peer.clone(), Entry::Connecting { attempt });
         // If this caller is dropped while it connects, the others have to be able to go on.
         let abandoned = Abandoned { links: self, peer };
         let connected = self.runtime.connect().connect(peer).await;
         std::mem::forget(abandoned);
-        let mut links = self.links.borrow_mut();
-        let result = match connected {
-            Ok(link) => {
-                let generation = self.generations.replace(self.generations.get() + 1);
-                links.insert(peer.clone(), Entry::Open { link: link.clone(), generation });
-                Ok((link, generation))
-            }
-            Err(error) => {
-                links.remove(peer);
-                Err(error)
-            }
+        let (entry, result) = match connected {
+            Ok(link) => (Entry::Open { link: link.clone(), generation: attempt }, Ok((link, attempt))),
+            Err(error) => (Entry::Failed { attempt, error: error.clone() }, Err(error)),
         };
-        drop(links);
+        self.links.borrow_mut().insert(peer.clone(), entry);
         self.changed.wake_all();
         result
     }

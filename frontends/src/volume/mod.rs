@@ -1,7 +1,7 @@
 //! Volumes: the one writer of each, on the executor that attached it.
 //!
 //! * `exports`    the volumes of a cluster by name, attached at first use and released when idle
-//! * `attach`     becoming the writer; `reconcile` levels what the last one left
+//! * `attach`     becoming the writer: `own` the volume, open its replicas, `reconcile` what the last writer left
 //! * `session`    one epoch of one volume, and the loop that gets a request to a replica
 //! * `writer`, `reads`, `flush`   the three things it does
 //! * `status`     marking replicas stale; `replicas` which are in sync (pure)
@@ -16,6 +16,7 @@ mod lease;
 mod links;
 mod locks;
 mod notify;
+mod own;
 mod plan;
 mod reads;
 mod reconcile;

@@ -1,4 +1,7 @@
 //! Waiting for a state to change: whoever changes it wakes all, and each looks again.
+//!
+//! A waiter has one place however often it is polled: a list that only grew would, in a `select` beside something
+//! busy, hold ever more clones of one waker (and glommio ends the process at 32,768 of them).
 
 use std::cell::{Cell, RefCell};
 use std::task::{Poll, Waker};
@@ -6,31 +9,61 @@ use std::task::{Poll, Waker};
 #[derive(Default)]
 pub struct Notify {
     changes: Cell<u64>,
-    waiting: RefCell<Vec<Waker>>,
+    /// A place for each waiter; `None`: it has been woken, or the place is free.
+    waiting: RefCell<Vec<Option<Waker>>>,
+    free: RefCell<Vec<usize>>,
 }
 
 impl Notify {
     pub fn wake_all(&self) {
         self.changes.set(self.changes.get() + 1);
-        for waker in self.waiting.take() {
+        let wakers: Vec<_> = self.waiting.borrow_mut().iter_mut().filter_map(Option::take).collect();
+        for waker in wakers {
             waker.wake();
         }
     }
 
     /// Returns once `ready` gives something; it is asked now and after every change.
     pub async fn until<T>(&self, mut ready: impl FnMut() -> Option<T>) -> T {
-        let mut seen = None;
+        if let Some(value) = ready() {
+            return value;
+        }
+        let mut seen = self.changes.get();
+        let place = self.enter();
         std::future::poll_fn(|context| {
-            if seen != Some(self.changes.get()) {
-                seen = Some(self.changes.get());
+            if seen != self.changes.get() {
+                seen = self.changes.get();
                 if let Some(value) = ready() {
                     return Poll::Ready(value);
                 }
             }
-            self.waiting.borrow_mut().push(context.waker().clone());
+            let slot = &mut self.waiting.borrow_mut()[place.index];
+            if !slot.as_ref().is_some_and(|waker| waker.will_wake(context.waker())) {
+                *slot = Some(context.waker().clone());
+            }
             Poll::Pending
         })
         .await
+    }
+
+    fn enter(&self) -> Place<'_> {
+        let index = self.free.borrow_mut().pop().unwrap_or_else(|| {
+            self.waiting.borrow_mut().push(None);
+            self.waiting.borrow().len() - 1
+        });
+        Place { notify: self, index }
+    }
+}
+
+struct Place<'a> {
+    notify: &'a Notify,
+    index: usize,
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        self.notify.waiting.borrow_mut()[self.index] = None;
+        self.notify.free.borrow_mut().push(self.index);
     }
 }
 
@@ -51,5 +84,19 @@ mod tests {
         value.set(2);
         notify.wake_all();
         assert_eq!(waiter.now_or_never(), Some("two"));
+    }
+
+    #[test]
+    fn a_waiter_keeps_one_place_however_often_it_is_polled() {
+        let notify = Notify::default();
+        let mut waiter = Box::pin(notify.until(|| None::<()>));
+        for _ in 0..100 {
+            assert_eq!(waiter.as_mut().now_or_never(), None);
+        }
+        assert_eq!(notify.waiting.borrow().len(), 1);
+        drop(waiter);
+        let next = Box::pin(notify.until(|| None::<()>));
+        assert_eq!(next.now_or_never(), None);
+        assert_eq!(notify.waiting.borrow().len(), 1, "the place was not given back");
     }
 }

@@ -3,7 +3,7 @@
 
 use super::plan::{Piece, blocks_touched, pieces};
 use super::replicas::ShardPosition;
-use super::session::{Failure, Session};
+use super::session::{Failure, Session, Verdict, verdict};
 use crate::device::{Piece as DevicePiece, VolumeError};
 use bytes::Bytes;
 use std::rc::Rc;
@@ -80,7 +80,7 @@ impl<R: Runtime> Session<R> {
                     Ok(data) => found = found.or(Some(data)),
                     Err(failure) => {
                         failed = true;
-                        self.read_failed(*shard, failure, &mut damaged).await;
+                        self.read_failed(slot, *shard, failure, &mut damaged).await;
                     }
                 }
             }
@@ -118,6 +118,7 @@ impl<R: Runtime> Session<R> {
         let asked = self.runtime.clock().now();
         let operation = Operation::Read { first: piece.first, count: piece.count };
         let (answer, payload) = self.ask(shard, &operation, &Bytes::new()).await?;
+        shard.suspect.set(false);
         let took_us = self.runtime.clock().now().since(asked).as_micros() as u32;
         shard.service_us.set((shard.service_us.get() / 8).saturating_mul(7).saturating_add(took_us / 8));
         match answer {
@@ -126,24 +127,29 @@ impl<R: Runtime> Session<R> {
         }
     }
 
-    async fn read_failed(self: &Rc<Self>, position: ShardPosition, failure: Failure, damaged: &mut Vec<ShardPosition>) {
+    async fn read_failed(
+        self: &Rc<Self>,
+        slot: usize,
+        position: ShardPosition,
+        failure: Failure,
+        damaged: &mut Vec<ShardPosition>,
+    ) {
         let shard = &self.shards[position];
         match &failure {
             Failure::Refused(Refusal::Damaged { .. } | Refusal::Corrupt { .. }) => {
                 tracing::error!(volume = %self.record.name, shard = %shard.id, %failure, "reading another replica");
                 damaged.push(position);
             }
-            Failure::Refused(Refusal::StaleEpoch { .. } | Refusal::BadToken) => {
-                self.end(format!("shard {} says: {failure}", shard.id));
-            }
             _ => {
+                let verdict = verdict(&failure);
                 // Decided beside the read, which goes on with another replica.
-                shard.suspect.set(true);
-                let session = self.clone();
-                self.runtime.spawn().spawn(Class::Foreground, async move {
-                    let _ = session.mark_stale(position, &failure).await;
-                });
-                let others = self.shards.iter().any(|shard| !shard.suspect.get());
+                if !shard.suspect.replace(true) || verdict != Verdict::Unreachable {
+                    let session = self.clone();
+                    self.runtime.spawn().spawn(Class::Foreground, async move {
+                        session.decide(position, &failure, verdict).await;
+                    });
+                }
+                let others = self.replicas.borrow().in_sync(slot).any(|other| !self.shards[other].suspect.get());
                 if !others {
                     self.runtime.clock().sleep(RETRY_AFTER).await;
                 }

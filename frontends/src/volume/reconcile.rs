@@ -16,10 +16,11 @@ use torus_schema::limits::BLOCKS_PER_EXTENT;
 
 type ByShard = BTreeMap<ShardPosition, Vec<Descriptor>>;
 
-/// A replica that failed while it was needed; the rest goes on without it.
-struct Failed {
-    shard: ShardPosition,
-    failure: Failure,
+enum Failed {
+    /// A replica failed while it was needed; the rest goes on without it.
+    Replica { shard: ShardPosition, failure: Failure },
+    /// Two valid, different copies of one version: for the operator, never a vote (interleaving 23).
+    Conflict { block: BlockIndex, version: Version, shards: [ShardPosition; 2] },
 }
 
 /// Repeats itself without the replicas that fail on the way.
@@ -31,7 +32,16 @@ pub(super) async fn reconcile<R: Runtime>(session: &Rc<Session<R>>) -> Result<()
                 session.flush_point.set(Version::new(session.epoch, 0));
                 return Ok(());
             }
-            Err(Failed { shard, failure }) => lose(session, shard, &failure).await?,
+            Err(Failed::Replica { shard, failure }) => lose(session, shard, &failure).await?,
+            Err(Failed::Conflict { block, version, shards: [a, b] }) => {
+                let (a, b) = (session.shards[a].id, session.shards[b].id);
+                let because = format!(
+                    "block {block} has two different contents under version {version}, on shards {a} and {b}; \
+                     nothing was changed, decide which one is right"
+                );
+                tracing::error!(volume = %session.record.name, %because);
+                return Err(VolumeError::NotReady { because });
+            }
         }
     }
 }
@@ -42,7 +52,7 @@ async fn attempt<R: Runtime>(session: &Session<R>) -> Result<(), Failed> {
     let described = futures::future::join_all(shards.iter().map(|shard| describe(session, *shard))).await;
     let mut extents: BTreeMap<ExtentIndex, ByShard> = BTreeMap::new();
     for (shard, descriptors) in shards.iter().zip(described) {
-        for descriptor in descriptors.map_err(|failure| Failed { shard: *shard, failure })? {
+        for descriptor in descriptors.map_err(|failure| Failed::Replica { shard: *shard, failure })? {
             let of_shard = extents.entry(descriptor.first.extent()).or_default();
             of_shard.entry(*shard).or_default().push(descriptor);
         }
@@ -53,7 +63,7 @@ async fn attempt<R: Runtime>(session: &Session<R>) -> Result<(), Failed> {
     }
     let flushes = shards.iter().map(|shard| async move {
         let flushed = session.ask(&session.shards[*shard], &Operation::Flush, &Bytes::new()).await;
-        flushed.map_err(|failure| Failed { shard: *shard, failure })
+        flushed.map_err(|failure| Failed::Replica { shard: *shard, failure })
     });
     for flushed in futures::future::join_all(flushes).await {
         flushed?;
@@ -105,6 +115,11 @@ async fn level<R: Runtime>(session: &Session<R>, extent: ExtentIndex, by_shard: 
     let mut copied = 0;
     for block in 0..BLOCKS_PER_EXTENT as usize {
         let Some((newest, source)) = newest(&held, block) else { continue };
+        if let Some(other) = conflict(&held, block, newest) {
+            let block = BlockIndex(extent.first_block().0 + block as u64);
+            let shards = [replicas[source], replicas[other]];
+            return Err(Failed::Conflict { block, version: newest.version, shards });
+        }
         let lacking = (0..replicas.len()).filter(|replica| held[*replica][block] != Some(newest));
         for replica in lacking {
             let first = BlockIndex(extent.first_block().0 + block as u64);
@@ -136,6 +151,12 @@ fn newest(held: &[Vec<Option<Newest>>], block: usize) -> Option<(Newest, usize)>
     versions.max_by_key(|(newest, replica)| (newest.version, std::cmp::Reverse(*replica)))
 }
 
+fn conflict(held: &[Vec<Option<Newest>>], block: usize, newest: Newest) -> Option<usize> {
+    held.iter().position(|blocks| {
+        blocks[block].is_some_and(|other| other.version == newest.version && other.checksum != newest.checksum)
+    })
+}
+
 /// Under its original version: the same record, not a new write.
 async fn copy<R: Runtime>(
     session: &Session<R>,
@@ -144,8 +165,8 @@ async fn copy<R: Runtime>(
     source: ShardPosition,
     target: ShardPosition,
 ) -> Result<(), Failed> {
-    let of_source = |failure| Failed { shard: source, failure };
-    let of_target = |failure| Failed { shard: target, failure };
+    let of_source = |failure| Failed::Replica { shard: source, failure };
+    let of_target = |failure| Failed::Replica { shard: target, failure };
     let Some(checksum) = newest.checksum else {
         let slice = session.placement.slice_of(first.extent());
         let clear = Operation::Clear { first, count: 1, slice, version: newest.version, durable: false };

@@ -10,7 +10,9 @@ use super::status::StatusKeeper;
 use super::window::Window;
 use crate::device::VolumeError;
 use bytes::Bytes;
+use futures::future::{Either, select};
 use std::cell::{Cell, RefCell};
+use std::pin::pin;
 use std::rc::Rc;
 use std::time::Duration;
 use torus_rpc::error::LinkError;
@@ -22,6 +24,8 @@ use torus_schema::ring::placement::Placement;
 
 /// Between two attempts where waiting is all that can be done.
 const RETRY_AFTER: Duration = Duration::from_millis(100);
+/// A payload that arrives corrupt this often is not the network's bad luck.
+const BUSY_ATTEMPTS: u32 = 30;
 
 pub(super) struct Session<R: Runtime> {
     pub runtime: R,
@@ -82,8 +86,8 @@ impl std::fmt::Display for Failure {
 }
 
 /// What has to become of a replica that failed.
-#[derive(Debug, PartialEq, Eq)]
-enum Verdict {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
     /// Another writer owns the volume.
     Fenced,
     /// What it held unflushed is gone: it can only go on as a stale replica.
@@ -92,12 +96,15 @@ enum Verdict {
     Unreachable,
     /// Try again soon.
     Busy,
+    /// Making a replica stale would make no room; there is some again when something is deleted or cleaned.
+    Full,
 }
 
-fn verdict(failure: &Failure) -> Verdict {
+pub(super) fn verdict(failure: &Failure) -> Verdict {
     match failure {
         Failure::Refused(Refusal::StaleEpoch { .. } | Refusal::BadToken) => Verdict::Fenced,
-        Failure::Refused(Refusal::NoSpace | Refusal::Corrupt { .. }) => Verdict::Busy,
+        Failure::Refused(Refusal::NoSpace) => Verdict::Full,
+        Failure::Refused(Refusal::Corrupt { .. }) => Verdict::Busy,
         Failure::Refused(
             Refusal::OtherIncarnation
             | Refusal::NotOpen
@@ -171,40 +178,57 @@ impl<R: Runtime> Session<R> {
         payload: &Bytes,
     ) -> Result<Option<Answer>, VolumeError> {
         let shard = &self.shards[position];
-        let mut refused_busy = 0;
+        let mut refused = 0;
         loop {
             self.check()?;
             if !required() {
                 return Ok(None);
             }
-            let failure = match self.ask(shard, operation, payload).await {
-                Ok((answer, _)) => {
+            // Waiting ends when nobody needs the answer any more; what was sent is carried out or not.
+            let asked = pin!(self.ask(shard, operation, payload));
+            let released = pin!(self.changed.until(|| (self.ended.borrow().is_some() || !required()).then_some(())));
+            let failure = match select(asked, released).await {
+                Either::Left((Ok((answer, _)), _)) => {
                     shard.suspect.set(false);
                     return Ok(Some(answer));
                 }
-                Err(failure) => failure,
+                Either::Left((Err(failure), _)) => failure,
+                Either::Right(_) => continue,
             };
             match verdict(&failure) {
-                Verdict::Fenced => self.end(format!("shard {} says: {failure}", shard.id)),
-                Verdict::Busy if refused_busy < 30 => {
-                    refused_busy += 1;
+                Verdict::Busy | Verdict::Full if refused < BUSY_ATTEMPTS || verdict(&failure) == Verdict::Full => {
+                    if refused == BUSY_ATTEMPTS {
+                        tracing::warn!(volume = %self.record.name, shard = %shard.id, %failure, "waiting");
+                    }
+                    refused += 1;
                     self.runtime.clock().sleep(RETRY_AFTER).await;
                 }
-                Verdict::Busy | Verdict::Unreachable => {
-                    if self.mark_stale(position, &failure).await.is_err() {
-                        // It may come back as it was; nobody else can take its place.
+                verdict => {
+                    if !self.decide(position, &failure, verdict).await {
                         self.runtime.clock().sleep(RETRY_AFTER).await;
                     }
                 }
-                Verdict::Lost => {
-                    if let Err(below) = self.mark_stale(position, &failure).await {
-                        self.end(format!(
-                            "shard {} lost unflushed data ({failure}) and slice {} would keep {} of at least {} replicas",
-                            shard.id, below.slice, below.remaining, below.min
-                        ));
-                    }
-                }
             }
+        }
+    }
+
+    /// What becomes of a replica that failed; false: it may come back as it was, and nobody can take its place.
+    pub async fn decide(self: &Rc<Self>, position: ShardPosition, failure: &Failure, verdict: Verdict) -> bool {
+        let shard = &self.shards[position];
+        if verdict == Verdict::Fenced {
+            self.end(format!("shard {} says: {failure}", shard.id));
+            return true;
+        }
+        match self.mark_stale(position, failure).await {
+            Ok(()) => true,
+            Err(below) if verdict == Verdict::Lost => {
+                self.end(format!(
+                    "shard {} lost unflushed data ({failure}) and slice {} would keep {} of at least {} replicas",
+                    shard.id, below.slice, below.remaining, below.min
+                ));
+                true
+            }
+            Err(_) => false,
         }
     }
 

@@ -22,6 +22,8 @@ pub(super) struct StatusKeeper {
     pub owner_revision: Cell<Revision>,
     /// The lease our owner key hangs on, as `ProcessLease` counts them.
     pub owner_lease: Cell<u64>,
+    /// Of the epoch, as our attach wrote it.
+    pub epoch_revision: Revision,
     /// Of the volume's record.
     pub volume_revision: Revision,
     /// Of the status, if there is one.

@@ -48,10 +48,6 @@ impl Window {
     pub fn settled_through(&self) -> u64 {
         self.lowest - 1
     }
-
-    pub fn is_idle(&self) -> bool {
-        self.resolved.is_empty()
-    }
 }
 
 #[cfg(test)]
@@ -68,9 +64,8 @@ mod tests {
         assert_eq!(window.settled_through(), 0);
         window.resolve(1);
         assert_eq!(window.settled_through(), 3);
-        assert!(!window.is_idle());
         window.resolve(4);
-        assert_eq!((window.settled_through(), window.is_idle()), (4, true));
+        assert_eq!(window.settled_through(), 4);
         assert_eq!(window.begin(), Some(5));
     }
 }

@@ -86,7 +86,9 @@ impl<R: Runtime> Session<R> {
                 if let Some(piece) = first {
                     let probe = Operation::Read { first: piece.first, count: 1 };
                     // Whatever it answers, `ask` notes whether it is still full; a failure is the write's to handle.
-                    let _ = self.ask(shard, &probe, &Bytes::new()).await;
+                    if self.ask(shard, &probe, &Bytes::new()).await.is_err() {
+                        shard.full.set(false);
+                    }
                 }
                 if shard.full.get() {
                     return Err(VolumeError::NoSpace { shard: shard.id.to_string() });
@@ -159,9 +161,6 @@ impl<R: Runtime> Session<R> {
     /// the flush point (protocol rule 1).
     fn settle(&self, version: Version) {
         self.window.borrow_mut().resolve(version.sequence);
-        if self.window.borrow().is_idle() {
-            self.changed.wake_all();
-        }
     }
 
     async fn replicate(

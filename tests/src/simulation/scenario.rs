@@ -43,10 +43,11 @@ pub struct Run {
 }
 
 /// Builds the world of `seed`, runs `scenario` in it and reports what the checker found.
-pub fn simulate<F: Future<Output = ()>>(seed: u64, min_replicas: u8, scenario: impl FnOnce(Rc<Run>) -> F + 'static)
-where
-    F: 'static,
-{
+pub fn simulate<F: Future<Output = ()> + 'static>(
+    seed: u64,
+    min_replicas: u8,
+    scenario: impl FnOnce(Rc<Run>) -> F + 'static,
+) {
     // RUST_LOG=debug tells the story of a seed; several tests in one process share the subscriber.
     let filter = tracing_subscriber::EnvFilter::from_default_env();
     let _ = tracing_subscriber::fmt().with_env_filter(filter).with_test_writer().without_time().try_init();

@@ -1,0 +1,101 @@
+//! Which of several copies counts, at a start.
+//!
+//! The cleaner copies, and lets the original's segment go when the copy is durable; so after a crash both may be there.
+//! Of two copies the later one counts, as it did before, and what was let go stays free. Except: a segment that was
+//! still open and holds nothing but copies is let go itself, and the originals count. It is what a cleaner leaves that
+//! was cut short. If it counted, a shard that dies again and again while it cleans would eat the last free segments,
+//! and with none left nothing could ever be cleaned.
+
+use super::state::Contents;
+use super::volumes::Instance;
+use crate::index::AtTie;
+use crate::log::SegmentIndex;
+use crate::log::record::Record;
+use crate::log::recovery::FoundSegment;
+use ahash::{AHashMap, AHashSet};
+use torus_schema::ids::{BlockIndex, SliceId, Version, VolumeId};
+
+/// Applies what stands in segments without a footer, after all others. Those that turn out to hold nothing that is not
+/// elsewhere are left without records, for good: that is what their footer will say.
+pub fn replay_unsealed(segments: &mut [FoundSegment], notes: &Notes, contents: &mut Contents) {
+    let mut said = Said::default();
+    for found in segments.iter().filter(|found| found.unsealed.is_none()) {
+        notes.new_in(found.identity.segment, &mut said, contents);
+    }
+    for found in segments {
+        let Some(records) = &mut found.unsealed else { continue };
+        let segment = found.identity.segment;
+        records.iter().for_each(|record| contents.replay(record, AtTie::StandingWins));
+        let pinned = contents.pinned_in(segment);
+        let needed = |record: &Record| match record {
+            Record::Data(data) => (0..data.checksums.len()).any(|number| contents.needs(data, number, &pinned)),
+            _ => false,
+        };
+        let says_more = notes.new_in(segment, &mut said, contents) > 0;
+        if says_more || records.iter().any(needed) {
+            records.iter().for_each(|record| contents.replay(record, AtTie::NewcomerWins));
+        } else {
+            records.clear();
+        }
+    }
+}
+
+/// Records without payload, by the segment they stand in.
+#[derive(Default)]
+pub struct Notes {
+    by_segment: AHashMap<SegmentIndex, Vec<Record>>,
+}
+
+impl Notes {
+    pub fn see(&mut self, segment: SegmentIndex, records: &[Record]) {
+        let notes = records.iter().filter(|record| record.payload_blocks() == 0);
+        self.by_segment.entry(segment).or_default().extend(notes.cloned());
+    }
+
+    /// Each thing that has to be remembered is counted where it is said last.
+    pub fn count(&self, segments: &[FoundSegment], contents: &mut Contents) {
+        let mut said = Said::default();
+        let is_left = |found: &&FoundSegment| found.unsealed.as_ref().is_none_or(|records| !records.is_empty());
+        for found in segments.iter().rev().filter(is_left) {
+            let bytes = self.new_in(found.identity.segment, &mut said, contents);
+            contents.space.add_note(found.identity.segment, bytes);
+        }
+    }
+
+    /// Bytes of those in the segment that say something new.
+    fn new_in(&self, segment: SegmentIndex, said: &mut Said, contents: &Contents) -> usize {
+        let notes = self.by_segment.get(&segment).into_iter().flatten();
+        notes.filter(|note| said.is_new(note, contents)).map(Record::bytes).sum()
+    }
+}
+
+/// What the notes looked at so far say.
+#[derive(Default)]
+struct Said {
+    drops: AHashSet<VolumeId>,
+    opens: AHashSet<VolumeId>,
+    instances: AHashSet<(VolumeId, SliceId)>,
+    clears: AHashSet<(VolumeId, SliceId, BlockIndex, u64, Version)>,
+}
+
+impl Said {
+    fn is_new(&mut self, note: &Record, contents: &Contents) -> bool {
+        let volume = contents.volumes.get(&note.volume());
+        match (note, volume) {
+            (Record::Drop(id), _) => self.drops.insert(*id),
+            (Record::Open(open), Some(volume)) => open.epoch == volume.epoch && self.opens.insert(open.volume),
+            (Record::Instances(record), Some(volume)) => {
+                let (generation, created) = (record.generation, record.created);
+                let current = |slice: &&SliceId| volume.slices.get(slice) == Some(&Instance { generation, created });
+                let new = |slice: &&SliceId| self.instances.insert((record.volume, **slice));
+                // Counted, not `any`: all of them are said with it.
+                record.slices.iter().filter(current).filter(new).count() > 0
+            }
+            (Record::Clear(clear), Some(_)) => {
+                let key = (clear.volume, clear.slice, clear.first, clear.count, clear.version);
+                !contents.is_superfluous(clear) && self.clears.insert(key)
+            }
+            _ => false,
+        }
+    }
+}
