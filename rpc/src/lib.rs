@@ -6,6 +6,7 @@
 //! * `token`     how a shard knows a writer
 //! * `client`    a pipelined connection to one shard
 //! * `server`    one connection from a client
+//! * `notify`    waiting for a state to change
 //! * `metadata`  who is who: etcd, embedded, memory
 
 pub mod client;
@@ -13,6 +14,7 @@ pub mod error;
 pub mod frame;
 pub mod message;
 pub mod metadata;
+pub mod notify;
 pub mod outbox;
 pub mod receive;
 pub mod runtime;

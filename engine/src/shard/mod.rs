@@ -16,7 +16,6 @@
 
 mod append;
 mod cleaner;
-mod notify;
 mod pins;
 mod queue;
 mod reads;
@@ -30,7 +29,6 @@ mod volumes;
 
 use crate::log::{BatchNumber, FormatError, Geometry};
 use bytes::Bytes;
-use notify::Notify;
 use queue::{Need, Queue, Syncs};
 pub use reads::Chunk;
 use state::Contents;
@@ -38,6 +36,7 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use thiserror::Error;
 use torus_rpc::message::{Answer, Envelope, Operation, Refusal, Reply};
+use torus_rpc::notify::Notify;
 use torus_rpc::runtime::{Disk, DiskError, Runtime};
 use torus_rpc::token::ClusterKey;
 use torus_schema::ids::{ClusterId, Incarnation, NodeId, ShardIndex, VolumeId};

@@ -72,9 +72,19 @@ impl<R: Runtime> Shard<R> {
         };
         let pieces = pieces_of(first.block, &found);
         let readers = Readers::new(self, &pieces);
+        // All at once: what is scattered on the disk costs one wait, not one each.
         let mut chunks = Vec::with_capacity(pieces.len());
-        for piece in &pieces {
-            self.read_piece(piece, &mut chunks).await?;
+        match &pieces[..] {
+            [piece] => self.read_piece(piece, &mut chunks).await?,
+            _ => {
+                let reads = pieces.iter().map(|piece| async {
+                    let mut chunks = Vec::with_capacity(1);
+                    self.read_piece(piece, &mut chunks).await.map(|()| chunks)
+                });
+                for read in futures::future::join_all(reads).await {
+                    chunks.extend(read?);
+                }
+            }
         }
         drop(readers);
         let checksums = pieces.into_iter().flat_map(|piece| piece.checksums).collect();

@@ -4,7 +4,6 @@
 use super::attach::{Attacher, attach, find, metadata_error};
 use super::lease::ProcessLease;
 use super::links::Links;
-use super::notify::Notify;
 use super::own::give_up;
 use super::session::Session;
 use crate::device::{Device, ExportInfo, Exports, Piece, VolumeError};
@@ -16,6 +15,7 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::Duration;
 use torus_rpc::metadata::{Compare, Metadata, Transaction, Write};
+use torus_rpc::notify::Notify;
 use torus_rpc::runtime::{Class, Clock, Runtime, Spawn};
 use torus_schema::ids::VolumeId;
 use torus_schema::records::{EpochRecord, VolumeRecord, VolumeState, decode, encode, keys};
@@ -126,7 +126,7 @@ impl<R: Runtime> VolumeExports<R> {
                 Err(error)
             }
         };
-        shared.changed.wake_all();
+        shared.changed.notify();
         result
     }
 }
@@ -174,7 +174,7 @@ impl<R: Runtime> Shared<R> {
         session.detach();
         give_up(&self.runtime, volume, session.status.owner_revision.get()).await;
         self.volumes.borrow_mut().remove(&volume);
-        self.changed.wake_all();
+        self.changed.notify();
     }
 }
 

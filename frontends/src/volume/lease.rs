@@ -3,13 +3,13 @@
 //! Reads are valid until (the moment the last successful keepalive was *sent*) + TTL − drift, by CLOCK_BOOTTIME
 //! (protocol rule 7): whoever takes over waits TTL + drift after the lease ended.
 
-use super::notify::Notify;
 use futures::future::{Either, select};
 use std::cell::Cell;
 use std::pin::pin;
 use std::rc::{Rc, Weak};
 use std::time::Duration;
 use torus_rpc::metadata::{LeaseId, Metadata, MetadataError, Result};
+use torus_rpc::notify::Notify;
 use torus_rpc::runtime::{Class, Clock, Instant, Runtime, Spawn};
 use torus_schema::limits::{LEASE_DRIFT, OWNER_LEASE_TTL};
 
@@ -63,7 +63,7 @@ impl<R: Runtime> ProcessLease<R> {
         self.valid_until.set(sent.after(OWNER_LEASE_TTL - LEASE_DRIFT));
         if self.lease.replace(lease) != lease {
             self.generation.set(self.generation.get() + 1);
-            self.changed.wake_all();
+            self.changed.notify();
         }
     }
 }

@@ -4,7 +4,6 @@
 //! version, and every request the incarnation it means). Only when the peer cannot be reached for `LINK_DEAD_AFTER`,
 //! or nobody listens there, does the caller hear of it (protocol rule 10).
 
-use super::notify::Notify;
 use ahash::AHashMap;
 use bytes::Bytes;
 use std::cell::RefCell;
@@ -12,6 +11,7 @@ use std::rc::Rc;
 use std::time::Duration;
 use torus_rpc::error::LinkError;
 use torus_rpc::message::{Envelope, Operation, Reply};
+use torus_rpc::notify::Notify;
 use torus_rpc::runtime::{Clock, Connect, Link, Peer, Runtime};
 use torus_schema::limits::LINK_DEAD_AFTER;
 
@@ -118,7 +118,7 @@ impl<R: Runtime> Links<R> {
             Err(error) => (Entry::Failed { attempt, error: error.clone() }, Err(error)),
         };
         self.links.borrow_mut().insert(peer.clone(), entry);
-        self.changed.wake_all();
+        self.changed.notify();
         result
     }
 
@@ -139,6 +139,6 @@ struct Abandoned<'a, R: Runtime> {
 impl<R: Runtime> Drop for Abandoned<'_, R> {
     fn drop(&mut self) {
         self.links.links.borrow_mut().remove(self.peer);
-        self.links.changed.wake_all();
+        self.links.changed.notify();
     }
 }

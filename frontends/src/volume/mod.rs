@@ -15,7 +15,6 @@ mod flush;
 mod lease;
 mod links;
 mod locks;
-mod notify;
 mod own;
 mod plan;
 mod reads;

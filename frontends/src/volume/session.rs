@@ -4,7 +4,6 @@
 use super::lease::ProcessLease;
 use super::links::Links;
 use super::locks::RangeLocks;
-use super::notify::Notify;
 use super::replicas::{Replicas, ShardPosition};
 use super::status::StatusKeeper;
 use super::window::Window;
@@ -17,6 +16,7 @@ use std::rc::Rc;
 use std::time::Duration;
 use torus_rpc::error::LinkError;
 use torus_rpc::message::{Answer, Envelope, Operation, Refusal};
+use torus_rpc::notify::Notify;
 use torus_rpc::runtime::{Clock, Peer, Runtime};
 use torus_schema::ids::{Epoch, Incarnation, ShardId, Version};
 use torus_schema::records::{OwnerRecord, VolumeRecord};
@@ -134,14 +134,14 @@ impl<R: Runtime> Session<R> {
             *ended = Some(because);
         }
         drop(ended);
-        self.changed.wake_all();
+        self.changed.notify();
     }
 
     /// The orderly end.
     pub fn detach(&self) {
         let because = "the volume was detached".to_string();
         self.ended.borrow_mut().get_or_insert(because);
-        self.changed.wake_all();
+        self.changed.notify();
     }
 
     pub fn envelope(&self, shard: &Shard) -> Envelope {

@@ -73,7 +73,7 @@ async fn keep_status<R: Runtime>(session: Rc<Session<R>>) {
             }
             *session.replicas.borrow_mut() = next;
         }
-        session.changed.wake_all();
+        session.changed.notify();
     }
     session.status.running.set(false);
 }

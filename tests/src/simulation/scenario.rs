@@ -38,8 +38,10 @@ pub struct Run {
     pub world: World,
     pub cluster: Cluster,
     pub workload: Workload,
-    /// Nodes whose power failed; two of them may take what was answered and not flushed with them.
+    /// Nodes whose power failed. As many as have to be in sync may be all that are (the others were marked stale
+    /// before), and take with them what was answered and not flushed.
     powerless: RefCell<BTreeSet<usize>>,
+    min_replicas: usize,
 }
 
 /// Builds the world of `seed`, runs `scenario` in it and reports what the checker found.
@@ -56,7 +58,13 @@ pub fn simulate<F: Future<Output = ()> + 'static>(
     world.block_on(async move {
         let cluster = Cluster::start(&here, 3).await;
         cluster.create_volume(VOLUME, VOLUME_BYTES, 3, min_replicas).await;
-        let run = Rc::new(Run { workload: Workload::new(&here), world: here, cluster, powerless: RefCell::default() });
+        let run = Rc::new(Run {
+            workload: Workload::new(&here),
+            world: here,
+            cluster,
+            powerless: RefCell::default(),
+            min_replicas: usize::from(min_replicas),
+        });
         scenario(run.clone()).await;
         run.workload.verdict();
         assert!(run.workload.history.borrow().reads_checked > 0, "seed {seed}: nothing was read");
@@ -146,7 +154,7 @@ impl Run {
             true => {
                 self.cluster.fail_power(node);
                 self.powerless.borrow_mut().insert(node);
-                if self.powerless.borrow().len() >= 2 {
+                if self.powerless.borrow().len() >= self.min_replicas {
                     self.workload.history.borrow_mut().power_lost();
                 }
             }

@@ -15,7 +15,7 @@ pub struct Notify {
 }
 
 impl Notify {
-    pub fn wake_all(&self) {
+    pub fn notify(&self) {
         self.changes.set(self.changes.get() + 1);
         let wakers: Vec<_> = self.waiting.borrow_mut().iter_mut().filter_map(Option::take).collect();
         for waker in wakers {
@@ -78,11 +78,11 @@ mod tests {
         let mut waiter = Box::pin(notify.until(|| (value.get() == 2).then_some("two")));
         for next in 0..2 {
             value.set(next);
-            notify.wake_all();
+            notify.notify();
             assert_eq!(waiter.as_mut().now_or_never(), None);
         }
         value.set(2);
-        notify.wake_all();
+        notify.notify();
         assert_eq!(waiter.now_or_never(), Some("two"));
     }
 
