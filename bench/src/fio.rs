@@ -102,7 +102,9 @@ fn run_to_end(mut command: Command, name: &str) -> Result<String> {
     let output = command.output().map_err(|because| BenchError::Missing { program: "fio", package: "fio", because })?;
     let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     if !output.status.success() {
-        let because = format!("{}; it said:\n{stderr}{stdout}", output.status);
+        // What follows the first brace is the report of a job that ended early.
+        let said = stdout.split("{\n").next().unwrap_or_default();
+        let because = format!("{}; it said:\n{stderr}{said}", output.status);
         return Err(BenchError::Failed { what: format!("fio {name} ({command:?})"), because });
     }
     Ok(stdout.into_owned())

@@ -67,10 +67,16 @@ impl Row {
         }
     }
 
+    /// Sequential profiles move 1 MiB with each operation, so their operations per second are MiB/s.
+    fn rate(&self) -> String {
+        let is_sequential = self.profile.starts_with("sequential");
+        if is_sequential { format!("{} MiB/s", self.iops.with_range(0)) } else { self.iops.thousands() }
+    }
+
     fn cells(&self) -> Vec<String> {
         vec![
             self.system.to_string(),
-            self.iops.thousands(),
+            self.rate(),
             self.ratio_to_raw.with_range(2),
             format!("{:.0}", self.mean_us.median),
             format!("{:.0}", self.p99_us.median),
@@ -99,7 +105,7 @@ impl Report {
             "{} rounds of {} s, medians (lowest–highest); {}; commit {}; load before: {}",
             self.rounds, self.seconds, machine.fio, machine.commit, machine.load_average
         );
-        let header = ["system", "IOPS", "× raw", "mean µs", "p99 µs", "server CPU µs/op", "fio CPU µs/op"];
+        let header = ["system", "IOPS or MiB/s", "× raw", "mean µs", "p99 µs", "server CPU µs/op", "fio CPU µs/op"];
         let mut profiles: Vec<&str> = self.rows.iter().map(|row| row.profile).collect();
         profiles.dedup();
         for profile in profiles {

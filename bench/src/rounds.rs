@@ -26,17 +26,9 @@ pub fn compare(options: &Compare) -> Result<()> {
     let profiles: Vec<Profile> = PROFILES.into_iter().filter(|profile| options.wants(profile.name)).collect();
     let say = |text: &str| eprintln!("bench: {text}");
     let machine = Machine::describe(&process::programs());
-    let stand = Stand::build(options.tcp, &say)?;
-    let size = Size { bytes: REGION_BYTES, run: seconds };
-    let mut samples: Vec<Vec<Vec<Sample>>> = vec![vec![vec![]; stand.systems.len()]; profiles.len()];
-    for round in 0..rounds {
-        say(&format!("round {} of {rounds}", round + 1));
-        for (profile, of_profile) in profiles.iter().zip(&mut samples) {
-            for (system, of_system) in stand.systems.iter().zip(of_profile) {
-                of_system.push(sample(*profile, system, size)?);
-            }
-        }
-    }
+    let mut stand = Stand::build(options.tcp, &say)?;
+    let measured = measure(&stand, &profiles, rounds, seconds, &say);
+    let samples = stand.explain(measured)?;
     say(&format!("idle for {IDLE_WINDOW:?}"));
     let idle: Vec<Idle> = idle(&stand.processes, IDLE_WINDOW)?;
     let rows =
@@ -46,6 +38,27 @@ pub fn compare(options: &Compare) -> Result<()> {
     let path = report::write_json("compare", &report)?;
     say(&format!("written to {}", path.display()));
     Ok(())
+}
+
+/// By profile, system and round.
+fn measure(
+    stand: &Stand,
+    profiles: &[Profile],
+    rounds: usize,
+    run: Duration,
+    say: &dyn Fn(&str),
+) -> Result<Vec<Vec<Vec<Sample>>>> {
+    let size = Size { bytes: REGION_BYTES, run };
+    let mut samples: Vec<Vec<Vec<Sample>>> = vec![vec![vec![]; stand.systems.len()]; profiles.len()];
+    for round in 0..rounds {
+        say(&format!("round {} of {rounds}", round + 1));
+        for (profile, of_profile) in profiles.iter().zip(&mut samples) {
+            for (system, of_system) in stand.systems.iter().zip(of_profile) {
+                of_system.push(sample(*profile, system, size)?);
+            }
+        }
+    }
+    Ok(samples)
 }
 
 fn sample(profile: Profile, system: &System, size: Size) -> Result<Sample> {

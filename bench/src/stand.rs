@@ -22,6 +22,8 @@ pub const NODE_SIZE: &str = "4GiB";
 /// its first hours.
 const PASSES: u32 = 3;
 pub const NODES: usize = 3;
+/// Of a log, to tell why something failed.
+const LOG_LINES: usize = 12;
 
 /// What fio is pointed at, and whose work that makes.
 pub struct System {
@@ -41,8 +43,8 @@ pub struct Stand {
     pub systems: Vec<System>,
     /// All of them, for what they cost when idle.
     pub processes: Vec<Watched>,
-    _server: NbdServer,
-    _cluster: Cluster,
+    server: NbdServer,
+    cluster: Cluster,
     _qemu: Option<Process>,
     /// Last, so that the processes are gone before it is.
     _folder: TempDir,
@@ -79,7 +81,25 @@ impl Stand {
         }
         processes.extend(ours);
         let qemu = qemu.map(|(process, _)| process);
-        Ok(Self { systems, processes, _server: server, _cluster: cluster, _qemu: qemu, _folder: folder })
+        Ok(Self { systems, processes, server, cluster, _qemu: qemu, _folder: folder })
+    }
+
+    /// `result`; where it is an error, with what our processes said last, which is gone when the stand is.
+    pub fn explain<T>(&mut self, result: Result<T>) -> Result<T> {
+        result.map_err(|error| {
+            let mut because = error.to_string();
+            let mut add = |name: &str, process: &mut Process| {
+                let (ended, log) = (if process.is_running() { "" } else { ", which has ended" }, process.log());
+                let lines: Vec<&str> = log.lines().collect();
+                let tail = lines[lines.len().saturating_sub(LOG_LINES)..].join("\n  ");
+                because += &format!("\n{name}{ended}, said last:\n  {tail}");
+            };
+            add("torusblk", &mut self.server.process);
+            for node in 0..NODES {
+                add(&format!("node {}", node + 1), self.cluster.node(node));
+            }
+            BenchError::Failed { what: "a measurement".to_string(), because }
+        })
     }
 }
 

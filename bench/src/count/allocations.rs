@@ -36,10 +36,11 @@ pub fn run(time: Duration) -> Result<()> {
     let arguments = arguments.expect("--metadata and --data-dir are those of a node");
     let node = std::thread::spawn(move || node::run(arguments).map_err(BenchError::wrap("the node")));
     wait::until("the node in this process to join", || {
-        assert!(!node.is_finished(), "the node ended");
-        let joined = cluster.torusadm(&["peer", "add", "--all-peers"]).status.success();
-        (joined && !cluster.torusadm(&["peer", "list", "--output", "csv"]).ok().trim().is_empty()).then_some(())
+        assert!(!node.is_finished(), "the node in this process ended before it joined");
+        let is_formatted = cluster.data_dir(0).join("torus.json").exists();
+        (is_formatted && cluster.heartbeat(0).is_some()).then_some(())
     });
+    cluster.torusadm(&["peer", "add", "--all-peers"]).ok();
     stand::create_volume(&cluster, "counted", 1);
     let rows = library::with_volume(&cluster.url(), "counted", async |device| {
         eprintln!("bench: writing the region");

@@ -30,7 +30,14 @@ struct Row {
 
 pub fn run(time: Duration) -> Result<()> {
     check_perf()?;
-    let stand = Stand::build(false, &|text| eprintln!("bench: {text}"))?;
+    let mut stand = Stand::build(false, &|text| eprintln!("bench: {text}"))?;
+    let counted = count_all(&stand, time);
+    let rows = stand.explain(counted)?;
+    print(&rows);
+    write_json("syscalls", &rows).map(drop)
+}
+
+fn count_all(stand: &Stand, time: Duration) -> Result<Vec<Row>> {
     let folder = process::temporary_dir("bench-count");
     let mut rows = Vec::new();
     for profile in PROFILES.into_iter().filter(|profile| COUNTED.contains(&profile.name)) {
@@ -39,8 +46,7 @@ pub fn run(time: Duration) -> Result<()> {
             rows.extend(count(profile, system, time, folder.path())?);
         }
     }
-    print(&rows);
-    write_json("syscalls", &rows).map(drop)
+    Ok(rows)
 }
 
 fn check_perf() -> Result<()> {
