@@ -177,3 +177,27 @@ fn a_flush_is_not_answered_by_a_replica_that_forgot_the_write() {
         assert_eq!(read(&volume).await.expect("attached"), 1, "seed {}", world.seed());
     });
 }
+
+/// Interleaving 10: what a new writer adopts from an old one's unflushed writes is durable before it serves; a flush
+/// right after the attach has nothing of its own to sync.
+#[test]
+fn what_a_new_writer_adopted_survives_its_flush_and_the_power_failing() {
+    simulate(async |world| {
+        let cluster = cluster(&world, 1).await;
+        let client = cluster.client("w0", false);
+        let volume = client.exports.attach(NAME).await.expect("nobody else is there");
+        write(&volume, 1).await.expect("all is well");
+        world.kill(client.process);
+        let client = cluster.client("w1", false);
+        let volume = attach_in_turn(&world, &client).await;
+        assert_eq!(read(&volume).await.expect("attached"), 1, "seed {}: it was acknowledged", world.seed());
+        volume.flush().await.expect("all is well");
+        world.kill(client.process);
+        for node in 0..2 {
+            cluster.fail_power(node);
+            cluster.start_node(node).await;
+        }
+        let volume = attach_in_turn(&world, &cluster.client("w2", false)).await;
+        assert_eq!(read(&volume).await.expect("attached"), 1, "seed {}: it was read, then flushed", world.seed());
+    });
+}
