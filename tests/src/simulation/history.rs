@@ -65,11 +65,18 @@ impl History {
         }
     }
 
-    /// A sector was read as `value`.
-    pub fn read(&mut self, sector: u64, value: u64) -> Result<(), String> {
+    /// What a read of the sector that starts now must not be older than.
+    pub fn floor(&self, sector: u64) -> usize {
+        self.sectors.get(&sector).map_or(0, |state| state.floor)
+    }
+
+    /// A sector was read as `value`; `floor` is what it was when the read started: a write that was answered meanwhile
+    /// need not be seen.
+    pub fn read(&mut self, sector: u64, value: u64, floor: usize) -> Result<(), String> {
         self.reads_checked += 1;
         let state = self.sectors.entry(sector).or_default();
-        let floor = state.floor;
+        // The power may have failed since.
+        let floor = floor.min(state.floor);
         // Positions at which the value was written, newest last; 0 is also what stands before all writes.
         let mut positions = state.writes.iter().enumerate().filter(|(_, w)| w.value == value).map(|(at, _)| at + 1);
         let newest = positions.next_back().or((value == 0).then_some(0));
@@ -77,7 +84,7 @@ impl History {
             Some(position) if position >= floor => {
                 // A clear may stand several times; the oldest that is allowed is what was surely seen.
                 let seen = if value == 0 { floor } else { position };
-                state.floor = floor.max(seen);
+                state.floor = state.floor.max(seen);
                 Ok(())
             }
             _ => {
@@ -102,17 +109,22 @@ impl History {
 mod tests {
     use super::*;
 
+    fn read(history: &mut History, sector: u64, value: u64) -> Result<(), String> {
+        let floor = history.floor(sector);
+        history.read(sector, value, floor)
+    }
+
     #[test]
     fn an_answered_write_must_be_read_and_an_unanswered_one_may() {
         let mut history = History::default();
         history.submitted(1, 10);
-        assert!(history.read(1, 0).is_ok());
+        assert!(read(&mut history, 1, 0).is_ok());
         history.answered(1, 10);
-        assert!(history.read(1, 0).is_err());
+        assert!(read(&mut history, 1, 0).is_err());
         history.submitted(1, 11);
-        assert!(history.read(1, 10).is_ok());
-        assert!(history.read(1, 11).is_ok());
-        assert!(history.read(1, 10).is_err(), "reads went back");
+        assert!(read(&mut history, 1, 10).is_ok());
+        assert!(read(&mut history, 1, 11).is_ok());
+        assert!(read(&mut history, 1, 10).is_err(), "reads went back");
     }
 
     #[test]
@@ -124,9 +136,19 @@ mod tests {
         history.submitted(1, 11);
         history.answered(1, 11);
         history.flushed(before);
-        assert!(history.read(1, 10).is_err());
+        assert!(read(&mut history, 1, 10).is_err());
         history.power_lost();
-        assert!(history.read(1, 10).is_ok());
-        assert!(history.read(1, 0).is_err());
+        assert!(read(&mut history, 1, 10).is_ok());
+        assert!(read(&mut history, 1, 0).is_err());
+    }
+
+    #[test]
+    fn a_read_beside_a_write_may_see_either_and_none_after_it_goes_back() {
+        let mut history = History::default();
+        history.submitted(1, 10);
+        let floor = history.floor(1);
+        history.answered(1, 10);
+        assert!(history.read(1, 0, floor).is_ok(), "it started before the answer");
+        assert!(read(&mut history, 1, 0).is_err());
     }
 }

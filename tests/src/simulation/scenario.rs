@@ -104,7 +104,13 @@ impl Run {
     /// Attaches and works until the operations are done or the session ends.
     pub async fn load(&self, client: &Client, operations: u64) {
         let Ok(device) = self.attach(client).await else { return };
-        let workers = AREAS.iter().map(|first| self.workload.work(&device, *first, AREA_BLOCKS, operations));
+        let workers = AREAS.iter().map(|first| {
+            let work = Box::pin(self.workload.work(&device, *first, AREA_BLOCKS, operations));
+            let watch = Box::pin(self.workload.watch(&device, *first, AREA_BLOCKS));
+            async move {
+                let _ = select(work, watch).await;
+            }
+        });
         let workers = Box::pin(join_all(workers));
         // Errors end the load: what was not answered may or may not have happened, and the history knows.
         let _ = select(workers, Box::pin(self.world.sleep(PATIENCE))).await;

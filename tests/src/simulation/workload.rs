@@ -46,6 +46,15 @@ impl Workload {
         Ok(())
     }
 
+    /// Reads of the same blocks beside the worker, until it is done.
+    pub async fn watch<D: Device>(&self, device: &D, first: u64, count: u64) -> Result<(), VolumeError> {
+        while self.failed.borrow().is_none() {
+            let (offset, length) = self.range(first, count);
+            self.read(device, offset, length).await?;
+        }
+        Ok(())
+    }
+
     /// Whole sectors, mostly not whole blocks.
     fn range(&self, first: u64, count: u64) -> (u64, u64) {
         let sectors = count * BLOCK_BYTES / SECTOR_BYTES;
@@ -85,6 +94,9 @@ impl Workload {
     }
 
     pub async fn read<D: Device>(&self, device: &D, offset: u64, length: u64) -> Result<(), VolumeError> {
+        let first = offset / SECTOR_BYTES;
+        let last = (offset + length) / SECTOR_BYTES;
+        let floors: Vec<_> = (first..last).map(|sector| self.history.borrow().floor(sector)).collect();
         let pieces = device.read(offset, length).await?;
         let mut bytes = Vec::with_capacity(length as usize);
         for piece in pieces {
@@ -95,17 +107,17 @@ impl Workload {
         }
         assert_eq!(bytes.len() as u64, length, "seed {}", self.world.seed());
         for (index, sector) in bytes.chunks_exact(SECTOR_BYTES as usize).enumerate() {
-            self.check(offset / SECTOR_BYTES + index as u64, sector);
+            self.check(first + index as u64, sector, floors[index]);
         }
         Ok(())
     }
 
-    fn check(&self, sector: u64, bytes: &[u8]) {
+    fn check(&self, sector: u64, bytes: &[u8], floor: usize) {
         let value = u64::from_le_bytes(bytes[..8].try_into().expect("8 bytes"));
         let torn = bytes.chunks_exact(8).any(|other| other != &bytes[..8]);
         let result = match torn {
             true => Err(format!("sector {sector} is torn: {bytes:02x?}")),
-            false => self.history.borrow_mut().read(sector, value),
+            false => self.history.borrow_mut().read(sector, value, floor),
         };
         if let Err(because) = result {
             self.failed.borrow_mut().get_or_insert(format!("seed {}: {because}", self.world.seed()));
