@@ -36,6 +36,10 @@ struct Request {
     clear @14 :Clear;
     flush @15 :Void;
     describe @16 :Describe;
+    retain @17 :Retain;
+    revoke @18 :Revoke;
+    map @19 :BlockRange;
+    peerRead @20 :PeerRead;
   }
 }
 
@@ -92,6 +96,34 @@ struct Describe {
   from @1 :UInt64;
 }
 
+struct Retain {
+  # What the writer needs kept: all snapshots below the horizon are in the pins, ascending.
+  horizon @0 :Version;
+  pins @1 :List(Version);
+  # The lowest mark of a stale replica, if there is one.
+  isStale @2 :Bool;
+  staleSince @3 :Version;
+}
+
+struct Revoke {
+  # Exactly these records are taken back, wherever they stand in the log.
+  revoked @0 :List(Revoked);
+}
+
+struct Revoked {
+  block @0 :UInt64;
+  version @1 :Version;
+}
+
+struct PeerRead {
+  # Between shards: no epoch, since a record is named by its version and never changes.
+  token @0 :Data;
+  first @1 :UInt64;
+  count @2 :UInt32;
+  # The blocks too, not only their versions and checksums.
+  data @3 :Bool;
+}
+
 struct Reply {
   # The shard takes no new data from clients: its reserve is reached.
   full @0 :Bool;
@@ -107,6 +139,9 @@ struct Reply {
     flushed @8 :Void;
     described @9 :Described;
     refused @10 :Refusal;
+    retained @11 :Void;
+    revoked @12 :Void;
+    mapped @13 :List(Run);
   }
 }
 

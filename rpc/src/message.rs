@@ -80,6 +80,44 @@ pub enum Operation {
         above: Version,
         from: BlockIndex,
     },
+    /// What the writer needs kept of the volume (protocol rule 14); durable before it is answered. F is in the envelope.
+    Retain(Retention),
+    /// Exactly these records are taken back, wherever they stand in the log (protocol rule 11).
+    Revoke {
+        revoked: Vec<Revoked>,
+    },
+    /// Which blocks of the range have data, without the data. Within one extent.
+    Map {
+        first: BlockIndex,
+        count: u32,
+    },
+    /// From shard to shard, within one extent. Envelope: the volume alone. It needs no epoch: a record is named by its
+    /// version and never changes, so who knows version and checksum of what he lost takes nothing stale for it.
+    PeerRead {
+        /// Signed with epoch 0 and the owner `peer`.
+        token: Token,
+        first: BlockIndex,
+        count: u32,
+        /// The blocks too; otherwise only versions and checksums.
+        data: bool,
+    },
+}
+
+/// What has to be kept of a volume though something newer stands above it (protocol rules 13, 14).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Retention {
+    /// All snapshots below it are in `pins`; what was superseded above it is kept.
+    pub horizon: Version,
+    /// Ascending. The newest record of each block at or below each of them is kept.
+    pub pins: Vec<Version>,
+    /// The lowest mark of a stale replica: clears and revocations above it are kept. `None`: no replica is stale.
+    pub stale_since: Option<Version>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Revoked {
+    pub block: BlockIndex,
+    pub version: Version,
 }
 
 /// HMAC-SHA-256 by the cluster key over volume, epoch and owner: shows that the metadata store let this writer in.
@@ -118,6 +156,11 @@ pub enum Answer {
     Described {
         descriptors: Vec<Descriptor>,
         next: Option<BlockIndex>,
+    },
+    Retained,
+    Revoked,
+    Mapped {
+        runs: Vec<Run>,
     },
     Refused(Refusal),
 }

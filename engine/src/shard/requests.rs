@@ -62,6 +62,9 @@ impl<R: Runtime> Shard<R> {
                 Answer::Flushed
             }
             Operation::Describe { above, from } => self.describe(envelope, above, from)?,
+            Operation::Retain(_) | Operation::Revoke { .. } | Operation::Map { .. } | Operation::PeerRead { .. } => {
+                return Err(malformed("this shard does not know the operation"));
+            }
         };
         Ok((answer, Vec::new()))
     }

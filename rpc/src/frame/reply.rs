@@ -4,7 +4,7 @@ use super::{Prefix, SCRATCH_BYTES, Scratch, append_frame, get_version, reader_op
 use crate::error::FrameError;
 use crate::message::{Answer, Descriptor, Opened, Refusal, Reply, Run};
 use capnp::message::{Builder, ScratchSpaceHeapAllocator};
-use torus_schema::data_capnp::{described, opened, read_result, refusal, reply};
+use torus_schema::data_capnp::{described, opened, read_result, refusal, reply, run};
 use torus_schema::ids::{BlockIndex, Epoch, Incarnation, SliceId};
 
 /// Appends the frame up to its payload, of which `payload_bytes` are to follow.
@@ -23,6 +23,9 @@ pub fn encode_reply(out: &mut Vec<u8>, request_id: u64, answer: &Reply, payload_
         Answer::Cleared => builder.set_cleared(()),
         Answer::Flushed => builder.set_flushed(()),
         Answer::Described { descriptors, next } => set_described(builder.init_described(), descriptors, *next),
+        Answer::Retained => builder.set_retained(()),
+        Answer::Revoked => builder.set_revoked(()),
+        Answer::Mapped { runs } => set_runs(builder.init_mapped(runs.len() as u32), runs),
         Answer::Refused(because) => set_refusal(builder.init_refused(), because),
     }
     append_frame(out, request_id, payload_bytes, &message);
@@ -41,16 +44,19 @@ fn set_opened(mut builder: opened::Builder<'_>, opened: &Opened) {
 }
 
 fn set_read(mut builder: read_result::Builder<'_>, runs: &[Run], checksums: &[u32]) {
-    let mut list = builder.reborrow().init_runs(runs.len() as u32);
+    set_runs(builder.reborrow().init_runs(runs.len() as u32), runs);
+    let mut list = builder.init_checksums(checksums.len() as u32);
+    for (index, checksum) in checksums.iter().enumerate() {
+        list.set(index as u32, *checksum);
+    }
+}
+
+fn set_runs(mut list: capnp::struct_list::Builder<'_, run::Owned>, runs: &[Run]) {
     for (index, run) in runs.iter().enumerate() {
         let mut entry = list.reborrow().get(index as u32);
         entry.set_count(run.count);
         entry.set_data(run.data);
         set_version(entry.init_version(), run.version);
-    }
-    let mut list = builder.init_checksums(checksums.len() as u32);
-    for (index, checksum) in checksums.iter().enumerate() {
-        list.set(index as u32, *checksum);
     }
 }
 
@@ -103,6 +109,9 @@ pub fn decode_reply(prefix: &Prefix, header: &[u8]) -> Result<Reply, FrameError>
         reply::Cleared(()) => Answer::Cleared,
         reply::Flushed(()) => Answer::Flushed,
         reply::Described(described) => get_described(described?)?,
+        reply::Retained(()) => Answer::Retained,
+        reply::Revoked(()) => Answer::Revoked,
+        reply::Mapped(runs) => Answer::Mapped { runs: get_runs(runs?)? },
         reply::Refused(refusal) => Answer::Refused(get_refusal(refusal?)?),
     };
     Ok(Reply { full: reply.get_full(), answer })
@@ -119,11 +128,15 @@ fn get_opened(opened: opened::Reader<'_>) -> Result<Opened, FrameError> {
 }
 
 fn get_read(read: read_result::Reader<'_>) -> Result<Answer, FrameError> {
-    let mut runs = Vec::with_capacity(read.get_runs()?.len() as usize);
-    for run in read.get_runs()?.iter() {
+    Ok(Answer::Read { runs: get_runs(read.get_runs()?)?, checksums: read.get_checksums()?.iter().collect() })
+}
+
+fn get_runs(list: capnp::struct_list::Reader<'_, run::Owned>) -> Result<Vec<Run>, FrameError> {
+    let mut runs = Vec::with_capacity(list.len() as usize);
+    for run in list.iter() {
         runs.push(Run { count: run.get_count(), data: run.get_data(), version: get_version(run.get_version()?)? });
     }
-    Ok(Answer::Read { runs, checksums: read.get_checksums()?.iter().collect() })
+    Ok(runs)
 }
 
 fn get_described(described: described::Reader<'_>) -> Result<Answer, FrameError> {
@@ -195,6 +208,9 @@ mod tests {
             Answer::Flushed,
             Answer::Described { descriptors: vec![data, cleared], next: Some(BlockIndex(1009)) },
             Answer::Described { descriptors: vec![], next: None },
+            Answer::Retained,
+            Answer::Revoked,
+            Answer::Mapped { runs: vec![Run { count: 3, version, data: true }] },
         ];
         answers.extend(refusals().into_iter().map(Answer::Refused));
         answers

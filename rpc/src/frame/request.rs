@@ -3,9 +3,11 @@
 use super::{Prefix, SCRATCH_BYTES, Scratch, append_frame, from_halves, get_version, reader_options, set_version};
 use super::{to_halves, version};
 use crate::error::FrameError;
-use crate::message::{Envelope, Operation, Token};
+use crate::message::{Envelope, Operation, Retention, Revoked, Token};
 use capnp::message::{Builder, ScratchSpaceHeapAllocator};
-use torus_schema::data_capnp::{clear, create_instances, describe, hello, open, request, write};
+use torus_schema::data_capnp::{
+    clear, create_instances, describe, hello, open, peer_read, request, retain, revoke, write,
+};
 use torus_schema::ids::VolumeId;
 use torus_schema::ids::{BlockIndex, ClusterId, Epoch, Incarnation, NodeId, RingGeneration, ShardIndex, SliceId};
 
@@ -92,6 +94,39 @@ fn set_operation(mut builder: request::operation::Builder<'_>, operation: &Opera
             describe.set_from(from.0);
             set_version(describe.init_above(), *above);
         }
+        Operation::Retain(retention) => set_retain(builder.init_retain(), retention),
+        Operation::Revoke { revoked } => set_revoke(builder.init_revoke(), revoked),
+        Operation::Map { first, count } => {
+            let mut map = builder.init_map();
+            map.set_first(first.0);
+            map.set_count(*count);
+        }
+        Operation::PeerRead { token, first, count, data } => {
+            let mut read = builder.init_peer_read();
+            read.set_token(&token.0);
+            read.set_first(first.0);
+            read.set_count(*count);
+            read.set_data(*data);
+        }
+    }
+}
+
+fn set_retain(mut builder: retain::Builder<'_>, retention: &Retention) {
+    set_version(builder.reborrow().init_horizon(), retention.horizon);
+    builder.set_is_stale(retention.stale_since.is_some());
+    set_version(builder.reborrow().init_stale_since(), retention.stale_since.unwrap_or_default());
+    let mut pins = builder.init_pins(retention.pins.len() as u32);
+    for (index, pin) in (0..).zip(&retention.pins) {
+        set_version(pins.reborrow().get(index), *pin);
+    }
+}
+
+fn set_revoke(builder: revoke::Builder<'_>, revoked: &[Revoked]) {
+    let mut list = builder.init_revoked(revoked.len() as u32);
+    for (index, revoked) in (0..).zip(revoked) {
+        let mut entry = list.reborrow().get(index);
+        entry.set_block(revoked.block.0);
+        set_version(entry.init_version(), revoked.version);
     }
 }
 
@@ -127,6 +162,13 @@ pub fn decode_request(prefix: &Prefix, header: &[u8]) -> Result<(Envelope, Opera
         request::operation::Clear(clear) => get_clear(clear?)?,
         request::operation::Flush(()) => Operation::Flush,
         request::operation::Describe(describe) => get_describe(describe?)?,
+        request::operation::Retain(retain) => Operation::Retain(get_retention(retain?)?),
+        request::operation::Revoke(revoke) => get_revoke(revoke?)?,
+        request::operation::Map(map) => {
+            let map = map?;
+            Operation::Map { first: BlockIndex(map.get_first()), count: map.get_count() }
+        }
+        request::operation::PeerRead(read) => get_peer_read(read?)?,
     };
     Ok((envelope, operation))
 }
@@ -181,6 +223,30 @@ fn get_describe(describe: describe::Reader<'_>) -> Result<Operation, FrameError>
     Ok(Operation::Describe { above: get_version(describe.get_above()?)?, from: BlockIndex(describe.get_from()) })
 }
 
+fn get_retention(retain: retain::Reader<'_>) -> Result<Retention, FrameError> {
+    let stale_since = get_version(retain.get_stale_since()?)?;
+    Ok(Retention {
+        horizon: get_version(retain.get_horizon()?)?,
+        pins: retain.get_pins()?.iter().map(get_version).collect::<Result<_, _>>()?,
+        stale_since: retain.get_is_stale().then_some(stale_since),
+    })
+}
+
+fn get_revoke(revoke: revoke::Reader<'_>) -> Result<Operation, FrameError> {
+    let revoked = revoke.get_revoked()?.iter().map(|revoked| {
+        Ok::<_, FrameError>(Revoked {
+            block: BlockIndex(revoked.get_block()),
+            version: get_version(revoked.get_version()?)?,
+        })
+    });
+    Ok(Operation::Revoke { revoked: revoked.collect::<Result<_, _>>()? })
+}
+
+fn get_peer_read(read: peer_read::Reader<'_>) -> Result<Operation, FrameError> {
+    let (first, count, data) = (BlockIndex(read.get_first()), read.get_count(), read.get_data());
+    Ok(Operation::PeerRead { token: get_token(read.get_token()?)?, first, count, data })
+}
+
 fn get_token(bytes: &[u8]) -> Result<Token, FrameError> {
     let length = bytes.len();
     bytes
@@ -230,6 +296,11 @@ mod tests {
             Operation::Clear { first: BlockIndex(0), count: 1 << 30, slice: SliceId(17), version, durable: false },
             Operation::Flush,
             Operation::Describe { above: version, from: BlockIndex(1024) },
+            Operation::Retain(Retention { horizon: version, pins: vec![version], stale_since: Some(Version::ZERO) }),
+            Operation::Retain(Retention { horizon: version, pins: vec![], stale_since: None }),
+            Operation::Revoke { revoked: vec![Revoked { block: BlockIndex(8), version }] },
+            Operation::Map { first: BlockIndex(9), count: 10 },
+            Operation::PeerRead { token: Token([7; 32]), first: BlockIndex(9), count: 10, data: true },
         ]
     }
 
