@@ -6,6 +6,7 @@
 //! * `requests`  what is asked, checked and answered
 //! * `reads`     blocks from the disk, verified
 //! * `volumes`   instances, writers, flush points
+//! * `damage`    what cannot be read as it was written
 //! * `pins`      what is superseded and kept
 //! * `state`     what a record does to index, space and volumes
 //! * `queue`     appends gathered into batches (pure)
@@ -16,6 +17,7 @@
 
 mod append;
 mod cleaner;
+mod damage;
 mod pins;
 mod queue;
 mod reads;
