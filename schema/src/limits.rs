@@ -64,6 +64,12 @@ pub const REPAIRS_IN_FLIGHT_MAX: usize = 16;
 pub const REPAIR_PAUSE_MIN: Duration = Duration::from_secs(1);
 pub const REPAIR_PAUSE_MAX: Duration = Duration::from_secs(600);
 
+/// Snapshots of one volume whose data a shard can be told to keep: one record names them all, and it has to fit into
+/// the smallest segment beside others.
+pub const PINS_MAX: usize = 512;
+/// What one revoke record lists at most, for the same reason; a longer request becomes several.
+pub const REVOKED_PER_RECORD_MAX: usize = 256;
+
 /// What one connection to a shard may have under way before it is not read from; an idle one may always start.
 pub const CONNECTION_REQUESTS_MAX: usize = 1024;
 pub const CONNECTION_BYTES_MAX: u64 = 64 * MIB;

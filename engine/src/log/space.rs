@@ -43,6 +43,10 @@ struct Segment {
     readers: u32,
     /// Cleaning it failed: it holds something that cannot be read.
     stuck: bool,
+    /// Of the opening that stands on the disk, also of a free segment; `None`: it was never used.
+    sequence: Option<u64>,
+    /// When the youngest of its blocks was written, as the sequence of the segment it was first written to.
+    changed: u64,
 }
 
 pub struct Space {
@@ -55,11 +59,13 @@ pub struct Space {
     payload_blocks: u32,
     sync_started: SyncNumber,
     sync_completed: SyncNumber,
+    /// The highest sequence of an opening.
+    last_sequence: u64,
 }
 
 impl Space {
     pub fn new(geometry: Geometry) -> Self {
-        let segment = Segment { usage: Usage::Free, live: 0, note_bytes: 0, readers: 0, stuck: false };
+        let segment = Segment { usage: Usage::Free, live: 0, note_bytes: 0, readers: 0, stuck: false, sequence: None, changed: 0 };
         Self {
             geometry,
             segments: vec![segment; geometry.segments as usize],
@@ -69,6 +75,7 @@ impl Space {
             payload_blocks: geometry.payload_blocks(),
             sync_started: SyncNumber(0),
             sync_completed: SyncNumber(0),
+            last_sequence: 0,
         }
     }
 
@@ -101,20 +108,39 @@ impl Space {
         self.live + note_blocks(self.note_bytes) > capacity
     }
 
-    /// The free segment to write to next.
+    /// The free segment to write to next: the one whose remainder is oldest, since notes are kept as long as what they
+    /// are about may stand anywhere; a new one only if there is no other, so that the disk fills from its start.
     pub fn open_one(&mut self) -> Option<SegmentIndex> {
-        let at = self.segments.iter().position(|segment| segment.usage == Usage::Free)?;
-        self.segments[at].usage = Usage::Open;
+        let free = (0u32..).zip(&self.segments).filter(|(_, segment)| segment.usage == Usage::Free);
+        let (at, _) = free.min_by_key(|(_, segment)| (segment.sequence.is_none(), segment.sequence))?;
+        self.segments[at as usize].usage = Usage::Open;
         self.free -= 1;
-        Some(SegmentIndex(at as u32))
+        Some(SegmentIndex(at))
+    }
+
+    /// Its opening is durable: nothing it held before can be found any more.
+    pub fn opened(&mut self, segment: SegmentIndex, sequence: u64) {
+        self.last_sequence = self.last_sequence.max(sequence);
+        let entry = self.at(segment);
+        assert_eq!(entry.usage, Usage::Open);
+        entry.sequence = Some(sequence);
+        entry.changed = 0;
     }
 
     /// At a start: it holds records. `sealed` follows when all records of all segments are accounted for; until then
     /// it is not known to be empty.
-    pub fn found(&mut self, segment: SegmentIndex) {
-        assert_eq!(self.at(segment).usage, Usage::Free);
-        self.at(segment).usage = Usage::Sealing;
+    pub fn found(&mut self, segment: SegmentIndex, sequence: u64) {
+        self.last_sequence = self.last_sequence.max(sequence);
+        let entry = self.at(segment);
+        assert_eq!(entry.usage, Usage::Free);
+        entry.usage = Usage::Sealing;
+        entry.sequence = Some(sequence);
         self.free -= 1;
+    }
+
+    /// Of all openings that stand on the disk: what was only ever in segments opened before it is nowhere any more.
+    pub fn lowest_sequence(&self) -> Option<u64> {
+        self.segments.iter().filter_map(|segment| segment.sequence).min()
     }
 
     pub fn sealing(&mut self, segment: SegmentIndex) {
@@ -133,6 +159,19 @@ impl Space {
         let entry = self.at(segment);
         assert!(!matches!(entry.usage, Usage::Free | Usage::Emptied { .. }), "{segment:?} is {:?}", entry.usage);
         entry.live += 1;
+        entry.changed = entry.changed.max(entry.sequence.unwrap_or_default());
+        self.live += 1;
+    }
+
+    /// A copy is as old as what it is a copy of.
+    pub fn add_moved(&mut self, from: Position, to: Position) {
+        let from = self.geometry.segment_of(from);
+        let changed = self.at(from).changed;
+        let segment = self.geometry.segment_of(to);
+        let entry = self.at(segment);
+        assert!(!matches!(entry.usage, Usage::Free | Usage::Emptied { .. }), "{segment:?} is {:?}", entry.usage);
+        entry.live += 1;
+        entry.changed = entry.changed.max(changed);
         self.live += 1;
     }
 
@@ -147,6 +186,12 @@ impl Space {
     pub fn add_note(&mut self, segment: SegmentIndex, bytes: usize) {
         self.at(segment).note_bytes += bytes as u64;
         self.note_bytes += bytes as u64;
+    }
+
+    pub fn remove_note(&mut self, segment: SegmentIndex, bytes: usize) {
+        self.at(segment).note_bytes -= bytes as u64;
+        self.note_bytes -= bytes as u64;
+        self.look_at(segment);
     }
 
     /// All its notes were carried elsewhere or are superfluous.

@@ -147,6 +147,7 @@ impl<R: Runtime> Shard<R> {
                 {
                     let state = &mut *shard.state.borrow_mut();
                     state.queue.opening = false;
+                    state.contents.space.opened(opening.identity.segment, opening.identity.sequence);
                     state.queue.head = Some(Filling::new(opening.identity, opening.first_batch));
                 }
                 shard.changed.notify();

@@ -4,10 +4,13 @@
 //! stand only at the disk, at the answer of an append, and at `Notify`.
 //!
 //! * `requests`  what is asked, checked and answered
+//! * `retention` what the writer needs kept, taken back, or mapped
 //! * `reads`     blocks from the disk, verified
 //! * `volumes`   instances, writers, flush points
 //! * `damage`    what cannot be read as it was written
 //! * `pins`      what is superseded and kept
+//! * `history`   what a block was before
+//! * `ledger`    which notes are still needed, and where they stand
 //! * `state`     what a record does to index, space and volumes
 //! * `queue`     appends gathered into batches (pure)
 //! * `append`    batches and syncs on their way to the disk
@@ -18,11 +21,14 @@
 mod append;
 mod cleaner;
 mod damage;
+mod history;
+mod ledger;
 mod pins;
 mod queue;
 mod reads;
 mod replay;
 mod requests;
+mod retention;
 mod start;
 mod state;
 #[cfg(test)]

@@ -134,7 +134,7 @@ fn pieces_of(first: BlockIndex, found: &[Found]) -> Vec<Piece> {
     pieces
 }
 
-fn runs_of(found: &[Found]) -> Vec<Run> {
+pub(super) fn runs_of(found: &[Found]) -> Vec<Run> {
     let mut runs: Vec<Run> = Vec::new();
     for found in found {
         let (version, data) = (found.version(), matches!(found, Found::Data(_)));

@@ -139,7 +139,9 @@ async fn recover<D: Disk>(
         superblock.revision += 1;
         write_superblock(disk, superblock).await?;
     }
-    scan.segments.iter().for_each(|found| contents.space.found(found.identity.segment));
+    for found in &scan.segments {
+        contents.space.found(found.identity.segment, found.identity.sequence);
+    }
     for segment in scan.segments.iter().filter(|found| found.unsealed.is_none()).map(|found| found.identity.segment) {
         let footer = recovery::footer_of(disk, geometry, segment).await?;
         let footer = footer.ok_or(ShardError::Unsteady { segment: segment.0 })?;
