@@ -18,8 +18,8 @@ mod fault;
 mod pages;
 
 use bytes::Bytes;
-pub use fault::{Damage, Faults};
 use fault::FaultState;
+pub use fault::{Damage, Faults};
 use pages::{PAGE_BYTES, Pages, SECTOR_BYTES};
 use std::cell::RefCell;
 use std::collections::BTreeMap;

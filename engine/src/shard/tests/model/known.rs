@@ -111,5 +111,4 @@ impl Blocks {
         known.flushed.retain(|(_, flushed)| *flushed <= version);
         known.flushed(level, version);
     }
-
 }

@@ -17,6 +17,7 @@ impl Test {
         } else {
             self.machine.crash();
         }
+        tracing::debug!(in_the_middle, damages = self.damages(), "down");
         self.profile.hurt(&self.world, &self.machine.disk);
         // A start may itself be cut short.
         while self.world.one_in(4) {
