@@ -65,7 +65,15 @@ pub struct Space {
 
 impl Space {
     pub fn new(geometry: Geometry) -> Self {
-        let segment = Segment { usage: Usage::Free, live: 0, note_bytes: 0, readers: 0, stuck: false, sequence: None, changed: 0 };
+        let segment = Segment {
+            usage: Usage::Free,
+            live: 0,
+            note_bytes: 0,
+            readers: 0,
+            stuck: false,
+            sequence: None,
+            changed: 0,
+        };
         Self {
             geometry,
             segments: vec![segment; geometry.segments as usize],
@@ -152,6 +160,14 @@ impl Space {
         assert_eq!(self.at(segment).usage, Usage::Sealing);
         self.at(segment).usage = Usage::Sealed;
         self.look_at(segment);
+        // Where it ended is known from its footer, or from where the segment after it began; see `reclaim`.
+        let footer_durable = SyncNumber(self.sync_started.0 + 1);
+        let sequence = self.at(segment).sequence;
+        for later in self.segments.iter_mut().filter(|later| later.sequence > sequence) {
+            if let Usage::Emptied { needs } = &mut later.usage {
+                *needs = (*needs).max(footer_durable);
+            }
+        }
     }
 
     pub fn add_live(&mut self, position: Position) {
@@ -214,6 +230,11 @@ impl Space {
         self.at(segment).stuck = true;
     }
 
+    /// What could not be read in it can be.
+    pub fn unstick(&mut self, segment: SegmentIndex) {
+        self.at(segment).stuck = false;
+    }
+
     pub fn sync_started(&mut self, number: SyncNumber) {
         self.sync_started = number;
     }
@@ -266,10 +287,15 @@ impl Space {
         }
     }
 
+    /// Not before those opened earlier have their footers: a start would look for batches in them that were here.
     fn reclaim(&mut self, segment: SegmentIndex) {
         let completed = self.sync_completed;
-        let entry = self.at(segment);
-        if matches!(entry.usage, Usage::Emptied { needs } if needs <= completed) && entry.readers == 0 {
+        let sequence = self.at(segment).sequence;
+        let unsealed =
+            |other: &Segment| matches!(other.usage, Usage::Open | Usage::Sealing) && other.sequence < sequence;
+        let ready = matches!(self.at(segment).usage, Usage::Emptied { needs } if needs <= completed);
+        if ready && self.at(segment).readers == 0 && !self.segments.iter().any(unsealed) {
+            let entry = self.at(segment);
             entry.usage = Usage::Free;
             entry.stuck = false;
             self.free += 1;

@@ -163,10 +163,8 @@ impl Contents {
         let some: Vec<_> = self.ledger.notes.range((start, Bound::Unbounded)).take(REVIEW_MAX).collect();
         let reviewed = some.last().filter(|_| some.len() == REVIEW_MAX).map(|(key, _)| (*key).clone());
         let era = openings.eras.begin();
-        let stages: Vec<_> = some
-            .into_iter()
-            .map(|(key, noted)| (key.clone(), self.stage(key, noted.stage, era, openings)))
-            .collect();
+        let stages: Vec<_> =
+            some.into_iter().map(|(key, noted)| (key.clone(), self.stage(key, noted.stage, era, openings))).collect();
         self.ledger.is_due = reviewed.is_some();
         for (key, stage) in stages {
             self.ledger.is_due |= self.ledger.notes.get(&key).map(|noted| noted.stage) != stage;

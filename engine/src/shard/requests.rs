@@ -5,8 +5,8 @@ use super::queue::Need;
 use super::volumes::Session;
 use super::{Chunks, Shard, State};
 use crate::index::Place;
-use crate::log::{BLOCK, Position};
 use crate::log::record::{self, Clear, Data, Instances, Record};
+use crate::log::{BLOCK, Position};
 use bytes::Bytes;
 use std::rc::Rc;
 use torus_rpc::message::{Answer, Envelope, Opened, Operation, Refusal, Token};
@@ -65,8 +65,8 @@ impl<R: Runtime> Shard<R> {
             Operation::Retain(retention) => self.retain(envelope, retention).await?,
             Operation::Revoke { revoked } => self.revoke(envelope, revoked).await?,
             Operation::Map { first, count } => self.map(envelope, first, count)?,
-            Operation::PeerRead { .. } => {
-                return Err(malformed("this shard does not know the operation"));
+            Operation::PeerRead { token, first, count, data } => {
+                return self.peer_read(envelope.volume, &token, (first, count), data).await;
             }
         };
         Ok((answer, Vec::new()))

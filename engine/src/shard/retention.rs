@@ -17,11 +17,7 @@ use torus_schema::limits::{PINS_MAX, REVOKED_PER_RECORD_MAX, SEQUENCE_MAX};
 
 impl<R: Runtime> Shard<R> {
     /// Durable before it is answered: whoever marks a replica stale next counts on it.
-    pub(super) async fn retain(
-        self: &Rc<Self>,
-        envelope: &Envelope,
-        retention: Retention,
-    ) -> Result<Answer, Refusal> {
+    pub(super) async fn retain(self: &Rc<Self>, envelope: &Envelope, retention: Retention) -> Result<Answer, Refusal> {
         self.check(envelope, None)?;
         check_retention(envelope, &retention)?;
         let retain = {
@@ -37,11 +33,7 @@ impl<R: Runtime> Shard<R> {
         Ok(Answer::Retained)
     }
 
-    pub(super) async fn revoke(
-        self: &Rc<Self>,
-        envelope: &Envelope,
-        revoked: Vec<Revoked>,
-    ) -> Result<Answer, Refusal> {
+    pub(super) async fn revoke(self: &Rc<Self>, envelope: &Envelope, revoked: Vec<Revoked>) -> Result<Answer, Refusal> {
         self.check(envelope, None)?;
         for Revoked { block, version } in &revoked {
             if block.0 >= VOLUME_BLOCKS_MAX {
