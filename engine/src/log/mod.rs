@@ -17,10 +17,12 @@
 //! * `batch`       header of one write
 //! * `segment`     opening and footer
 //! * `space`       which segment is free, full, being cleaned, and how much of it lives
+//! * `policy`      what cleaning costs, in a model
 //! * `recovery`    what a start believes, as a table
 
 pub mod batch;
 mod bytes;
+pub mod policy;
 pub mod record;
 pub mod recovery;
 pub mod segment;

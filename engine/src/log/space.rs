@@ -22,6 +22,14 @@ pub const NOTE_SEGMENTS: u32 = 2;
 /// The reserve at least, in segments: the two above, the open one, and one being sealed.
 const RESERVE_SEGMENTS_MIN: u32 = 4;
 
+/// How a victim is chosen.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Choice {
+    /// The fewest needed blocks.
+    Greedy,
+    CostBenefit,
+}
+
 /// Counts syncs of one run of a shard.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
 pub struct SyncNumber(pub u64);
@@ -104,9 +112,14 @@ impl Space {
         RESERVE_SEGMENTS_MIN.max((u64::from(self.geometry.segments) * RESERVE_PERCENT).div_ceil(100) as u32)
     }
 
-    /// The cleaner works while fewer are free.
+    /// The cleaner works while fewer are free. Not the whole reserve: the longer it waits, the less there is to copy.
+    /// One in a hundred and twenty-eight is what a burst may take while one segment is cleaned.
     pub fn wants_cleaning(&self) -> bool {
-        self.free < self.reserve()
+        self.free < self.cleaning_start()
+    }
+
+    fn cleaning_start(&self) -> u32 {
+        RESERVE_SEGMENTS_MIN.max(self.geometry.segments / 128)
     }
 
     /// What is needed eats the reserve: clients should stop. One sixteenth stays for what cleaning cannot squeeze out.
@@ -257,17 +270,36 @@ impl Space {
         self.segments.iter().any(|segment| matches!(segment.usage, Usage::Emptied { .. }) && segment.readers > 0)
     }
 
-    /// The one with the fewest needed blocks, if cleaning it gains anything. In need a smaller gain will do.
+    /// The one to clean next, if cleaning it gains anything. In need the one that gives most, and a smaller gain will do.
     pub fn victim(&self) -> Option<SegmentIndex> {
-        let cost = |segment: &Segment| segment.live + note_blocks(segment.note_bytes) as u32;
-        let sealed = |segment: &&Segment| segment.usage == Usage::Sealed && !segment.stuck;
-        let (at, segment) = (0u32..)
-            .zip(&self.segments)
-            .filter(|(_, segment)| sealed(segment))
-            .min_by_key(|(_, segment)| cost(segment))?;
+        self.victim_by(if self.free <= NOTE_SEGMENTS { Choice::Greedy } else { Choice::CostBenefit })
+    }
+
+    pub fn victim_by(&self, choice: Choice) -> Option<SegmentIndex> {
         let part = if self.free <= NOTE_SEGMENTS { 16 } else { 8 };
         let gain = (self.payload_blocks / part).max(1);
-        (cost(segment) + gain <= self.payload_blocks).then_some(SegmentIndex(at))
+        let now = self.last_sequence;
+        // Higher is better. Benefit by cost is (1 - u) × age / (1 + u): reading all of it and writing u of it gives
+        // 1 - u, which stays given back the longer, the longer what is left has not changed.
+        let merit = |segment: &Segment| {
+            let (room, cost) = (u64::from(self.payload_blocks), self.cost(segment));
+            let age = match choice {
+                Choice::Greedy => 1,
+                Choice::CostBenefit => (now + 1).saturating_sub(segment.changed).max(1),
+            };
+            ((u128::from(room - cost) * u128::from(age)) << 32) / u128::from(room + cost)
+        };
+        (0u32..)
+            .zip(&self.segments)
+            .filter(|(_, segment)| segment.usage == Usage::Sealed && !segment.stuck)
+            .filter(|(_, segment)| self.cost(segment) + u64::from(gain) <= u64::from(self.payload_blocks))
+            .max_by_key(|(at, segment)| (merit(segment), std::cmp::Reverse(*at)))
+            .map(|(at, _)| SegmentIndex(at))
+    }
+
+    /// Blocks that cleaning it would write.
+    fn cost(&self, segment: &Segment) -> u64 {
+        u64::from(segment.live) + note_blocks(segment.note_bytes)
     }
 
     pub fn usage(&self, segment: SegmentIndex) -> Usage {

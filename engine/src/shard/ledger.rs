@@ -86,6 +86,31 @@ pub struct Ledger {
     pub is_due: bool,
 }
 
+/// How many are needed.
+#[cfg(test)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct Lengths {
+    pub clears: usize,
+    pub revokes: usize,
+    pub drops: usize,
+}
+
+#[cfg(test)]
+impl Ledger {
+    pub fn lengths(&self) -> Lengths {
+        let mut lengths = Lengths::default();
+        for (_, key) in self.notes.keys() {
+            match key {
+                Key::Clear(..) => lengths.clears += 1,
+                Key::Revoke(_) => lengths.revokes += 1,
+                Key::Drop => lengths.drops += 1,
+                Key::Open | Key::Retain | Key::Instances(..) => {}
+            }
+        }
+        lengths
+    }
+}
+
 /// What a review has to know of the log.
 pub struct Openings<'a> {
     pub eras: &'a Eras,
@@ -132,7 +157,7 @@ impl Contents {
 
     fn strike_volume(&mut self, volume: VolumeId) {
         let all = self.ledger.notes.range((volume, Key::Drop)..).take_while(|((of, _), _)| *of == volume);
-        let all: Vec<_> = all.map(|(key, _)| key.clone()).collect();
+        let all: Vec<_> = all.map(|(key, _)| key.clone()).filter(|(_, key)| *key != Key::Drop).collect();
         all.iter().for_each(|key| self.strike(key));
     }
 

@@ -211,6 +211,15 @@ impl Client {
     }
 
     pub async fn open_in(&self, epoch: Epoch) -> Result<Opened, Refusal> {
+        let opened = self.open_silently(epoch).await?;
+        if opened.missing.is_empty() {
+            self.retain(Vec::new(), None).await?;
+        }
+        Ok(opened)
+    }
+
+    /// Does not say what has to be kept.
+    pub async fn open_silently(&self, epoch: Epoch) -> Result<Opened, Refusal> {
         let token = key().sign(self.volume, epoch, "writer");
         let slices = placement(self.volume).slices().to_vec();
         self.envelope.set(Envelope { epoch, ..self.envelope.get() });
@@ -219,9 +228,6 @@ impl Client {
         let envelope = self.envelope.get();
         self.envelope.set(Envelope { incarnation: opened.incarnation, ..envelope });
         self.sequence.set(0);
-        if opened.missing.is_empty() {
-            self.retain(Vec::new(), None).await?;
-        }
         Ok(opened)
     }
 

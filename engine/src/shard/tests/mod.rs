@@ -2,6 +2,7 @@
 //!
 //! * `harness`   a client of one shard, that knows what it wrote
 //! * `requests`  what is refused, and with what
+//! * `retention`  what is kept, what goes, what never was
 //! * `recovery`  row by row
 //! * `repair`    damage, and peers that mend it
 //! * `space`     cleaning, full, dropping
@@ -12,4 +13,5 @@ mod model;
 mod recovery;
 mod repair;
 mod requests;
+mod retention;
 mod space;
