@@ -93,6 +93,9 @@ pub struct ShardStatistics {
     pub segments_cleaned: u64,
     pub checksum_errors: u64,
     pub refused: u64,
+    /// Blocks with data that the index knows, and the memory it takes for them.
+    pub index_blocks: u64,
+    pub index_bytes: u64,
     pub full: bool,
     pub failed: bool,
     /// Something durable was lost in this shard's life: instances older than that are refused.
@@ -172,6 +175,8 @@ impl<R: Runtime> Shard<R> {
             segment_bytes: u64::from(self.geometry.blocks) * BLOCK_BYTES,
             live_bytes: space.live() * BLOCK_BYTES,
             volumes: state.contents.volumes.values().filter(|volume| volume.layout.is_some()).count() as u32,
+            index_blocks: state.contents.index.blocks(),
+            index_bytes: state.contents.index.memory_bytes(),
             full: space.is_full(),
             failed: state.failed.is_some(),
             lost: state.lost_below > BatchNumber(0),
