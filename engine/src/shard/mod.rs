@@ -12,10 +12,12 @@
 //! * `append`    batches and syncs on their way to the disk
 //! * `cleaner`   gives space back
 //! * `start`     format and recovery
+//! * `grow`      a disk that became larger
 //! * `replay`    which of several copies counts then
 
 mod append;
 mod cleaner;
+mod grow;
 mod pins;
 mod queue;
 mod reads;
