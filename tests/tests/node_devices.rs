@@ -25,7 +25,7 @@ fn command(cluster: &Cluster, devices: &[&LoopDevice], extra: &[&str]) -> std::p
     let mut command = process::program("torus-engine");
     command.args(["--metadata", &cluster.url(), "--listen", "127.0.0.1:0"]);
     command.arg("--data-dir").arg(cluster.data_dir(0)).args(extra);
-    devices.iter().for_each(|device| drop(command.arg("--device").arg(&device.path)));
+    command.args(devices.iter().flat_map(|device| ["--device", device.text()]));
     command
 }
 
