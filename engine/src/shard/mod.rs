@@ -15,11 +15,13 @@
 //! * `append`    batches and syncs on their way to the disk
 //! * `cleaner`   gives space back
 //! * `start`     format and recovery
+//! * `grow`      a disk that became larger
 //! * `replay`    which of several copies counts then
 
 mod append;
 mod cleaner;
 mod damage;
+mod grow;
 mod peers;
 mod pins;
 mod queue;
