@@ -44,6 +44,19 @@ impl Contents {
         self.volumes.get(&volume).is_some_and(|volume| volume.revoked.contains(&(block, version)))
     }
 
+    /// Of those blocks the first of which that version was revoked.
+    pub fn first_revoked(
+        &self,
+        volume: VolumeId,
+        blocks: std::ops::Range<u64>,
+        version: Version,
+    ) -> Option<BlockIndex> {
+        let revoked = &self.volumes.get(&volume)?.revoked;
+        let mut inside =
+            revoked.range((BlockIndex(blocks.start), Version::ZERO)..(BlockIndex(blocks.end), Version::ZERO));
+        inside.find(|(_, revoked)| *revoked == version).map(|(block, _)| *block)
+    }
+
     pub fn revoke(&mut self, record: &Revoke) {
         for Revoked { block, version } in record.revoked.iter().copied() {
             let volume = self.volumes.entry(record.volume).or_default();

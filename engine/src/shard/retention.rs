@@ -76,11 +76,8 @@ impl State {
         blocks: Range<u64>,
         version: Version,
     ) -> Result<(), Refusal> {
-        let revoked = self.contents.volumes.get(&volume).map(|volume| &volume.revoked);
-        let inside = (BlockIndex(blocks.start), Version::ZERO)..(BlockIndex(blocks.end), Version::ZERO);
-        let same = revoked.and_then(|revoked| revoked.range(inside).find(|(_, revoked)| *revoked == version));
-        match same {
-            Some((block, version)) => Err(malformed(format!("version {version} of block {block} was revoked"))),
+        match self.contents.first_revoked(volume, blocks, version) {
+            Some(block) => Err(malformed(format!("version {version} of block {block} was revoked"))),
             None => Ok(()),
         }
     }

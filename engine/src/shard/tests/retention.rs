@@ -83,6 +83,7 @@ fn what_a_pin_reads_is_kept_over_cleaning_and_restarts_until_the_pin_goes() {
         let expected = [first, first, cleared, cleared, second, second, first, first];
         for round in 0..3 {
             churn(&client, 0).await;
+            assert!(client.machine.shard().statistics().segments_cleaned > 3);
             for (block, version) in (500..).zip(expected) {
                 let found = read_at(&client, block, pin).await;
                 // A clear goes when nothing is left that it hid: then it reads as if nothing was ever written.
@@ -97,7 +98,6 @@ fn what_a_pin_reads_is_kept_over_cleaning_and_restarts_until_the_pin_goes() {
         let before = live_blocks(&client);
         client.retain(vec![], None).await.unwrap();
         assert!(live_blocks(&client) <= before - 6, "{} of {before}", live_blocks(&client));
-        assert!(client.machine.shard().statistics().segments_cleaned > 3);
     });
 }
 
@@ -123,10 +123,11 @@ fn a_revoked_version_never_was_and_what_it_hid_shows_again() {
         for round in 0..3u32 {
             client.machine.crash_and_start().await;
             client.open().await.unwrap();
-            assert_eq!(client.read(10, 4).await.unwrap(), expected, "round {round}");
+            let found = client.read(10, 4).await.unwrap();
+            assert_eq!(found[..2], expected[..2], "round {round}");
+            assert!(found[2..].iter().all(|(_, data)| !data), "round {round}: {found:?}");
             churn(&client, 500).await;
         }
-        assert_eq!(client.read(10, 4).await.unwrap(), expected);
     });
 }
 
