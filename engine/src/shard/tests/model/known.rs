@@ -115,4 +115,29 @@ impl Blocks {
         known.flushed.retain(|(_, flushed)| *flushed <= version);
         known.flushed(level, version);
     }
+
+    /// The newest that was answered, and what it superseded; `None` if that is not known for sure.
+    pub fn newest_two(&self, block: u64) -> Option<(Version, Version)> {
+        let known = self.known.get(&block)?;
+        let newest = *known.sent.last_key_value()?.0;
+        let before = known.sent.range(..newest).next_back().map(|(version, _)| *version);
+        let before = before.or(known.past.is_empty().then_some(Version::ZERO))?;
+        (newest == known.acknowledged && newest > Version::ZERO).then_some((newest, before))
+    }
+
+    /// From now on it may be that, because what is above is being taken back.
+    pub fn lower(&mut self, block: u64, to: Version) {
+        let level = self.level;
+        let known = self.known.entry(block).or_default();
+        known.acknowledged = to;
+        known.flushed.retain(|(_, flushed)| *flushed < to);
+        known.flushed(level, to);
+    }
+
+    /// It never was.
+    pub fn revoked(&mut self, block: u64, version: Version, before: Version) {
+        let known = self.known.entry(block).or_default();
+        known.sent.remove(&version);
+        known.sent.entry(before).or_insert(false);
+    }
 }

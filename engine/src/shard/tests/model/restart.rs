@@ -45,12 +45,20 @@ impl Test {
     }
 
     async fn attach(self: &Rc<Self>) {
-        let opened = self.client().open().await;
+        let client = self.client();
+        let opened = client.open_silently(Epoch(client.envelope.get().epoch.0 + 1)).await;
         let seed = self.seed();
         match opened {
             Ok(opened) if opened.missing.is_empty() => {
                 assert!(!opened.open_in_previous_epoch, "seed {seed}");
                 self.accept_what_is_there().await;
+                if !self.failed.get() {
+                    self.check_snapshots();
+                }
+                // A writer says it as soon as it can, and may be late.
+                if !self.failed.get() && self.world.one_in(2) {
+                    self.retain().await;
+                }
             }
             Ok(opened) => {
                 assert!(self.damages() > 0, "seed {seed}: {:?} missing", opened.missing);
@@ -65,6 +73,8 @@ impl Test {
     /// Something is lost, and what is lost is refused. The volume is filled by others then; here it is replaced.
     async fn begin_anew(self: &Rc<Self>, missing: &[SliceId]) {
         let client = self.client();
+        self.pins.borrow_mut().clear();
+        self.stale_since.set(None);
         for extent in 0..EXTENTS {
             let slice = placement(client.volume).slice_of(BlockIndex(extent * 1024).extent());
             let read = client.read(extent * 1024, 1).await;
