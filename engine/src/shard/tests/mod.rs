@@ -5,6 +5,7 @@
 //! * `recovery`  row by row
 //! * `repair`    damage, and peers that mend it
 //! * `space`     cleaning, full, dropping
+//! * `stored_bytes`  decoders and starts over bytes that nobody wrote
 //! * `model`     seeded sequences of everything, with crashes, against a plain map
 
 mod harness;
@@ -13,3 +14,4 @@ mod recovery;
 mod repair;
 mod requests;
 mod space;
+mod stored_bytes;
