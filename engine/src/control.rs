@@ -24,7 +24,7 @@ pub struct NodeReport {
     pub shards: Vec<ShardReport>,
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ShardReport {
     pub index: ShardIndex,
     pub segments: u32,
@@ -40,6 +40,13 @@ pub struct ShardReport {
     pub bytes_appended: u64,
     pub checksum_errors: u64,
     pub refused: u64,
+    pub damaged: u64,
+    pub damaged_found: u64,
+    pub repaired: u64,
+    pub conflicts: u64,
+    /// Why it answers nothing.
+    pub failed: Option<String>,
+    pub failures: u32,
 }
 
 /// Asked at each call, so that nothing is kept up to date for nobody.
@@ -132,6 +139,12 @@ impl node_control::Server for Control {
             to.set_bytes_appended(shard.bytes_appended);
             to.set_checksum_errors(shard.checksum_errors);
             to.set_refused(shard.refused);
+            to.set_damaged(shard.damaged);
+            to.set_damaged_found(shard.damaged_found);
+            to.set_repaired(shard.repaired);
+            to.set_conflicts(shard.conflicts);
+            to.set_failed(shard.failed.as_deref().unwrap_or_default());
+            to.set_failures(shard.failures);
         }
         Ok(())
     }
@@ -155,25 +168,36 @@ pub async fn ask_status(address: &str) -> Result<NodeReport, capnp::Error> {
 }
 
 fn read_report(status: torus_schema::control_capnp::node_status::Reader<'_>) -> Result<NodeReport, capnp::Error> {
-    let shards = status.get_shards()?.iter().map(|shard| ShardReport {
-        index: ShardIndex(shard.get_index()),
-        segments: shard.get_segments(),
-        segments_free: shard.get_segments_free(),
-        live_bytes: shard.get_live_bytes(),
-        volumes: shard.get_volumes(),
-        connections: shard.get_connections(),
-        reads: shard.get_reads(),
-        writes: shard.get_writes(),
-        flushes: shard.get_flushes(),
-        batches: shard.get_batches(),
-        syncs: shard.get_syncs(),
-        bytes_appended: shard.get_bytes_appended(),
-        checksum_errors: shard.get_checksum_errors(),
-        refused: shard.get_refused(),
-    });
+    let read_shard =
+        |shard: torus_schema::control_capnp::shard_status::Reader<'_>| -> Result<ShardReport, capnp::Error> {
+            let failed = shard.get_failed()?.to_string()?;
+            Ok(ShardReport {
+                index: ShardIndex(shard.get_index()),
+                segments: shard.get_segments(),
+                segments_free: shard.get_segments_free(),
+                live_bytes: shard.get_live_bytes(),
+                volumes: shard.get_volumes(),
+                connections: shard.get_connections(),
+                reads: shard.get_reads(),
+                writes: shard.get_writes(),
+                flushes: shard.get_flushes(),
+                batches: shard.get_batches(),
+                syncs: shard.get_syncs(),
+                bytes_appended: shard.get_bytes_appended(),
+                checksum_errors: shard.get_checksum_errors(),
+                refused: shard.get_refused(),
+                damaged: shard.get_damaged(),
+                damaged_found: shard.get_damaged_found(),
+                repaired: shard.get_repaired(),
+                conflicts: shard.get_conflicts(),
+                failed: (!failed.is_empty()).then_some(failed),
+                failures: shard.get_failures(),
+            })
+        };
+    let shards: Vec<ShardReport> = status.get_shards()?.iter().map(read_shard).collect::<Result<_, _>>()?;
     let node = status.get_node()?.to_string()?;
     let heartbeat = status.get_heartbeat()?.to_string()?;
-    Ok(NodeReport { node, heartbeat, shards: shards.collect() })
+    Ok(NodeReport { node, heartbeat, shards })
 }
 
 #[cfg(test)]

@@ -54,6 +54,10 @@ pub const BATCHES_IN_FLIGHT_MAX: usize = 4;
 /// Share of a shard kept for cleaning, tombstones and resync, in percent.
 pub const RESERVE_PERCENT: u64 = 7;
 
+/// Pause before a shard whose disk failed is opened again, growing from the first to the second: a glitch costs little,
+/// and a disk that is gone is not looked for all day.
+pub const DISK_REOPEN_PAUSE_MIN: Duration = Duration::from_millis(100);
+pub const DISK_REOPEN_PAUSE_MAX: Duration = Duration::from_secs(60);
 /// Damaged blocks a shard lists, at about 100 bytes each; more are counted, and found again by the next scrub.
 pub const DAMAGED_LISTED_MAX: usize = 16 * 1024;
 /// Conflicts (two whole copies of one version that differ) a shard lists: each is for a person to look at.

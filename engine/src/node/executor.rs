@@ -5,7 +5,8 @@
 
 use crate::disk::direct::DirectDisk;
 use crate::node::no_metadata::NoMetadata;
-use crate::shard::{Chunk, Shard, ShardIdentity, ShardStatistics};
+use crate::shard::supervisor::{Health, Media, Supervisor};
+use crate::shard::{Chunk, PeerTable, Shard, ShardIdentity};
 use bytes::Bytes;
 use futures::StreamExt;
 use futures::channel::{mpsc, oneshot};
@@ -14,6 +15,7 @@ use std::net::TcpListener;
 use std::os::fd::{FromRawFd, IntoRawFd};
 use std::path::PathBuf;
 use std::rc::Rc;
+use std::sync::Arc;
 use thiserror::Error;
 use torus_rpc::message::{Envelope, Operation, Reply};
 use torus_rpc::runtime::Disk;
@@ -76,13 +78,14 @@ async fn format_here(options: &ShardOptions) -> Result<(), String> {
 /// A shard's numbers, with those of its port.
 #[derive(Clone, Debug)]
 pub struct Numbers {
-    pub shard: ShardStatistics,
+    pub health: Health,
     pub connections: u32,
 }
 
 enum Command {
     Numbers(oneshot::Sender<Numbers>),
     DropVolume(VolumeId, oneshot::Sender<Result<(), String>>),
+    Peers(Arc<PeerTable>),
     Close(oneshot::Sender<()>),
 }
 
@@ -136,6 +139,11 @@ impl ShardThread {
         dropped.map_err(|because| ShardThreadError::Refused { shard: self.index, because })
     }
 
+    /// Who else holds what, from now on. A thread that has ended needs no peers.
+    pub fn set_peers(&self, table: Arc<PeerTable>) {
+        let _ = self.commands.unbounded_send(Command::Peers(table));
+    }
+
     /// No connection is accepted any more, what is in flight ends, and everything is durable.
     pub async fn close(&self) -> Result<(), ShardThreadError> {
         self.ask(Command::Close).await
@@ -149,15 +157,26 @@ impl ShardThread {
     }
 }
 
-async fn open(options: &ShardOptions, key: ClusterKey) -> Result<Rc<Shard<ShardRuntime>>, String> {
-    let disk = DirectDisk::open(&options.block_file).await.map_err(|error| error.to_string())?;
+type SupervisedShard = Supervisor<ShardRuntime, BlockFile>;
+
+/// Opened by its path each time: a device that came back is another one to the kernel.
+struct BlockFile(PathBuf);
+
+impl Media<ShardRuntime> for BlockFile {
+    async fn open(&self) -> Result<DirectDisk, String> {
+        DirectDisk::open(&self.0).await.map_err(|error| error.to_string())
+    }
+}
+
+async fn open(options: &ShardOptions, key: ClusterKey) -> Result<Rc<SupervisedShard>, String> {
     let runtime = ShardRuntime::new(NoMetadata);
-    Shard::open(runtime, disk, options.identity, key).await.map_err(|error| error.to_string())
+    let media = BlockFile(options.block_file.clone());
+    Supervisor::start(runtime, media, options.identity, key).await.map_err(|error| error.to_string())
 }
 
 /// Until it is told to close, or the main thread is gone.
 async fn serve(
-    shard: Rc<Shard<ShardRuntime>>,
+    shard: Rc<SupervisedShard>,
     identity: ShardIdentity,
     listener: TcpListener,
     mut commands: mpsc::UnboundedReceiver<Command>,
@@ -172,13 +191,14 @@ async fn serve(
     while let Some(command) = commands.next().await {
         match command {
             Command::Numbers(answer) => {
-                let numbers = Numbers { shard: shard.statistics(), connections: counts.open.get() };
+                let numbers = Numbers { health: shard.health(), connections: counts.open.get() };
                 let _ = answer.send(numbers);
             }
             Command::DropVolume(volume, answer) => {
                 let dropped = shard.drop_volume(volume).await.map_err(|error| error.to_string());
                 let _ = answer.send(dropped);
             }
+            Command::Peers(table) => shard.set_peers(table),
             Command::Close(answer) => {
                 accepting.cancel().await;
                 shard.close().await;
@@ -190,7 +210,7 @@ async fn serve(
 }
 
 /// Hands a connection's requests to the shard.
-struct ShardHandler(Rc<Shard<ShardRuntime>>);
+struct ShardHandler(Rc<SupervisedShard>);
 
 impl Clone for ShardHandler {
     fn clone(&self) -> Self {

@@ -47,11 +47,11 @@ impl Instances for Shards {
 
 fn usage_of(report: &ShardReport) -> ShardUsage {
     let free_bytes = u64::from(report.segments_free) * SEGMENT_BYTES;
-    ShardUsage { index: report.index, used_bytes: report.live_bytes, free_bytes }
+    ShardUsage { index: report.index, used_bytes: report.live_bytes, free_bytes, failed: report.failed.clone() }
 }
 
 fn report_of(index: ShardIndex, numbers: &Numbers) -> ShardReport {
-    let shard = &numbers.shard;
+    let shard = &numbers.health.statistics;
     ShardReport {
         index,
         segments: shard.segments,
@@ -67,6 +67,12 @@ fn report_of(index: ShardIndex, numbers: &Numbers) -> ShardReport {
         bytes_appended: shard.bytes_appended,
         checksum_errors: shard.checksum_errors,
         refused: shard.refused,
+        damaged: shard.damaged,
+        damaged_found: shard.damaged_found,
+        repaired: shard.repaired,
+        conflicts: shard.conflicts,
+        failed: numbers.health.failed.clone(),
+        failures: numbers.health.failures,
     }
 }
 

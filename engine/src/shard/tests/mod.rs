@@ -4,6 +4,7 @@
 //! * `requests`  what is refused, and with what
 //! * `recovery`  row by row
 //! * `repair`    damage, and peers that mend it
+//! * `scrub`     passes over everything
 //! * `space`     cleaning, full, dropping
 //! * `model`     seeded sequences of everything, with crashes, against a plain map
 
@@ -12,4 +13,5 @@ mod model;
 mod recovery;
 mod repair;
 mod requests;
+mod scrub;
 mod space;
