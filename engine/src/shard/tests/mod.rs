@@ -5,6 +5,7 @@
 //! * `recovery`  row by row
 //! * `repair`    damage, and peers that mend it
 //! * `scrub`     passes over everything
+//! * `supervisor` disks that fail under a shard
 //! * `space`     cleaning, full, dropping
 //! * `model`     seeded sequences of everything, with crashes, against a plain map
 
@@ -15,3 +16,4 @@ mod repair;
 mod requests;
 mod scrub;
 mod space;
+mod supervisor;
