@@ -3,7 +3,8 @@
 //! The node's main thread reaches it by commands alone, for what happens once in a while: numbers, a deleted volume,
 //! the end. Nothing of the data path passes here.
 
-use crate::disk::direct::DirectDisk;
+use crate::disk::area::{AreaKind, BlockArea};
+use crate::disk::direct::{DirectDisk, DirectError};
 use crate::node::no_metadata::NoMetadata;
 use crate::shard::supervisor::{Health, Media, Supervisor};
 use crate::shard::{Chunk, PeerTable, Shard, ShardIdentity};
@@ -13,7 +14,6 @@ use futures::channel::{mpsc, oneshot};
 use std::cell::Cell;
 use std::net::TcpListener;
 use std::os::fd::{FromRawFd, IntoRawFd};
-use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 use thiserror::Error;
@@ -31,8 +31,7 @@ type DirectChunk = Chunk<<DirectDisk as Disk>::Bytes>;
 /// Everything a shard's thread needs to know.
 pub struct ShardOptions {
     pub identity: ShardIdentity,
-    pub block_file: PathBuf,
-    pub bytes: u64,
+    pub area: BlockArea,
     pub cpu: Option<usize>,
 }
 
@@ -52,27 +51,54 @@ pub enum ShardThreadError {
     Refused { shard: ShardIndex, because: String },
 }
 
-/// Makes the block file, in an executor that ends with it.
+/// Makes the shard, in an executor that ends with it. Its device, if it has one, was emptied.
 pub async fn format(options: ShardOptions) -> Result<(), ShardThreadError> {
+    in_own_thread(options, "formatted", async |options: &ShardOptions, runtime: &ShardRuntime| {
+        let disk = match options.area.kind {
+            AreaKind::File => DirectDisk::create(&options.area.path, options.area.bytes).await,
+            AreaKind::Device => DirectDisk::open_area(&options.area).await,
+        };
+        let disk = disk.map_err(text)?;
+        let formatted = Shard::format(runtime, &disk, options.identity, SEGMENT_BYTES).await;
+        formatted.map_err(|error| error.to_string())?;
+        disk.sync().await.map_err(|error| error.to_string())?;
+        disk.close().await.map_err(text)
+    })
+    .await
+}
+
+/// The area has become larger: the shard takes all of it.
+pub async fn grow(options: ShardOptions) -> Result<(), ShardThreadError> {
+    in_own_thread(options, "grown", async |options: &ShardOptions, _: &ShardRuntime| {
+        let disk = DirectDisk::open_area(&options.area).await.map_err(text)?;
+        Shard::<ShardRuntime>::grow(&disk, options.identity).await.map_err(|error| error.to_string())?;
+        disk.close().await.map_err(text)
+    })
+    .await
+}
+
+async fn in_own_thread<F>(options: ShardOptions, what: &'static str, task: F) -> Result<(), ShardThreadError>
+where
+    F: AsyncFnOnce(&ShardOptions, &ShardRuntime) -> Result<(), String> + Send + 'static,
+{
     let shard = options.identity.shard;
-    let failed = move |because| ShardThreadError::Start { shard, what: "formatted", because };
-    let (answer, formatted) = oneshot::channel();
+    let failed = move |because| ShardThreadError::Start { shard, what, because };
+    let (answer, answered) = oneshot::channel();
     let work = move || {
-        let result = executor::run(&options.thread_name(), options.cpu, format_here(&options));
+        let task = async {
+            let runtime = ShardRuntime::new(NoMetadata);
+            task(&options, &runtime).await
+        };
+        let result = executor::run(&options.thread_name(), options.cpu, task);
         // Nobody waits any more only if the node is being stopped.
         let _ = answer.send(result.map_err(|error| error.to_string()).and_then(|inner| inner));
     };
     std::thread::Builder::new().spawn(work).map_err(|error| failed(error.to_string()))?;
-    formatted.await.map_err(|_| ShardThreadError::Ended { shard })?.map_err(failed)
+    answered.await.map_err(|_| ShardThreadError::Ended { shard })?.map_err(failed)
 }
 
-async fn format_here(options: &ShardOptions) -> Result<(), String> {
-    let runtime = ShardRuntime::new(NoMetadata);
-    let disk = DirectDisk::create(&options.block_file, options.bytes).await.map_err(|error| error.to_string())?;
-    let formatted = Shard::format(&runtime, &disk, options.identity, SEGMENT_BYTES).await;
-    formatted.map_err(|error| error.to_string())?;
-    disk.sync().await.map_err(|error| error.to_string())?;
-    disk.close().await.map_err(|error| error.to_string())
+fn text(error: DirectError) -> String {
+    error.to_string()
 }
 
 /// A shard's numbers, with those of its port.
@@ -157,20 +183,20 @@ impl ShardThread {
     }
 }
 
-type SupervisedShard = Supervisor<ShardRuntime, BlockFile>;
+type SupervisedShard = Supervisor<ShardRuntime, Area>;
 
 /// Opened by its path each time: a device that came back is another one to the kernel.
-struct BlockFile(PathBuf);
+struct Area(BlockArea);
 
-impl Media<ShardRuntime> for BlockFile {
+impl Media<ShardRuntime> for Area {
     async fn open(&self) -> Result<DirectDisk, String> {
-        DirectDisk::open(&self.0).await.map_err(|error| error.to_string())
+        DirectDisk::open_area(&self.0).await.map_err(text)
     }
 }
 
 async fn open(options: &ShardOptions, key: ClusterKey) -> Result<Rc<SupervisedShard>, String> {
     let runtime = ShardRuntime::new(NoMetadata);
-    let media = BlockFile(options.block_file.clone());
+    let media = Area(options.area.clone());
     Supervisor::start(runtime, media, options.identity, key).await.map_err(|error| error.to_string())
 }
 

@@ -16,12 +16,14 @@
 //! * `cleaner`   gives space back
 //! * `scrub`     finds damage before anybody asks
 //! * `start`     format and recovery
+//! * `grow`      a disk that became larger
 //! * `replay`    which of several copies counts then
 //! * `supervisor` opens it anew when its disk failed
 
 mod append;
 mod cleaner;
 mod damage;
+mod grow;
 mod peers;
 mod pins;
 mod queue;
