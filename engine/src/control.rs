@@ -11,6 +11,7 @@ use std::pin::Pin;
 use std::rc::Rc;
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::compat::{TokioAsyncReadCompatExt, TokioAsyncWriteCompatExt};
+use torus_rpc::control::{self, ScrubOrder, ScrubStatus, ShardDamage};
 use torus_schema::control_capnp::node_control;
 use torus_schema::ids::ShardIndex;
 use torus_schema::limits;
@@ -51,8 +52,14 @@ pub struct ShardReport {
 
 /// Asked at each call, so that nothing is kept up to date for nobody.
 pub trait Reporter: 'static {
-    fn report(&self) -> Pin<Box<dyn Future<Output = Result<NodeReport, String>>>>;
+    fn report(&self) -> Answered<NodeReport>;
+    /// Carries the order out, and tells what holds then.
+    fn scrub(&self, order: ScrubOrder) -> Answered<ScrubStatus>;
+    /// At most `limit` of each list and shard.
+    fn damage(&self, limit: u32) -> Answered<Vec<ShardDamage>>;
 }
+
+pub type Answered<T> = Pin<Box<dyn Future<Output = Result<T, String>>>>;
 
 /// Serves until it is dropped, together with the local task set it runs in.
 pub async fn serve(listener: TcpListener, reporter: Rc<dyn Reporter>) {
@@ -148,6 +155,31 @@ impl node_control::Server for Control {
         }
         Ok(())
     }
+
+    async fn scrub(
+        self: Rc<Self>,
+        params: node_control::ScrubParams,
+        mut results: node_control::ScrubResults,
+    ) -> Result<(), capnp::Error> {
+        let order = params.get()?.get_order()?.into();
+        let status = self.reporter.scrub(order).await.map_err(capnp::Error::failed)?;
+        control::set_scrub_status(results.get().init_status(), &status);
+        Ok(())
+    }
+
+    async fn damage(
+        self: Rc<Self>,
+        params: node_control::DamageParams,
+        mut results: node_control::DamageResults,
+    ) -> Result<(), capnp::Error> {
+        let limit = params.get()?.get_limit();
+        let damage = self.reporter.damage(limit).await.map_err(capnp::Error::failed)?;
+        let mut shards = results.get().init_shards(u32::try_from(damage.len()).unwrap_or(0));
+        for (position, shard) in (0u32..).zip(&damage) {
+            control::set_damage(shards.reborrow().get(position), shard);
+        }
+        Ok(())
+    }
 }
 
 /// The other side, for tools and tests: one question, one answer.
@@ -209,10 +241,18 @@ mod tests {
     struct Fixed;
 
     impl Reporter for Fixed {
-        fn report(&self) -> Pin<Box<dyn Future<Output = Result<NodeReport, String>>>> {
+        fn report(&self) -> Answered<NodeReport> {
             let shard = ShardReport { index: ShardIndex(1), live_bytes: u64::MAX, refused: 7, ..Default::default() };
             let report = NodeReport { node: "{}".into(), heartbeat: "{\"é\":1}".into(), shards: vec![shard] };
             Box::pin(async move { Ok(report) })
+        }
+
+        fn scrub(&self, _order: ScrubOrder) -> Answered<ScrubStatus> {
+            Box::pin(async { Err("the disk is away".to_string()) })
+        }
+
+        fn damage(&self, _limit: u32) -> Answered<Vec<ShardDamage>> {
+            Box::pin(async { Ok(Vec::new()) })
         }
     }
 

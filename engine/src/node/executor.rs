@@ -7,7 +7,7 @@ use crate::disk::area::{AreaKind, BlockArea};
 use crate::disk::direct::{DirectDisk, DirectError};
 use crate::node::no_metadata::NoMetadata;
 use crate::shard::supervisor::{Health, Media, Supervisor};
-use crate::shard::{Chunk, PeerTable, Shard, ShardIdentity};
+use crate::shard::{Chunk, DamageReport, PeerTable, ScrubPass, ScrubReport, Shard, ShardIdentity};
 use bytes::Bytes;
 use futures::StreamExt;
 use futures::channel::{mpsc, oneshot};
@@ -105,6 +105,7 @@ fn text(error: DirectError) -> String {
 #[derive(Clone, Debug)]
 pub struct Numbers {
     pub health: Health,
+    pub scrub: ScrubReport,
     pub connections: u32,
 }
 
@@ -112,6 +113,9 @@ enum Command {
     Numbers(oneshot::Sender<Numbers>),
     DropVolume(VolumeId, oneshot::Sender<Result<(), String>>),
     Peers(Arc<PeerTable>),
+    StartScrub { pass: ScrubPass, rate_bytes_s: u64 },
+    StopScrub(oneshot::Sender<Option<ScrubPass>>),
+    Damage { limit: usize, answer: oneshot::Sender<DamageReport> },
     Close(oneshot::Sender<()>),
 }
 
@@ -170,6 +174,19 @@ impl ShardThread {
         let _ = self.commands.unbounded_send(Command::Peers(table));
     }
 
+    /// Nothing if one runs, or the disk is away.
+    pub fn start_scrub(&self, pass: ScrubPass, rate_bytes_s: u64) {
+        let _ = self.commands.unbounded_send(Command::StartScrub { pass, rate_bytes_s });
+    }
+
+    pub async fn stop_scrub(&self) -> Result<Option<ScrubPass>, ShardThreadError> {
+        self.ask(Command::StopScrub).await
+    }
+
+    pub async fn damage(&self, limit: usize) -> Result<DamageReport, ShardThreadError> {
+        self.ask(|answer| Command::Damage { limit, answer }).await
+    }
+
     /// No connection is accepted any more, what is in flight ends, and everything is durable.
     pub async fn close(&self) -> Result<(), ShardThreadError> {
         self.ask(Command::Close).await
@@ -217,7 +234,8 @@ async fn serve(
     while let Some(command) = commands.next().await {
         match command {
             Command::Numbers(answer) => {
-                let numbers = Numbers { health: shard.health(), connections: counts.open.get() };
+                let (health, scrub) = (shard.health(), shard.scrub_report());
+                let numbers = Numbers { health, scrub, connections: counts.open.get() };
                 let _ = answer.send(numbers);
             }
             Command::DropVolume(volume, answer) => {
@@ -225,6 +243,13 @@ async fn serve(
                 let _ = answer.send(dropped);
             }
             Command::Peers(table) => shard.set_peers(table),
+            Command::StartScrub { pass, rate_bytes_s } => shard.start_scrub(pass, rate_bytes_s),
+            Command::StopScrub(answer) => {
+                let _ = answer.send(shard.stop_scrub());
+            }
+            Command::Damage { limit, answer } => {
+                let _ = answer.send(shard.damage(limit));
+            }
             Command::Close(answer) => {
                 accepting.cancel().await;
                 shard.close().await;

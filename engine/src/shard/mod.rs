@@ -41,6 +41,7 @@ mod volumes;
 
 use crate::log::{BatchNumber, FormatError, Geometry};
 use bytes::Bytes;
+pub use damage::{Conflict, DamageReport, Damaged, FoundBy, ListedDamage};
 use futures::channel::oneshot;
 pub use peers::PeerTable;
 use peers::Peers;
@@ -54,7 +55,7 @@ use std::rc::Rc;
 use thiserror::Error;
 use torus_rpc::message::{Answer, Envelope, Operation, Refusal, Reply};
 use torus_rpc::notify::Notify;
-use torus_rpc::runtime::{Disk, DiskError, Runtime};
+use torus_rpc::runtime::{Clock, Disk, DiskError, Runtime};
 use torus_rpc::token::ClusterKey;
 use torus_schema::ids::{ClusterId, Incarnation, NodeId, ShardIndex, VolumeId};
 use torus_schema::limits::BLOCK_BYTES;
@@ -213,6 +214,12 @@ impl<R: Runtime> Shard<R> {
             lost: state.lost_below > BatchNumber(0),
             ..state.statistics
         }
+    }
+
+    /// At most `limit` of each list.
+    pub fn damage(&self, limit: usize) -> DamageReport {
+        let now = self.runtime.clock().now();
+        self.state.borrow().contents.damage.report(limit, now)
     }
 
     /// Why it answers nothing any more.

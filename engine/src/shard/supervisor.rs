@@ -15,7 +15,8 @@
 //! A disk that has vanished is looked for again and again, ever less often; requests are refused meanwhile, so that
 //! the writers go on with the other replicas.
 
-use super::{Chunks, PeerTable, Shard, ShardError, ShardIdentity, ShardStatistics};
+use super::{Chunks, DamageReport, PeerTable, ScrubPass, ScrubReport};
+use super::{Shard, ShardError, ShardIdentity, ShardStatistics};
 use bytes::Bytes;
 use futures::future::{Either, select};
 use std::cell::{Cell, RefCell};
@@ -127,6 +128,24 @@ impl<R: Runtime, M: Media<R>> Supervisor<R, M> {
                 Health { statistics, failed: Some(because.clone()), failures }
             }
         }
+    }
+
+    /// Nothing while the disk is away.
+    pub fn start_scrub(&self, pass: ScrubPass, rate_bytes_s: u64) {
+        self.shard().into_iter().for_each(|shard| shard.start_scrub(pass, rate_bytes_s));
+    }
+
+    pub fn stop_scrub(&self) -> Option<ScrubPass> {
+        self.shard()?.stop_scrub()
+    }
+
+    pub fn scrub_report(&self) -> ScrubReport {
+        self.shard().map(|shard| shard.scrub_report()).unwrap_or_default()
+    }
+
+    /// At most `limit` of each list.
+    pub fn damage(&self, limit: usize) -> DamageReport {
+        self.shard().map(|shard| shard.damage(limit)).unwrap_or_default()
     }
 
     pub fn set_peers(&self, table: Arc<PeerTable>) {
