@@ -32,16 +32,19 @@ struct ShardStatus {
   bytesAppended @11 :UInt64;
   checksumErrors @12 :UInt64;
   refused @13 :UInt64;
+  # Blocks with data that the index knows, and the memory it takes for them.
+  indexBlocks @14 :UInt64;
+  indexBytes @15 :UInt64;
   # Blocks that cannot be read as they were written and are not repaired yet.
-  damaged @14 :UInt64;
+  damaged @16 :UInt64;
   # Since the shard was opened.
-  damagedFound @15 :UInt64;
-  repaired @16 :UInt64;
-  conflicts @17 :UInt64;
+  damagedFound @17 :UInt64;
+  repaired @18 :UInt64;
+  conflicts @19 :UInt64;
   # Why the shard answers nothing; empty: all is well.
-  failed @18 :Text;
+  failed @20 :Text;
   # How often its disk failed since the node was started.
-  failures @19 :UInt32;
+  failures @21 :UInt32;
 }
 
 enum ScrubOrder {

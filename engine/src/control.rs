@@ -41,6 +41,8 @@ pub struct ShardReport {
     pub bytes_appended: u64,
     pub checksum_errors: u64,
     pub refused: u64,
+    pub index_blocks: u64,
+    pub index_bytes: u64,
     pub damaged: u64,
     pub damaged_found: u64,
     pub repaired: u64,
@@ -146,6 +148,8 @@ impl node_control::Server for Control {
             to.set_bytes_appended(shard.bytes_appended);
             to.set_checksum_errors(shard.checksum_errors);
             to.set_refused(shard.refused);
+            to.set_index_blocks(shard.index_blocks);
+            to.set_index_bytes(shard.index_bytes);
             to.set_damaged(shard.damaged);
             to.set_damaged_found(shard.damaged_found);
             to.set_repaired(shard.repaired);
@@ -218,6 +222,8 @@ fn read_report(status: torus_schema::control_capnp::node_status::Reader<'_>) -> 
                 bytes_appended: shard.get_bytes_appended(),
                 checksum_errors: shard.get_checksum_errors(),
                 refused: shard.get_refused(),
+                index_blocks: shard.get_index_blocks(),
+                index_bytes: shard.get_index_bytes(),
                 damaged: shard.get_damaged(),
                 damaged_found: shard.get_damaged_found(),
                 repaired: shard.get_repaired(),
@@ -242,7 +248,9 @@ mod tests {
 
     impl Reporter for Fixed {
         fn report(&self) -> Answered<NodeReport> {
-            let shard = ShardReport { index: ShardIndex(1), live_bytes: u64::MAX, refused: 7, ..Default::default() };
+            let (live_bytes, index_blocks, index_bytes) = (u64::MAX, 11, 13);
+            let (index, failed) = (ShardIndex(1), Some("fdatasync failed".to_string()));
+            let shard = ShardReport { index, live_bytes, index_blocks, index_bytes, failed, ..Default::default() };
             let report = NodeReport { node: "{}".into(), heartbeat: "{\"é\":1}".into(), shards: vec![shard] };
             Box::pin(async move { Ok(report) })
         }

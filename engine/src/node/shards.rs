@@ -103,6 +103,8 @@ fn report_of(index: ShardIndex, numbers: &Numbers) -> ShardReport {
         bytes_appended: shard.bytes_appended,
         checksum_errors: shard.checksum_errors,
         refused: shard.refused,
+        index_blocks: shard.index_blocks,
+        index_bytes: shard.index_bytes,
         damaged: shard.damaged,
         damaged_found: shard.damaged_found,
         repaired: shard.repaired,
