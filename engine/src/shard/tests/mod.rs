@@ -4,6 +4,8 @@
 //! * `requests`  what is refused, and with what
 //! * `recovery`  row by row
 //! * `repair`    damage, and peers that mend it
+//! * `scrub`     passes over everything
+//! * `supervisor` disks that fail under a shard
 //! * `space`     cleaning, full, dropping
 //! * `stored_bytes`  decoders and starts over bytes that nobody wrote
 //! * `model`     seeded sequences of everything, with crashes, against a plain map
@@ -13,5 +15,7 @@ mod model;
 mod recovery;
 mod repair;
 mod requests;
+mod scrub;
 mod space;
 mod stored_bytes;
+mod supervisor;
