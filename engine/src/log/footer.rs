@@ -285,8 +285,7 @@ impl Trailer {
         }
         let end = self.blocks() as usize * BLOCK - self.behind_data() as usize;
         let start = end - self.data_bytes as usize;
-        let body =
-            bytes.get(start..end).ok_or(FormatError::Short { what: WHAT, found: bytes.len(), expected: end })?;
+        let body = bytes.get(start..end).ok_or(FormatError::Short { what: WHAT, found: bytes.len(), expected: end })?;
         check(body, self.data_checksum)?;
         let (mut reader, mut count) = (Reader::new(WHAT, body), 0u64);
         while !reader.is_empty() {

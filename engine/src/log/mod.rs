@@ -28,7 +28,7 @@ pub mod footer;
 mod numbers;
 pub mod record;
 pub mod recovery;
-mod search;
+pub mod search;
 pub mod segment;
 pub mod space;
 pub mod superblock;

@@ -88,11 +88,7 @@ mod tests {
     use super::*;
 
     fn segment(sequence: u64, at_least: u64, found: &[u64]) -> Unsealed {
-        Unsealed {
-            sequence,
-            at_least: BatchNumber(at_least),
-            found: found.iter().copied().map(BatchNumber).collect(),
-        }
+        Unsealed { sequence, at_least: BatchNumber(at_least), found: found.iter().copied().map(BatchNumber).collect() }
     }
 
     fn begins(known: &[(u64, u64)]) -> Begins {

@@ -283,9 +283,7 @@ async fn read_ends<D: Disk>(disk: &D, geometry: Geometry, segment: SegmentIndex)
 async fn read_tail<D: Disk>(disk: &D, geometry: Geometry, segment: SegmentIndex) -> Option<(Trailer, Option<Tail>)> {
     let end = geometry.first(segment).0 + geometry.blocks;
     let last = read_twice(disk, Position(end - 1), 1).await.ok()?;
-    let fits = |trailer: &Trailer| {
-        trailer.identity.segment == segment && trailer.blocks() < u64::from(geometry.blocks)
-    };
+    let fits = |trailer: &Trailer| trailer.identity.segment == segment && trailer.blocks() < u64::from(geometry.blocks);
     let trailer = Trailer::decode_last(&last).ok().filter(fits)?;
     let blocks = trailer.tail_blocks() as u32;
     let tail = match blocks {
@@ -320,18 +318,24 @@ async fn classify<D: Disk>(disk: &D, geometry: Geometry, ends: Ends) -> Class {
     }
 }
 
-/// The blocks of a footer that hold its data; `None`: they cannot be read. `footer_entries` reads them.
-pub async fn read_data<D: Disk>(disk: &D, geometry: Geometry, trailer: &Trailer) -> Option<Option<D::Bytes>> {
+/// The blocks of a footer that hold its data, as far as they can be read.
+pub async fn read_data<D: Disk>(disk: &D, geometry: Geometry, footer: &ReadFooter) -> Option<Data<D>> {
+    let trailer = &footer.trailer;
     let first = geometry.first(trailer.identity.segment).0 + geometry.blocks - trailer.blocks() as u32;
     match trailer.data_blocks() as u32 {
-        0 => Some(None),
-        blocks => read_twice(disk, Position(first), blocks).await.ok().map(Some),
+        0 => Some(Data(None)),
+        blocks => read_twice(disk, Position(first), blocks).await.ok().map(|bytes| Data(Some(bytes))),
     }
 }
 
-/// `None`: they are damaged.
-pub fn entries<'a>(geometry: Geometry, trailer: &Trailer, data: Option<&'a [u8]>) -> Option<Entries<'a>> {
-    trailer.entries(geometry, data.unwrap_or_default()).ok()
+/// Of a footer, not looked at yet.
+pub struct Data<D: Disk>(Option<D::Bytes>);
+
+impl ReadFooter {
+    /// `None`: it is damaged.
+    pub fn entries<'a, D: Disk>(&self, geometry: Geometry, data: &'a Data<D>) -> Option<Entries<'a>> {
+        self.trailer.entries(geometry, data.0.as_deref().unwrap_or_default()).ok()
+    }
 }
 
 /// The footer of a segment that was seen to have one; `None` if it is damaged.
@@ -342,9 +346,7 @@ pub async fn footer_of<D: Disk>(
 ) -> Result<Option<Footer>, DiskError> {
     let end = geometry.first(segment).0 + geometry.blocks;
     let last = read_twice(disk, Position(end - 1), 1).await?;
-    let fits = |trailer: &Trailer| {
-        trailer.identity.segment == segment && trailer.blocks() < u64::from(geometry.blocks)
-    };
+    let fits = |trailer: &Trailer| trailer.identity.segment == segment && trailer.blocks() < u64::from(geometry.blocks);
     let Some(trailer) = Trailer::decode_last(&last).ok().filter(fits) else { return Ok(None) };
     let blocks = trailer.blocks() as u32;
     let bytes = read_twice(disk, Position(end - blocks), blocks).await?;

@@ -57,9 +57,7 @@ pub async fn search<D: Disk>(
             continue;
         };
         let trailer = Trailer::decode_first(block).ok();
-        let fits = |trailer: &Trailer| {
-            wanted(&trailer.identity) && u64::from(at) + trailer.blocks() == u64::from(end)
-        };
+        let fits = |trailer: &Trailer| wanted(&trailer.identity) && u64::from(at) + trailer.blocks() == u64::from(end);
         search.trailer = search.trailer.or(trailer.filter(fits));
         let header = UncheckedHeader::decode(block).ok();
         let header = header.filter(|header| {

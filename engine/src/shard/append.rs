@@ -4,15 +4,16 @@
 
 use super::queue::{Append, Batch, Filling, Need, Next, Waiting};
 use super::{Shard, State};
+use crate::log::footer::Footer;
 use crate::log::record::Record;
 use crate::log::recovery::write_footer;
-use crate::log::segment::{Footer, Opening};
+use crate::log::segment::Opening;
 use crate::log::space::SyncNumber;
 use crate::log::{BLOCK, BatchNumber, Geometry, Position, SegmentIdentity};
 use bytes::Bytes;
 use std::rc::Rc;
 use torus_rpc::message::Refusal;
-use torus_rpc::runtime::{Class, Disk, DiskError, Random, Runtime, Spawn};
+use torus_rpc::runtime::{Class, Clock, Disk, DiskError, Random, Runtime, Spawn};
 use torus_schema::limits::BATCHES_IN_FLIGHT_MAX;
 
 impl<R: Runtime> Shard<R> {
@@ -129,7 +130,13 @@ impl<R: Runtime> Shard<R> {
                 let sequence = state.queue.next_sequence;
                 state.queue.next_sequence += 1;
                 let identity = SegmentIdentity { segment, nonce: self.runtime.random().u64(), sequence };
-                Opening { identity, first_batch: state.queue.next_batch, durable: state.queue.durable }
+                Opening {
+                    identity,
+                    first_batch: state.queue.next_batch,
+                    durable: state.queue.durable,
+                    opened_s: self.runtime.clock().unix_seconds(),
+                    unsealed: Vec::new(),
+                }
             });
             (opening, ready)
         };
@@ -172,7 +179,8 @@ impl<R: Runtime> Shard<R> {
             }
             let durable = shard.state.borrow().queue.durable;
             let Filling { identity, first_batch, end_batch, records, .. } = filling;
-            let footer = Footer { identity, first_batch, end_batch, durable, records };
+            let sealed_s = shard.runtime.clock().unix_seconds();
+            let footer = Footer { identity, first_batch, end_batch, durable, sealed_s, records };
             match write_footer(&shard.disk, shard.geometry, &footer).await {
                 Ok(()) => {
                     let state = &mut *shard.state.borrow_mut();

@@ -291,7 +291,14 @@ impl Queue {
         head.end_batch = self.next_batch;
         head.in_flight += 1;
         self.in_flight += 1;
-        let header_record = BatchHeader { identity: head.identity, number, durable: self.durable, position, records };
+        let header_record = BatchHeader {
+            identity: head.identity,
+            number,
+            durable: self.durable,
+            first_batch: head.first_batch,
+            position,
+            records,
+        };
         Batch { header: header_record, appends, bytes: ((header + payload) as u64 * BLOCK_BYTES) as usize }
     }
 

@@ -6,14 +6,58 @@
 //! was cut short. If it counted, a shard that dies again and again while it cleans would eat the last free segments,
 //! and with none left nothing could ever be cleaned.
 
+use super::damage::{Damaged, FoundBy};
 use super::state::Contents;
 use super::volumes::Instance;
-use crate::index::AtTie;
-use crate::log::SegmentIndex;
-use crate::log::record::Record;
+use crate::index::{AtTie, Entry, Place};
+use crate::log::footer::{Entries, FlushPoint};
+use crate::log::record::{Data, Record};
 use crate::log::recovery::FoundSegment;
+use crate::log::{Position, SegmentIndex};
 use ahash::{AHashMap, AHashSet};
+use torus_rpc::runtime::Instant;
 use torus_schema::ids::{BlockIndex, SliceId, Version, VolumeId};
+
+/// Applies the data that a footer lists. Its flush points and notes are known.
+pub fn replay_entries(volumes: &[FlushPoint], entries: Entries, contents: &mut Contents) {
+    for entry in entries {
+        let volume = volumes[entry.volume as usize].volume;
+        if contents.dropped.contains(&volume) {
+            continue;
+        }
+        let slice = contents.slice_of(volume, entry.first.extent());
+        for (number, checksum) in (0u32..).zip(entry.checksums()) {
+            let block = BlockIndex(entry.first.0 + u64::from(number));
+            let slice =
+                if block.extent() == entry.first.extent() { slice } else { contents.slice_of(volume, block.extent()) };
+            let position = Position(entry.position.0 + number);
+            let found = Entry { position, checksum, version: entry.version };
+            contents.block(Place { volume, slice, block }, found, AtTie::NewcomerWins);
+        }
+    }
+}
+
+/// Of a segment without a footer: blocks that were durable, are not as they were, and are still needed.
+pub fn list_damage(found: &FoundSegment, contents: &mut Contents, now: Instant) {
+    if found.damaged.is_empty() {
+        return;
+    }
+    let damaged: AHashSet<Position> = found.damaged.iter().copied().collect();
+    let pinned = contents.pinned_in(found.identity.segment);
+    for record in found.unsealed.iter().flatten() {
+        let Record::Data(data) = record else { continue };
+        for (number, checksum) in data.checksums.iter().enumerate() {
+            let position = Position(data.position.0 + number as u32);
+            if damaged.contains(&position) && contents.needs(data, number, &pinned) {
+                let Data { volume, version, .. } = *data;
+                let block = BlockIndex(data.first.0 + number as u64);
+                tracing::warn!(%volume, %block, %version, "a block that was durable is damaged");
+                let damaged = Damaged { volume, block, version, checksum: *checksum, position };
+                contents.damage.found(damaged, FoundBy::Start, now);
+            }
+        }
+    }
+}
 
 /// Applies what stands in segments without a footer, after all others. Those that turn out to hold nothing that is not
 /// elsewhere are left without records, for good: that is what their footer will say.

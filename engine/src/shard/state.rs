@@ -74,6 +74,13 @@ impl Contents {
         }
     }
 
+    /// What a footer says of all its data of that volume.
+    pub fn foresee_flush_point(&mut self, volume: VolumeId, flush_point: Version) {
+        if !self.dropped.contains(&volume) {
+            self.settle(volume, flush_point);
+        }
+    }
+
     pub fn slice_of(&self, volume: VolumeId, extent: ExtentIndex) -> SliceId {
         let layout = self.volumes.get(&volume).and_then(|volume| volume.layout.as_ref());
         layout.map_or(UNKNOWN_SLICE, |layout| layout.placement.slice_of(extent))
@@ -97,13 +104,17 @@ impl Contents {
             let block = BlockIndex(data.first.0 + u64::from(number));
             let place = Place { volume: data.volume, slice: self.slice_of(data.volume, block.extent()), block };
             let position = Position(data.position.0 + number);
-            self.space.add_live(position);
-            let entry = Entry { position, checksum: *checksum, version: data.version };
-            match self.index.apply(place, entry, at_tie) {
-                Applied::Current { replaced: Some(replaced) } => self.supersede(place, replaced, data.version, at_tie),
-                Applied::Current { replaced: None } => {}
-                Applied::Superseded { by } => self.supersede(place, entry, by, at_tie),
-            }
+            self.block(place, Entry { position, checksum: *checksum, version: data.version }, at_tie);
+        }
+    }
+
+    /// One block of a record whose F is known.
+    pub fn block(&mut self, place: Place, entry: Entry, at_tie: AtTie) {
+        self.space.add_live(entry.position);
+        match self.index.apply(place, entry, at_tie) {
+            Applied::Current { replaced: Some(replaced) } => self.supersede(place, replaced, entry.version, at_tie),
+            Applied::Current { replaced: None } => {}
+            Applied::Superseded { by } => self.supersede(place, entry, by, at_tie),
         }
     }
 

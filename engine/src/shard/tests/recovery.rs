@@ -3,8 +3,9 @@
 
 use super::harness::*;
 use crate::log::batch::{BatchHeader, UncheckedHeader};
+use crate::log::footer::Trailer;
 use crate::log::record::Record;
-use crate::log::segment::{Opening, UncheckedFooter};
+use crate::log::segment::Opening;
 use crate::log::{BLOCK, Geometry};
 use crate::shard::ShardError;
 use torus_rpc::message::Refusal;
@@ -133,7 +134,7 @@ fn a_segment_whose_footer_is_damaged_is_read_batch_by_batch() {
             machine.shard().close().await;
             let footers: Vec<u64> = blocks(&machine)
                 .into_iter()
-                .filter(|(_, block)| UncheckedFooter::decode(block).is_ok())
+                .filter(|(_, block)| Trailer::decode_last(block).is_ok())
                 .map(|(offset, _)| offset)
                 .collect();
             assert_eq!(footers.len(), 1);
