@@ -4,16 +4,18 @@
 //! A read that fails is tried once more; what cannot be read then is damaged like what has a wrong checksum. Only if no
 //! segment can be read at all is it the disk, and the start fails.
 //!
-//! 1. What a segment is:
+//! 1. What a segment is. Three blocks of it never hold payload: the opening, the one behind it, which is the header of
+//! the first batch, and the last, with the trailer. The newest use that one of them names is what it is used for:
 //!
-//! | opening      | footer              | the segment is                                                          |
-//! |--------------|---------------------|-------------------------------------------------------------------------|
-//! | zeros        | none                | empty: openings are synced before batches follow, so there is none in it|
-//! | good         | same use            | sealed: the footer lists what was whole once; damage shows when read    |
-//! | good         | same use, damaged   | unsealed, 3; where it begins and ends is known if its trailer is        |
-//! | good         | other use, none     | unsealed, 3                                                             |
-//! | damaged      | good                | sealed, if no header of a later use is found in it, else lost           |
-//! | damaged      | none, damaged       | lost: it was in use and cannot be read                                  |
+//! | newest use is named by        | the segment is                                                                 |
+//! |-------------------------------|--------------------------------------------------------------------------------|
+//! | none, the second is zeros     | empty: its first batch was never written, so nothing in it was ever durable    |
+//! | none                          | lost: it was in use and cannot be read                                         |
+//! | trailer, opening or header    | sealed: the footer lists what was whole once; damage shows when it is read     |
+//! | only the trailer              | sealed, unless a header of a later use is found in it: then lost               |
+//! | trailer, its tail is damaged  | unsealed, 3; where it begins and ends is known                                 |
+//! | opening                       | unsealed, 3                                                                    |
+//! | header, not the opening       | unsealed, 3: the opening is damaged, or its write was lost                     |
 //!
 //! An opening or footer that names another segment was misdirected: damaged. A footer is read in two parts, its tail
 //! (notes, flush points) before its data; one whose data turns out damaged counts as damaged, and keeps its notes.
@@ -37,15 +39,19 @@
 //! | header good, payload damaged | keep: its blocks answer `Damaged`    | drop those records: a torn tail         |
 //! | header missing (`numbers`)   | lost: what it held is unknown        | nothing: it was never acknowledged a sync|
 //!
+//! 4. A whole segment may look as if it were in an earlier use yet. So it is *lost* too if the newest opening lists a
+//! segment without a footer that is nowhere, with something durable in it, or if D is behind the last batch of the last segment.
+//!
 //! *Lost* is told to every writer (`Superblock::lost_below`), who then treats the instances as never filled.
 //! Afterwards all that was unsealed gets a footer and what was lost is emptied, so that a decision is made once: numbers
 //! are then known to be durable that were not when it was made.
 
+use super::batch::UncheckedHeader;
 use super::footer::{Entries, Footer, Tail, Trailer, footer_blocks};
 use super::numbers::{self, Begins, Unsealed};
 use super::record::Record;
 use super::search::{FoundBatch, Search, read_twice, search};
-use super::segment::Opening;
+use super::segment::{Opening, Recent};
 use super::{BLOCK, BatchNumber, Geometry, Position, SegmentIdentity, SegmentIndex};
 use ahash::AHashSet;
 use futures::StreamExt;
@@ -99,18 +105,20 @@ pub async fn scan<D: Disk>(disk: &D, geometry: Geometry) -> Result<Scan, DiskErr
         next_sequence: 1,
     };
     let mut begins = Begins::default();
-    let mut opened = Vec::new();
-    let mut failed = Vec::new();
+    let (mut opened, mut failed) = (Vec::new(), Vec::new());
+    let mut newest: Option<Opening> = None;
     let segments = stream::iter((0..geometry.segments).map(SegmentIndex));
     let mut all_ends = segments.map(|segment| read_ends(disk, geometry, segment)).buffer_unordered(ENDS_IN_FLIGHT);
     while let Some(mut ends) = all_ends.next().await {
         scan.hear(&ends, &mut begins);
         failed.extend(ends.error.take());
+        let sequence_of = |opening: &Opening| opening.identity.sequence;
+        newest = newest.into_iter().chain(ends.opening.clone()).max_by_key(sequence_of);
         let segment = ends.segment;
         match classify(disk, geometry, ends).await {
             Class::Empty => {}
             Class::Sealed(opened_s, footer) => scan.segments.push(sealed(opened_s, footer)),
-            Class::Unsealed(opening) => opened.push(opening),
+            Class::Unsealed(found) => opened.push(found),
             Class::Lost => {
                 tracing::error!(segment = segment.0, "a segment was in use and cannot be read: its records are lost");
                 scan.unreadable.push(segment);
@@ -132,6 +140,7 @@ pub async fn scan<D: Disk>(disk: &D, geometry: Geometry) -> Result<Scan, DiskErr
     scan.next_batch = scan.next_batch.max(BatchNumber(scan.durable.0 + 1));
     scan.decide(searched, &begins);
     scan.segments.sort_by_key(|found| found.identity.sequence);
+    scan.look_for_what_is_nowhere(newest);
     Ok(scan)
 }
 
@@ -145,7 +154,11 @@ impl Scan {
     fn hear(&mut self, ends: &Ends, begins: &mut Begins) {
         if let Some(opening) = &ends.opening {
             self.note(opening.identity, opening.first_batch, opening.durable);
-            opening.unsealed.iter().for_each(|(sequence, first)| begins.say(*sequence, *first));
+            opening.recent.iter().for_each(|recent| begins.say(recent.sequence, recent.first_batch));
+        }
+        if let Some(header) = &ends.header {
+            self.note(header.identity, BatchNumber(header.number.0 + 1), header.durable);
+            begins.say(header.identity.sequence, header.first_batch);
         }
         // One of an earlier use was true too.
         if let Some(trailer) = &ends.trailer {
@@ -174,8 +187,8 @@ impl Scan {
     }
 
     /// The third table. `searched` by sequence.
-    fn decide(&mut self, searched: Vec<(Opening, Search)>, begins: &Begins) {
-        let of = |(opening, search): &(Opening, Search)| Unsealed {
+    fn decide(&mut self, searched: Vec<(Opened, Search)>, begins: &Begins) {
+        let of = |(opening, search): &(Opened, Search)| Unsealed {
             sequence: opening.identity.sequence,
             at_least: opening.first_batch,
             found: search.batches.iter().map(|batch| batch.header.number).collect(),
@@ -192,13 +205,32 @@ impl Scan {
             self.next_batch = self.next_batch.max(range.end);
             self.segments.push(FoundSegment {
                 identity: opening.identity,
-                opened_s: Some(opening.opened_s),
+                opened_s: opening.opened_s,
                 first_batch: range.start,
                 end_batch: range.end,
                 footer: None,
                 unsealed: Some(records),
                 damaged,
             });
+        }
+    }
+
+    /// Row 4.
+    fn look_for_what_is_nowhere(&mut self, newest: Option<Opening>) {
+        let durable = self.durable;
+        // Only a later opening could have taken its place.
+        let unsealed = newest.into_iter().flat_map(|opening| opening.recent).filter(|recent| !recent.sealed);
+        for Recent { sequence, first_batch, .. } in unsealed {
+            let is_there = self.segments.iter().any(|found| found.identity.sequence == sequence);
+            if !is_there && first_batch <= durable {
+                tracing::error!(sequence, first_batch = first_batch.0, "a segment in use is nowhere on the disk");
+                self.lost = true;
+            }
+        }
+        let end = self.segments.last().map_or(BatchNumber(1), |last| last.end_batch);
+        if end <= durable {
+            tracing::error!(end = end.0, durable = durable.0, "batches that were durable are gone with their segment");
+            self.lost = true;
         }
     }
 
@@ -252,8 +284,10 @@ fn kept(batches: Vec<FoundBatch>, durable: BatchNumber) -> (Vec<Record>, Vec<Pos
 struct Ends {
     segment: SegmentIndex,
     opening: Option<Opening>,
-    /// The first block was read, and holds nothing.
-    is_zero: bool,
+    /// Of the first batch.
+    header: Option<UncheckedHeader>,
+    /// No batch was ever written here: where the first one's header would stand are zeros.
+    is_unused: bool,
     /// The first block cannot be read.
     error: Option<DiskError>,
     trailer: Option<Trailer>,
@@ -262,21 +296,36 @@ struct Ends {
 }
 
 async fn read_ends<D: Disk>(disk: &D, geometry: Geometry, segment: SegmentIndex) -> Ends {
-    let first = read_twice(disk, geometry.first(segment), 1);
-    let (first, footer) = futures::join!(first, read_tail(disk, geometry, segment));
+    let first = read_first(disk, geometry.first(segment));
+    let ((first, second), footer) = futures::join!(first, read_tail(disk, geometry, segment));
     let (trailer, footer) = match footer {
         Some((trailer, tail)) => (Some(trailer.clone()), tail.map(|tail| ReadFooter { trailer, tail })),
         None => (None, None),
     };
-    let (opening, is_zero, error) = match first {
+    let (mut opening, mut error) = (None, None);
+    match &first {
         Ok(block) => {
-            let opening = Opening::decode(&block).ok().filter(|opening| opening.identity.segment == segment);
-            let is_zero = opening.is_none() && block.iter().all(|byte| *byte == 0);
-            (opening, is_zero, None)
+            opening = Opening::decode(block).ok().filter(|opening| opening.identity.segment == segment);
         }
-        Err(error) => (None, false, Some(error)),
+        Err(because) => error = Some(because.clone()),
+    }
+    let is_here = |header: &UncheckedHeader| {
+        header.identity.segment == segment && header.position.0 == geometry.first(segment).0 + 1
     };
-    Ends { segment, opening, is_zero, error, trailer, footer }
+    let header = second.as_deref().and_then(|block| UncheckedHeader::decode(block).ok()).filter(is_here);
+    let is_unused = second.is_some_and(|block| block.iter().all(|byte| *byte == 0));
+    Ends { segment, opening, header, is_unused, error, trailer, footer }
+}
+
+/// The first two blocks of a segment: at once, if nothing is wrong with either.
+async fn read_first<D: Disk>(disk: &D, first: Position) -> (Result<Vec<u8>, DiskError>, Option<Vec<u8>>) {
+    if let Ok(both) = read_twice(disk, first, 2).await {
+        let (first, second) = both.split_at(BLOCK);
+        return (Ok(first.to_vec()), Some(second.to_vec()));
+    }
+    let opening = read_twice(disk, first, 1).await.map(|block| block.to_vec());
+    let header = read_twice(disk, Position(first.0 + 1), 1).await.map(|block| block.to_vec());
+    (opening, header.ok())
 }
 
 /// A trailer that fits the segment, and its tail if that is good too.
@@ -296,25 +345,42 @@ async fn read_tail<D: Disk>(disk: &D, geometry: Geometry, segment: SegmentIndex)
 enum Class {
     Empty,
     Sealed(Option<u64>, ReadFooter),
-    Unsealed(Opening),
+    Unsealed(Opened),
     Lost,
+}
+
+/// A use of a segment that has no footer.
+struct Opened {
+    identity: SegmentIdentity,
+    first_batch: BatchNumber,
+    opened_s: Option<u64>,
 }
 
 /// The first table.
 async fn classify<D: Disk>(disk: &D, geometry: Geometry, ends: Ends) -> Class {
-    let Ends { segment, opening, is_zero, trailer, footer, .. } = ends;
-    match (opening, footer) {
-        (Some(opening), Some(footer)) if opening.identity == footer.trailer.identity => {
-            Class::Sealed(Some(opening.opened_s), footer)
-        }
-        (Some(opening), _) => Class::Unsealed(opening),
-        (None, None) if is_zero && trailer.is_none() => Class::Empty,
-        (None, None) => Class::Lost,
-        (None, Some(footer)) => {
-            let sequence = footer.trailer.identity.sequence;
-            let later = search(disk, geometry, segment, |identity| identity.sequence > sequence).await;
+    let Ends { segment, opening, header, is_unused, trailer, footer, .. } = ends;
+    let named = [
+        opening.as_ref().map(|opening| opening.identity),
+        header.as_ref().map(|header| header.identity),
+        trailer.as_ref().map(|trailer| trailer.identity),
+    ];
+    let Some(newest) = named.into_iter().flatten().max_by_key(|identity| identity.sequence) else {
+        return if is_unused { Class::Empty } else { Class::Lost };
+    };
+    let opening = opening.filter(|opening| opening.identity == newest);
+    let opened_s = opening.as_ref().map(|opening| opening.opened_s);
+    let header = header.filter(|header| header.identity == newest);
+    let unsealed = |first_batch| Class::Unsealed(Opened { identity: newest, first_batch, opened_s });
+    match (trailer.filter(|trailer| trailer.identity == newest), footer, opening, header) {
+        (Some(_), Some(footer), None, None) => {
+            let later = search(disk, geometry, segment, |identity| identity.sequence > newest.sequence).await;
             if later.batches.is_empty() { Class::Sealed(None, footer) } else { Class::Lost }
         }
+        (Some(_), Some(footer), _, _) => Class::Sealed(opened_s, footer),
+        (Some(trailer), None, _, _) => unsealed(trailer.first_batch),
+        (None, _, _, Some(header)) => unsealed(header.first_batch),
+        (None, _, Some(opening), None) => unsealed(opening.first_batch),
+        (None, _, None, None) => unreachable!("one of them named it"),
     }
 }
 

@@ -5,7 +5,7 @@
 //! wait for it: then the number of its first batch is not known, only that it is not below the next one.
 //!
 //! Such a segment may take the place of one from which that number would follow. So the opening says too where those
-//! began whose footers may not be there after a crash.
+//! began whose footers may not be there after a crash, and where those behind them.
 //!
 //! All of it lies in one sector: it is old or new, never torn.
 //!
@@ -19,18 +19,19 @@
 //! | 32     | 8     | number of the first batch in it, at least                                        |
 //! | 40     | 8     | durable: every batch up to this number was synced when this was written          |
 //! | 48     | 8     | second, since 1970, in which this was written                                    |
-//! | 56     | 4     | count of segments without a durable footer                                       |
-//! | 60     | 256   | of each of those: sequence (8), number of its first batch (8); zeros behind      |
-//! | 316    | 4     | CRC32C of the bytes before                                                       |
+//! | 56     | 4     | count of segments from the first without a durable footer on                     |
+//! | 60     | 4     | bit 2^i: that number i of them has one                                           |
+//! | 64     | 256   | of each of them: sequence (8), number of its first batch (8); zeros behind       |
+//! | 320    | 4     | CRC32C of the bytes before                                                       |
 
 use super::bytes::{Reader, check_seal, put_u32, put_u64, seal};
 use super::{BLOCK, BatchNumber, FormatError, SegmentIdentity, SegmentIndex};
 
 const MAGIC: &[u8; 8] = b"TORUSSEG";
 const WHAT: &str = "segment opening";
-const BYTES: usize = 320;
-/// Segments without a durable footer; no other is opened while there are so many.
-pub const UNSEALED_MAX: usize = 16;
+const BYTES: usize = 324;
+/// From the first segment without a durable footer on; no other is opened while there are so many.
+pub const RECENT_MAX: usize = 16;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Opening {
@@ -40,13 +41,22 @@ pub struct Opening {
     pub durable: BatchNumber,
     /// Since 1970.
     pub opened_s: u64,
-    /// Those without a durable footer then: sequence, and the number of the first batch.
-    pub unsealed: Vec<(u64, BatchNumber)>,
+    /// From the first without a durable footer on.
+    pub recent: Vec<Recent>,
+}
+
+/// A segment that was in use when another was opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Recent {
+    pub sequence: u64,
+    pub first_batch: BatchNumber,
+    /// It has a durable footer, and its place may be taken.
+    pub sealed: bool,
 }
 
 impl Opening {
     pub fn encode(&self) -> Vec<u8> {
-        assert!(self.unsealed.len() <= UNSEALED_MAX, "no segment is opened while there are so many");
+        assert!(self.recent.len() <= RECENT_MAX, "no segment is opened while there are so many");
         let mut out = Vec::with_capacity(BLOCK);
         out.extend_from_slice(MAGIC);
         put_u32(&mut out, super::FORMAT_VERSION);
@@ -54,10 +64,11 @@ impl Opening {
         put_u64(&mut out, self.first_batch.0);
         put_u64(&mut out, self.durable.0);
         put_u64(&mut out, self.opened_s);
-        put_u32(&mut out, self.unsealed.len() as u32);
-        for (sequence, first_batch) in &self.unsealed {
-            put_u64(&mut out, *sequence);
-            put_u64(&mut out, first_batch.0);
+        put_u32(&mut out, self.recent.len() as u32);
+        put_u32(&mut out, (0..).zip(&self.recent).map(|(place, recent)| u32::from(recent.sealed) << place).sum());
+        for recent in &self.recent {
+            put_u64(&mut out, recent.sequence);
+            put_u64(&mut out, recent.first_batch.0);
         }
         out.resize(BYTES - 4, 0);
         seal(&mut out);
@@ -72,12 +83,14 @@ impl Opening {
         let identity = identity(&mut reader)?;
         let (first_batch, durable) = (BatchNumber(reader.u64()?), BatchNumber(reader.u64()?));
         let (opened_s, count) = (reader.u64()?, reader.u32()?);
-        reader.expect("count of segments beyond the most", u64::from(count as usize > UNSEALED_MAX), 0)?;
-        let mut unsealed = Vec::with_capacity(count as usize);
-        for _ in 0..count {
-            unsealed.push((reader.u64()?, BatchNumber(reader.u64()?)));
+        reader.expect("count of segments beyond the most", u64::from(count as usize > RECENT_MAX), 0)?;
+        let sealed = reader.u32()?;
+        let mut recent = Vec::with_capacity(count as usize);
+        for place in 0..count {
+            let (sequence, first_batch) = (reader.u64()?, BatchNumber(reader.u64()?));
+            recent.push(Recent { sequence, first_batch, sealed: sealed >> place & 1 == 1 });
         }
-        Ok(Self { identity, first_batch, durable, opened_s, unsealed })
+        Ok(Self { identity, first_batch, durable, opened_s, recent })
     }
 }
 
@@ -97,21 +110,24 @@ mod tests {
 
     fn example() -> Opening {
         let identity = SegmentIdentity { segment: SegmentIndex(2), nonce: 0xabcdef, sequence: 9 };
-        let unsealed = vec![(7, BatchNumber(1)), (8, BatchNumber(2))];
-        Opening { identity, first_batch: BatchNumber(4), durable: BatchNumber(3), opened_s: 5, unsealed }
+        let recent = vec![
+            Recent { sequence: 7, first_batch: BatchNumber(1), sealed: false },
+            Recent { sequence: 8, first_batch: BatchNumber(2), sealed: true },
+        ];
+        Opening { identity, first_batch: BatchNumber(4), durable: BatchNumber(3), opened_s: 5, recent }
     }
 
     #[test]
     fn the_bytes_of_an_opening_never_change() {
         let mut golden = [
             &b"TORUSSEG\x02\0\0\0\x02\0\0\0\xef\xcd\xab\0\0\0\0\0\x09\0\0\0\0\0\0\0"[..],
-            b"\x04\0\0\0\0\0\0\0\x03\0\0\0\0\0\0\0\x05\0\0\0\0\0\0\0\x02\0\0\0",
+            b"\x04\0\0\0\0\0\0\0\x03\0\0\0\0\0\0\0\x05\0\0\0\0\0\0\0\x02\0\0\0\x02\0\0\0",
             b"\x07\0\0\0\0\0\0\0\x01\0\0\0\0\0\0\0\x08\0\0\0\0\0\0\0\x02\0\0\0\0\0\0\0",
         ]
         .concat();
-        golden.resize(316, 0);
-        assert_eq!(example().encode()[..316], golden);
-        assert_eq!(example().encode()[316..320], crc32c::crc32c(&golden).to_le_bytes());
+        golden.resize(320, 0);
+        assert_eq!(example().encode()[..320], golden);
+        assert_eq!(example().encode()[320..324], crc32c::crc32c(&golden).to_le_bytes());
         assert_eq!(Opening::decode(&example().encode()), Ok(example()));
     }
 

@@ -34,7 +34,9 @@ pub enum Usage {
     Open,
     Sealing,
     Sealed,
-    Emptied { needs: SyncNumber },
+    Emptied {
+        needs: SyncNumber,
+    },
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -262,7 +264,7 @@ mod tests {
     fn an_emptied_segment_is_free_only_after_a_sync_that_started_later_and_without_readers() {
         let mut space = space();
         let segment = space.prepare_one().unwrap();
-            space.begin(segment);
+        space.begin(segment);
         let position = space.geometry().first(segment);
         space.add_live(position);
         space.sealing(segment);

@@ -55,12 +55,7 @@ impl<R: Runtime> Shard<R> {
         }
         // What an earlier use of the disk left must not be taken for segments of ours.
         for segment in (0..geometry.segments).map(SegmentIndex) {
-            let first = geometry.first(segment).0;
-            for block in [first, first + geometry.blocks - 1].map(Position) {
-                if disk.read(Geometry::offset(block), BLOCK).await?.iter().any(|byte| *byte != 0) {
-                    write_block(disk, Geometry::offset(block), &[0; BLOCK]).await?;
-                }
-            }
+            clear_ends(disk, geometry, segment).await?;
         }
         disk.sync().await?;
         let ShardIdentity { cluster, node, shard } = identity;
@@ -116,7 +111,18 @@ impl<R: Runtime> Shard<R> {
     }
 }
 
-fn check_owner(found: &Superblock, expected: ShardIdentity) -> Result<(), ShardError> {
+/// Of a segment that holds nothing of ours: an opening or a trailer there would be believed.
+pub(super) async fn clear_ends<D: Disk>(disk: &D, geometry: Geometry, segment: SegmentIndex) -> Result<(), DiskError> {
+    let first = geometry.first(segment).0;
+    for block in [first, first + 1, first + geometry.blocks - 1].map(Position) {
+        if disk.read(Geometry::offset(block), BLOCK).await?.iter().any(|byte| *byte != 0) {
+            write_block(disk, Geometry::offset(block), &[0; BLOCK]).await?;
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn check_owner(found: &Superblock, expected: ShardIdentity) -> Result<(), ShardError> {
     let other = |field, found: String, expected: String| Err(ShardError::OtherOwner { field, found, expected });
     if found.cluster != expected.cluster {
         return other("cluster", found.cluster.to_string(), expected.cluster.to_string());
@@ -222,8 +228,8 @@ async fn seal_all<D: Disk>(disk: &D, geometry: Geometry, scan: &mut Scan, sealed
 /// What a segment held is lost, and that is said where it lasts: the next start must not find it lost once more.
 async fn empty<D: Disk>(disk: &D, geometry: Geometry, segment: SegmentIndex) -> Result<(), DiskError> {
     let first = geometry.first(segment).0;
-    // The opening last: without it the segment is empty.
-    for block in [first + geometry.blocks - 1, first].map(Position) {
+    // Each is synced before the next: cut short, it is still lost or already empty, never something else.
+    for block in [first + geometry.blocks - 1, first + 1, first].map(Position) {
         write_block(disk, Geometry::offset(block), &[0; BLOCK]).await?;
         disk.sync().await?;
     }
@@ -231,12 +237,12 @@ async fn empty<D: Disk>(disk: &D, geometry: Geometry, segment: SegmentIndex) -> 
 }
 
 /// The copy that counts, and which of the two are not like it.
-struct FoundSuperblock {
-    superblock: Superblock,
+pub(super) struct FoundSuperblock {
+    pub superblock: Superblock,
     stale: Vec<u64>,
 }
 
-async fn read_superblock<D: Disk>(disk: &D) -> Result<Result<FoundSuperblock, FormatError>, DiskError> {
+pub(super) async fn read_superblock<D: Disk>(disk: &D) -> Result<Result<FoundSuperblock, FormatError>, DiskError> {
     let mut bytes = vec![0; SUPERBLOCK_BLOCKS as usize * BLOCK];
     let mut failed = None;
     for (copy, block) in (0u32..).zip(bytes.chunks_mut(BLOCK)) {
@@ -267,7 +273,7 @@ async fn mend_superblock<D: Disk>(disk: &D, found: &FoundSuperblock) -> Result<(
 }
 
 /// One copy after the other, so that one is always good.
-async fn write_superblock<D: Disk>(disk: &D, superblock: &Superblock) -> Result<(), DiskError> {
+pub(super) async fn write_superblock<D: Disk>(disk: &D, superblock: &Superblock) -> Result<(), DiskError> {
     for copy in 0..SUPERBLOCK_BLOCKS {
         write_block(disk, copy * BLOCK_BYTES, &superblock.encode()).await?;
         disk.sync().await?;

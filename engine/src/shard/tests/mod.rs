@@ -10,6 +10,8 @@
 mod harness;
 mod model;
 mod recovery;
+mod recovery_table;
 mod repair;
 mod requests;
+mod segments_ahead;
 mod space;
