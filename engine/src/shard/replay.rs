@@ -9,7 +9,7 @@
 use super::damage::{Damaged, FoundBy};
 use super::state::Contents;
 use super::volumes::Instance;
-use crate::index::{AtTie, Entry, Place};
+use crate::index::{AtTie, Place, Run};
 use crate::log::footer::{Entries, FlushPoint};
 use crate::log::record::{Data, Record};
 use crate::log::recovery::FoundSegment;
@@ -17,22 +17,27 @@ use crate::log::{Position, SegmentIndex};
 use ahash::{AHashMap, AHashSet};
 use torus_rpc::runtime::Instant;
 use torus_schema::ids::{BlockIndex, SliceId, Version, VolumeId};
+use torus_schema::limits::BLOCKS_PER_EXTENT;
 
 /// Applies the data that a footer lists. Its flush points and notes are known.
 pub fn replay_entries(volumes: &[FlushPoint], entries: Entries, contents: &mut Contents) {
+    let mut checksums = Vec::new();
     for entry in entries {
         let volume = volumes[entry.volume as usize].volume;
         if contents.dropped.contains(&volume) {
             continue;
         }
-        let slice = contents.slice_of(volume, entry.first.extent());
-        for (number, checksum) in (0u32..).zip(entry.checksums()) {
-            let block = BlockIndex(entry.first.0 + u64::from(number));
-            let slice =
-                if block.extent() == entry.first.extent() { slice } else { contents.slice_of(volume, block.extent()) };
-            let position = Position(entry.position.0 + number);
-            let found = Entry { position, checksum, version: entry.version };
-            contents.block(Place { volume, slice, block }, found, AtTie::NewcomerWins);
+        checksums.clear();
+        checksums.extend(entry.checksums());
+        let mut done = 0;
+        while done < checksums.len() {
+            let block = BlockIndex(entry.first.0 + done as u64);
+            let in_extent = (BLOCKS_PER_EXTENT - block.in_extent()) as usize;
+            let part = &checksums[done..checksums.len().min(done + in_extent)];
+            let first = Place { volume, slice: contents.slice_of(volume, block.extent()), block };
+            let position = Position(entry.position.0 + done as u32);
+            contents.data_run(Run { first, version: entry.version, position, checksums: part }, AtTie::NewcomerWins);
+            done += part.len();
         }
     }
 }
