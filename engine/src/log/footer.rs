@@ -6,12 +6,12 @@
 //!
 //! | part    | bytes      | what                                                                              |
 //! |---------|------------|-----------------------------------------------------------------------------------|
-//! | copy    | 96         | the trailer once more: found by a search when the segment's last block is damaged |
+//! | copy    | 100        | the trailer once more: found by a search when the segment's last block is damaged |
 //! |         | …          | zeros                                                                             |
 //! | data    | 32 + 4 × n | each record of data: an entry, below                                              |
 //! | volumes | 28         | each volume that has data here: id (16), and the highest F of those records (12)  |
 //! | notes   | …          | the other records, as in a batch header                                           |
-//! | trailer | 96         | below                                                                             |
+//! | trailer | 100        | below                                                                             |
 //!
 //! | offset | bytes | entry                                                                            |
 //! |--------|-------|----------------------------------------------------------------------------------|
@@ -37,7 +37,8 @@
 //! | 76     | 8     | notes: count of records, bytes                                                   |
 //! | 84     | 4     | CRC32C of the data                                                               |
 //! | 88     | 4     | CRC32C of volumes and notes                                                      |
-//! | 92     | 4     | CRC32C of the bytes before: the footer's lengths are believed only then          |
+//! | 92     | 4     | count of batches in the segment: after a crash some numbers may have been lost   |
+//! | 96     | 4     | CRC32C of the bytes before: the footer's lengths are believed only then          |
 
 use super::bytes::{Reader, check_seal, put_u32, put_u64, seal};
 use super::record::{Data, Record, decode_all, put_version, version};
@@ -49,7 +50,7 @@ use torus_schema::limits::{SEQUENCE_MAX, VOLUME_BYTES_MAX};
 
 const MAGIC: &[u8; 8] = b"TORUSFTR";
 const WHAT: &str = "segment footer";
-pub const TRAILER_BYTES: usize = 96;
+pub const TRAILER_BYTES: usize = 100;
 /// Of an entry, without its checksums.
 const ENTRY_BYTES: usize = 32;
 const VOLUME_BYTES: usize = 28;
@@ -60,6 +61,8 @@ pub struct Footer {
     pub first_batch: BatchNumber,
     pub end_batch: BatchNumber,
     pub durable: BatchNumber,
+    /// Of the numbers from the first to the end, those that are there.
+    pub batches: u32,
     /// Since 1970.
     pub sealed_s: u64,
     /// Read from the disk: data before notes, and each record of data with the highest F of its volume in the segment.
@@ -121,6 +124,7 @@ impl Footer {
             note_bytes: notes.len() as u32,
             data_checksum: crc32c::crc32c(&data),
             tail_checksum: crc32c::crc32c(&tail),
+            batches: self.batches,
         };
         let encoded = trailer.encode();
         let mut out = Vec::with_capacity(trailer.blocks() as usize * BLOCK);
@@ -158,6 +162,7 @@ pub struct Trailer {
     note_bytes: u32,
     data_checksum: u32,
     tail_checksum: u32,
+    pub batches: u32,
 }
 
 /// What stands behind the data.
@@ -191,6 +196,7 @@ impl Trailer {
         put_u32(&mut out, self.note_bytes);
         put_u32(&mut out, self.data_checksum);
         put_u32(&mut out, self.tail_checksum);
+        put_u32(&mut out, self.batches);
         seal(&mut out);
         assert_eq!(out.len(), TRAILER_BYTES);
         out
@@ -217,6 +223,7 @@ impl Trailer {
         let volume_count = reader.u32()?;
         let (note_count, note_bytes) = (reader.u32()?, reader.u32()?);
         let (data_checksum, tail_checksum) = (reader.u32()?, reader.u32()?);
+        let batches = reader.u32()?;
         Ok(Self {
             identity,
             first_batch,
@@ -230,6 +237,7 @@ impl Trailer {
             note_bytes,
             data_checksum,
             tail_checksum,
+            batches,
         })
     }
 
@@ -306,8 +314,8 @@ impl Trailer {
         let tail = self.tail(bytes)?;
         let mut records: Vec<Record> = self.entries(geometry, bytes)?.map(|entry| entry.record(&tail)).collect();
         records.extend(tail.notes);
-        let Self { identity, first_batch, end_batch, durable, sealed_s, .. } = self;
-        Ok(Footer { identity, first_batch, end_batch, durable, sealed_s, records })
+        let Self { identity, first_batch, end_batch, durable, sealed_s, batches, .. } = self;
+        Ok(Footer { identity, first_batch, end_batch, durable, batches, sealed_s, records })
     }
 }
 
@@ -387,7 +395,7 @@ mod tests {
 
     fn example(records: Vec<Record>) -> Footer {
         let (first_batch, end_batch, durable) = (BatchNumber(4), BatchNumber(6), BatchNumber(5));
-        Footer { identity: IDENTITY, first_batch, end_batch, durable, sealed_s: 7, records }
+        Footer { identity: IDENTITY, first_batch, end_batch, durable, batches: 2, sealed_s: 7, records }
     }
 
     /// Of segment 1, whose blocks are 80 to 143.
@@ -418,6 +426,7 @@ mod tests {
             &notes.to_le_bytes(),
             &crc32c::crc32c(&data).to_le_bytes(),
             &crc32c::crc32c(&tail).to_le_bytes(),
+            b"\x02\0\0\0",
         ]
         .concat();
         golden.extend_from_slice(&crc32c::crc32c(&golden).to_le_bytes());

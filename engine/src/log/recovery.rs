@@ -4,7 +4,7 @@
 //! A read that fails is tried once more; what cannot be read then is damaged like what has a wrong checksum. Only if no
 //! segment can be read at all is it the disk, and the start fails.
 //!
-//! 1. What a segment is. Three blocks of it never hold payload: the opening, the one behind it, which is the header of
+//! **What a segment is.** Three blocks of it never hold payload: the opening, the one behind it, which is the header of
 //! the first batch, and the last, with the trailer. The newest use that one of them names is what it is used for:
 //!
 //! | newest use is named by        | the segment is                                                                 |
@@ -13,14 +13,14 @@
 //! | none                          | lost: it was in use and cannot be read                                         |
 //! | trailer, opening or header    | sealed: the footer lists what was whole once; damage shows when it is read     |
 //! | only the trailer              | sealed, unless a header of a later use is found in it: then lost               |
-//! | trailer, its tail is damaged  | unsealed, 3; where it begins and ends is known                                 |
-//! | opening                       | unsealed, 3                                                                    |
-//! | header, not the opening       | unsealed, 3: the opening is damaged, or its write was lost                     |
+//! | trailer, its tail is damaged  | unsealed, below; where it begins and ends is known                             |
+//! | opening                       | unsealed, below                                                                |
+//! | header, not the opening       | unsealed, below: the opening is damaged, or its write was lost                 |
 //!
 //! An opening or footer that names another segment was misdirected: damaged. A footer is read in two parts, its tail
 //! (notes, flush points) before its data; one whose data turns out damaged counts as damaged, and keeps its notes.
 //!
-//! 2. A block inside an unsealed segment (`search`):
+//! **A block inside an unsealed segment** (`search`):
 //!
 //! | block                                        | it is                                                          |
 //! |----------------------------------------------|----------------------------------------------------------------|
@@ -31,7 +31,7 @@
 //! | start of a footer of this use                | the trailer's copy: says where the segment begins and ends     |
 //! | anything else, unreadable                    | a hole, which hides nothing behind it                          |
 //!
-//! 3. A batch of an unsealed segment:
+//! **A batch of an unsealed segment:**
 //!
 //! | batch                        | up to D                              | above D                                 |
 //! |------------------------------|--------------------------------------|-----------------------------------------|
@@ -39,14 +39,16 @@
 //! | header good, payload damaged | keep: its blocks answer `Damaged`    | drop those records: a torn tail         |
 //! | header missing (`numbers`)   | lost: what it held is unknown        | nothing: it was never acknowledged a sync|
 //!
-//! 4. A whole segment may look as if it were in an earlier use yet. So it is *lost* too if the newest opening lists a
-//! segment without a footer that is nowhere, with something durable in it, or if D is behind the last batch of the last segment.
+//! If the trailer of a damaged footer is good, it says how many batches were there: fewer are found only if one is lost.
+//!
+//! **A whole segment** may look as if it were in an earlier use yet. So it is *lost* too if the newest opening lists a
+//! segment without a footer that is nowhere, with something durable in it, or if D is behind the last batch of all.
 //!
 //! *Lost* is told to every writer (`Superblock::lost_below`), who then treats the instances as never filled.
-//! Afterwards all that was unsealed gets a footer and what was lost is emptied, so that a decision is made once: numbers
-//! are then known to be durable that were not when it was made.
+//! Afterwards a torn tail is taken out of its batch's header, all that was unsealed gets a footer and what was lost is
+//! emptied, so that a decision is made once: numbers are then known to be durable that were not when it was made.
 
-use super::batch::UncheckedHeader;
+use super::batch::{BatchHeader, UncheckedHeader};
 use super::footer::{Entries, Footer, Tail, Trailer, footer_blocks};
 use super::numbers::{self, Begins, Unsealed};
 use super::record::Record;
@@ -56,6 +58,7 @@ use super::{BLOCK, BatchNumber, Geometry, Position, SegmentIdentity, SegmentInde
 use ahash::AHashSet;
 use futures::StreamExt;
 use futures::stream;
+use std::ops::Range;
 use torus_rpc::runtime::{Disk, DiskError};
 
 /// Segments whose ends are read at once: as many small reads as keep an NVMe drive busy.
@@ -80,6 +83,10 @@ pub struct FoundSegment {
     pub unsealed: Option<Vec<Record>>,
     /// Of those: blocks that were durable and are not as they were.
     pub damaged: Vec<Position>,
+    /// What headers have to say from now on: they named a torn tail.
+    pub mended: Vec<BatchHeader>,
+    /// How many batches are there.
+    pub batches: u32,
 }
 
 pub struct Scan {
@@ -145,9 +152,18 @@ pub async fn scan<D: Disk>(disk: &D, geometry: Geometry) -> Result<Scan, DiskErr
 }
 
 fn sealed(opened_s: Option<u64>, footer: ReadFooter) -> FoundSegment {
-    let Trailer { identity, first_batch, end_batch, .. } = footer.trailer;
-    let damaged = Vec::new();
-    FoundSegment { identity, opened_s, first_batch, end_batch, footer: Some(footer), unsealed: None, damaged }
+    let Trailer { identity, first_batch, end_batch, batches, .. } = footer.trailer;
+    FoundSegment {
+        identity,
+        opened_s,
+        first_batch,
+        end_batch,
+        footer: Some(footer),
+        unsealed: None,
+        damaged: Vec::new(),
+        mended: Vec::new(),
+        batches,
+    }
 }
 
 impl Scan {
@@ -186,36 +202,70 @@ impl Scan {
         self.durable = self.durable.max(durable);
     }
 
-    /// The third table. `searched` by sequence.
+    /// What its batches are. `searched` by sequence.
     fn decide(&mut self, searched: Vec<(Opened, Search)>, begins: &Begins) {
-        let of = |(opening, search): &(Opened, Search)| Unsealed {
-            sequence: opening.identity.sequence,
-            at_least: opening.first_batch,
+        let of = |(opened, search): &(Opened, Search)| Unsealed {
+            sequence: opened.identity.sequence,
+            at_least: opened.first_batch,
             found: search.batches.iter().map(|batch| batch.header.number).collect(),
         };
-        let unsealed: Vec<Unsealed> = searched.iter().map(of).collect();
+        let trailer_of = |opened: &Opened, search: &mut Search| opened.trailer.clone().or(search.trailer.take());
+        let mut without = Vec::new();
+        for (opened, mut search) in searched {
+            match trailer_of(&opened, &mut search) {
+                Some(trailer) => {
+                    self.miss(&trailer, search.batches.len());
+                    let range = trailer.first_batch..trailer.end_batch;
+                    self.push_unsealed(opened.identity, opened.opened_s, search, range);
+                }
+                None => without.push((opened, search)),
+            }
+        }
+        let unsealed: Vec<Unsealed> = without.iter().map(of).collect();
         let decision = numbers::decide(&unsealed, begins, self.durable, self.next_sequence - 1);
         if decision.missing > 0 || decision.end_unknown {
             let (missing, end_unknown, durable) = (decision.missing, decision.end_unknown, self.durable.0);
             tracing::error!(missing, end_unknown, durable, "batches that were durable are gone");
             self.lost = true;
         }
-        for ((opening, search), range) in searched.into_iter().zip(decision.ranges) {
-            let (records, damaged) = kept(search.batches, self.durable);
-            self.next_batch = self.next_batch.max(range.end);
-            self.segments.push(FoundSegment {
-                identity: opening.identity,
-                opened_s: opening.opened_s,
-                first_batch: range.start,
-                end_batch: range.end,
-                footer: None,
-                unsealed: Some(records),
-                damaged,
-            });
+        for ((opened, search), range) in without.into_iter().zip(decision.ranges) {
+            self.push_unsealed(opened.identity, opened.opened_s, search, range);
         }
     }
 
-    /// Row 4.
+    fn push_unsealed(
+        &mut self,
+        identity: SegmentIdentity,
+        opened_s: Option<u64>,
+        search: Search,
+        range: Range<BatchNumber>,
+    ) {
+        self.next_batch = self.next_batch.max(range.end);
+        let batches = search.batches.len() as u32;
+        let Kept { records, damaged, mended } = kept(search.batches, self.durable);
+        self.segments.push(FoundSegment {
+            identity,
+            opened_s,
+            first_batch: range.start,
+            end_batch: range.end,
+            footer: None,
+            unsealed: Some(records),
+            damaged,
+            mended,
+            batches,
+        });
+    }
+
+    /// The segment had a footer: all that were there when it was written are there.
+    fn miss(&mut self, trailer: &Trailer, found: usize) {
+        if found < trailer.batches as usize {
+            let (segment, expected) = (trailer.identity.segment.0, trailer.batches);
+            tracing::error!(segment, found, expected, "batches are gone together with the footer that listed them");
+            self.lost = true;
+        }
+    }
+
+    /// Whole segments.
     fn look_for_what_is_nowhere(&mut self, newest: Option<Opening>) {
         let durable = self.durable;
         // Only a later opening could have taken its place.
@@ -241,43 +291,43 @@ impl Scan {
         let identity = found.identity;
         tracing::warn!(segment = identity.segment.0, "a footer is damaged: its segment is read batch by batch");
         let search = search(disk, geometry, identity.segment, |other| *other == identity).await;
-        let found_batches: Vec<BatchNumber> = search.batches.iter().map(|batch| batch.header.number).collect();
-        let (mut records, damaged) = kept(search.batches, self.durable);
+        found.batches = search.batches.len() as u32;
+        let Kept { mut records, damaged, mended } = kept(search.batches, self.durable);
         records.retain(|record| matches!(record, Record::Data(_)));
         records.extend(footer.tail.notes);
-        (found.unsealed, found.damaged) = (Some(records), damaged);
-        let mut begins = Begins::default();
-        begins.say(identity.sequence + 1, footer.trailer.end_batch);
-        let at_least = footer.trailer.first_batch;
-        let unsealed = Unsealed { sequence: identity.sequence, at_least, found: found_batches };
-        let missing = numbers::decide(&[unsealed], &begins, self.durable, self.next_sequence).missing;
-        if missing > 0 {
-            let segment = identity.segment.0;
-            tracing::error!(segment, missing, "batches are gone together with the footer that listed them");
-            self.lost = true;
-        }
+        (found.unsealed, found.damaged, found.mended) = (Some(records), damaged, mended);
+        let batches = found.batches as usize;
+        self.miss(&footer.trailer, batches);
     }
 }
 
-/// Records that are believed, and of these the blocks that are damaged.
-fn kept(batches: Vec<FoundBatch>, durable: BatchNumber) -> (Vec<Record>, Vec<Position>) {
-    let (mut records, mut all_damaged) = (Vec::new(), Vec::new());
-    for FoundBatch { header, damaged } in batches {
+/// What is believed of the batches of a segment.
+struct Kept {
+    records: Vec<Record>,
+    /// Of these, blocks that are damaged.
+    damaged: Vec<Position>,
+    mended: Vec<BatchHeader>,
+}
+
+fn kept(batches: Vec<FoundBatch>, durable: BatchNumber) -> Kept {
+    let mut kept = Kept { records: Vec::new(), damaged: Vec::new(), mended: Vec::new() };
+    for FoundBatch { mut header, damaged } in batches {
         if header.number <= durable {
-            records.extend(header.records);
-            all_damaged.extend(damaged);
-            continue;
+            kept.damaged.extend(damaged);
+        } else if !damaged.is_empty() {
+            let damaged: AHashSet<Position> = damaged.into_iter().collect();
+            header.records.retain(|record| match record {
+                Record::Data(data) => {
+                    let mut blocks = (data.position.0..data.position.0 + data.checksums.len() as u32).map(Position);
+                    !blocks.any(|position| damaged.contains(&position))
+                }
+                _ => true,
+            });
+            kept.mended.push(header.clone());
         }
-        let damaged: AHashSet<Position> = damaged.into_iter().collect();
-        records.extend(header.records.into_iter().filter(|record| match record {
-            Record::Data(data) => {
-                let blocks = (data.position.0..data.position.0 + data.checksums.len() as u32).map(Position);
-                !blocks.into_iter().any(|position| damaged.contains(&position))
-            }
-            _ => true,
-        }));
+        kept.records.extend(header.records);
     }
-    (records, all_damaged)
+    kept
 }
 
 /// What stands at the two ends of a segment.
@@ -354,9 +404,11 @@ struct Opened {
     identity: SegmentIdentity,
     first_batch: BatchNumber,
     opened_s: Option<u64>,
+    /// Of the footer that is damaged.
+    trailer: Option<Trailer>,
 }
 
-/// The first table.
+/// What the segment is.
 async fn classify<D: Disk>(disk: &D, geometry: Geometry, ends: Ends) -> Class {
     let Ends { segment, opening, header, is_unused, trailer, footer, .. } = ends;
     let named = [
@@ -370,16 +422,16 @@ async fn classify<D: Disk>(disk: &D, geometry: Geometry, ends: Ends) -> Class {
     let opening = opening.filter(|opening| opening.identity == newest);
     let opened_s = opening.as_ref().map(|opening| opening.opened_s);
     let header = header.filter(|header| header.identity == newest);
-    let unsealed = |first_batch| Class::Unsealed(Opened { identity: newest, first_batch, opened_s });
+    let unsealed = |first_batch, trailer| Class::Unsealed(Opened { identity: newest, first_batch, opened_s, trailer });
     match (trailer.filter(|trailer| trailer.identity == newest), footer, opening, header) {
         (Some(_), Some(footer), None, None) => {
             let later = search(disk, geometry, segment, |identity| identity.sequence > newest.sequence).await;
             if later.batches.is_empty() { Class::Sealed(None, footer) } else { Class::Lost }
         }
         (Some(_), Some(footer), _, _) => Class::Sealed(opened_s, footer),
-        (Some(trailer), None, _, _) => unsealed(trailer.first_batch),
-        (None, _, _, Some(header)) => unsealed(header.first_batch),
-        (None, _, Some(opening), None) => unsealed(opening.first_batch),
+        (Some(trailer), None, _, _) => unsealed(trailer.first_batch, Some(trailer)),
+        (None, _, _, Some(header)) => unsealed(header.first_batch, None),
+        (None, _, Some(opening), None) => unsealed(opening.first_batch, None),
         (None, _, None, None) => unreachable!("one of them named it"),
     }
 }

@@ -1,4 +1,4 @@
-//! Batches of a segment that has no footer, found block by block: the third and fourth table of `recovery`.
+//! Batches of a segment that has no footer, found block by block: the second table of `recovery`.
 //!
 //! A block that is not inside a batch is tried as a header. So a hole, left by a batch that was lost while others in
 //! flight were not, hides nothing behind it. What names another use of the segment is a remainder of that, and what
@@ -86,14 +86,13 @@ async fn read_batch<D: Disk>(
     if !header.records.iter().all(|record| lies_inside(record, geometry, header.identity.segment)) {
         return None;
     }
-    let payload = Position(at + header_blocks);
-    // All of it at once, which is what is in the window, unless something in it cannot be read.
-    let read = payload_blocks > 0 && window.get(payload.0, payload_blocks).await.is_some();
     let mut damaged = Vec::new();
     for record in &header.records {
         let Record::Data(data) = record else { continue };
+        // At once, which is what is in the window, unless something in it cannot be read.
+        let together = window.get(data.position.0, data.checksums.len() as u32).await.is_some();
         for (position, checksum) in (data.position.0..).map(Position).zip(&data.checksums) {
-            let block = if read { window.held(position.0, 1) } else { window.get(position.0, 1).await };
+            let block = if together { window.held(position.0, 1) } else { window.get(position.0, 1).await };
             if block.is_none_or(|block| crc32c::crc32c(block) != *checksum) {
                 damaged.push(position);
             }
@@ -122,6 +121,9 @@ struct Window<'a, D: Disk> {
 impl<D: Disk> Window<'_, D> {
     /// `None`: it cannot be read.
     async fn get(&mut self, at: u32, blocks: u32) -> Option<&[u8]> {
+        if blocks == 0 {
+            return Some(&[]);
+        }
         if self.held(at, blocks).is_none() {
             let wide = blocks.max(WINDOW_BLOCKS).min(self.end - at);
             let read = match at >= self.narrow_until {

@@ -218,7 +218,8 @@ impl<R: Runtime> Shard<R> {
             let durable = shard.state.borrow().queue.durable;
             let Filling { identity, first_batch, end_batch, records, .. } = filling;
             let sealed_s = shard.runtime.clock().unix_seconds();
-            let footer = Footer { identity, first_batch, end_batch, durable, sealed_s, records };
+            let batches = (end_batch.0 - first_batch.0) as u32;
+            let footer = Footer { identity, first_batch, end_batch, durable, batches, sealed_s, records };
             match write_footer(&shard.disk, shard.geometry, &footer).await {
                 Ok(()) => {
                     let state = &mut *shard.state.borrow_mut();

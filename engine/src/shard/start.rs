@@ -213,10 +213,13 @@ async fn seal_all<D: Disk>(disk: &D, geometry: Geometry, scan: &mut Scan, sealed
     disk.sync().await?;
     // Not a number higher than what was decided by: a crash before the last footer is durable decides again.
     let durable = scan.durable;
+    for header in scan.segments.iter().flat_map(|found| &found.mended) {
+        write_block(disk, Geometry::offset(header.position), &header.encode()).await?;
+    }
     for found in &mut scan.segments {
         let Some(records) = found.unsealed.take() else { continue };
-        let FoundSegment { identity, first_batch, end_batch, .. } = *found;
-        let footer = Footer { identity, first_batch, end_batch, durable, sealed_s, records };
+        let FoundSegment { identity, first_batch, end_batch, batches, .. } = *found;
+        let footer = Footer { identity, first_batch, end_batch, durable, batches, sealed_s, records };
         recovery::write_footer(disk, geometry, &footer).await?;
     }
     for segment in &scan.unreadable {

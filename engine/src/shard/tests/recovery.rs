@@ -5,7 +5,6 @@ use super::harness::*;
 use crate::log::batch::{BatchHeader, UncheckedHeader};
 use crate::log::footer::Trailer;
 use crate::log::record::Record;
-use crate::log::segment::Opening;
 use crate::log::{BLOCK, Geometry};
 use crate::shard::ShardError;
 use torus_rpc::message::Refusal;

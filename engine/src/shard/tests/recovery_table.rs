@@ -192,8 +192,8 @@ fn an_old_segment_without_its_last_block_is_bounded_by_the_copy_of_its_trailer()
         }
         // The segments behind segment 0 are emptied, and used again.
         for _ in 0..40 {
-            for block in 30..200 {
-                versions[block] = (client.write(block as u64, 1).await.unwrap(), true);
+            for (block, newest) in (30..).zip(&mut versions[30..]) {
+                *newest = (client.write(block, 1).await.unwrap(), true);
             }
             client.flush().await.unwrap();
         }
