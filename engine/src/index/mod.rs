@@ -211,6 +211,10 @@ impl Index {
         placement: &Placement,
         mut replaced: impl FnMut(Place, Entry),
     ) {
+        // Nobody can ask for such a slice; and whoever looks for its extents in the range would look for ever.
+        if !placement.slices().contains(&range.slice) {
+            return;
+        }
         let volume = self.volumes.entry(range.volume).or_default();
         let mut hidden = 0;
         let mut tell = |extent: ExtentIndex, block: InExtent, found: Found| {

@@ -45,7 +45,7 @@ use super::bytes::{Reader, put_u32, put_u64};
 use super::{BatchNumber, FormatError, Position};
 use torus_rpc::message::Token;
 use torus_schema::ids::{BlockIndex, Epoch, RingGeneration, SliceId, Version, VolumeId};
-use torus_schema::limits::SEQUENCE_MAX;
+use torus_schema::limits::{SEQUENCE_MAX, SLICES_MAX};
 
 /// Of a data record, without its checksums.
 pub const DATA_BYTES: usize = 64;
@@ -182,12 +182,12 @@ impl Record {
     }
 }
 
-fn put_version(out: &mut Vec<u8>, version: Version) {
+pub(super) fn put_version(out: &mut Vec<u8>, version: Version) {
     put_u32(out, version.epoch.0);
     put_u64(out, version.sequence);
 }
 
-fn version(reader: &mut Reader) -> Result<Version, FormatError> {
+pub(super) fn version(reader: &mut Reader) -> Result<Version, FormatError> {
     let (epoch, sequence) = (Epoch(reader.u32()?), reader.u64()?);
     reader.expect("sequence", sequence, sequence & SEQUENCE_MAX)?;
     Ok(Version { epoch, sequence })
@@ -241,9 +241,11 @@ fn decode_data(volume: VolumeId, reader: &mut Reader) -> Result<Data, FormatErro
 
 fn decode_instances(volume: VolumeId, reader: &mut Reader) -> Result<Instances, FormatError> {
     let placement = VolumeId::from_bytes(reader.array()?);
-    let (generation, created) = (RingGeneration(reader.u64()?), BatchNumber(reader.u64()?));
+    let generation = RingGeneration(reader.counter("generation")?);
+    let created = BatchNumber(reader.counter("created")?);
     let (width, ring_slices) = (reader.u32()?, reader.u32()?);
     let fits = width.is_power_of_two() && ring_slices.is_power_of_two() && width <= ring_slices;
+    let fits = fits && ring_slices <= SLICES_MAX;
     reader.expect("width and slices that do not fit", u64::from(!fits), 0)?;
     let slices = u32s(reader)?.into_iter().map(SliceId).collect();
     Ok(Instances { volume, placement, generation, created, width, ring_slices, slices })

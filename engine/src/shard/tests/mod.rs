@@ -13,9 +13,11 @@
 mod harness;
 mod model;
 mod recovery;
+mod recovery_table;
 mod repair;
 mod requests;
 mod scrub;
+mod segments_ahead;
 mod space;
 mod stored_bytes;
 mod supervisor;

@@ -11,12 +11,11 @@ mod decoders;
 mod image;
 mod mutation;
 
-use super::harness::{NoMetadata, WIDTH, identity, placement};
-use super::harness::{TestShard, key, volume};
+use super::harness::{NoMetadata, identity, key, placement, volume};
 use crate::index::Place;
 use crate::log::BLOCK;
 use allocations::Allocations;
-use decoders::decode_as_anything;
+use decoders::{changed_footer, decode_as_anything};
 use image::{ImageDisk, SEGMENT_BLOCKS, SEGMENTS, image};
 use mutation::{Chance, Sealer, change, starts};
 use std::collections::BTreeMap;
@@ -98,7 +97,12 @@ fn damage(seeds: &Seeds, image: &[u8], chance: &mut Chance) -> (BTreeMap<usize, 
     let mut changed: BTreeMap<usize, Vec<u8>> = BTreeMap::new();
     let blocks = image.len() / BLOCK;
     let known = starts(image);
-    for _ in 0..1 + chance.below(6) {
+    if chance.one_in(3)
+        && let Some((first, bytes)) = changed_footer(image, chance)
+    {
+        changed.extend((first..).zip(bytes.chunks(BLOCK).map(<[u8]>::to_vec)));
+    }
+    for _ in 0..chance.below(6) {
         // Where something stands, mostly.
         let start = if chance.one_in(8) { chance.below(blocks) * BLOCK } else { known[chance.below(known.len())] };
         let (block, within) = (start / BLOCK, start % BLOCK);

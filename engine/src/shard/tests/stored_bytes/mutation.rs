@@ -28,7 +28,7 @@ impl Chance {
     }
 
     /// Numbers at which counts, lengths and places go wrong, and others.
-    fn number(&mut self) -> u64 {
+    pub fn number(&mut self) -> u64 {
         match self.below(8) {
             0 => 0,
             1 => 1,
