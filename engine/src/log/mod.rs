@@ -111,7 +111,9 @@ impl Geometry {
 
     /// So many blocks from `position` on lie in the segment, behind its opening.
     pub fn holds_payload(&self, segment: SegmentIndex, position: Position, blocks: u64) -> bool {
-        let (first, start) = (u64::from(self.first(segment).0), u64::from(position.0));
+        // Not by `first`: neither segment nor position need be of this disk.
+        let first = SEGMENTS_START_BLOCK + u64::from(segment.0) * u64::from(self.blocks);
+        let start = u64::from(position.0);
         start > first && start + blocks <= first + u64::from(self.blocks)
     }
 

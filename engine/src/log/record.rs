@@ -42,6 +42,7 @@
 //! a drop wins over all. That is what lets batches complete out of order and the cleaner move records.
 
 use super::bytes::{Reader, put_u32, put_u64};
+use super::footer::is_in_a_volume;
 use super::{BatchNumber, FormatError, Position};
 use torus_rpc::message::Token;
 use torus_schema::ids::{BlockIndex, Epoch, RingGeneration, SliceId, Version, VolumeId};
@@ -50,6 +51,8 @@ use torus_schema::limits::{SEQUENCE_MAX, SLICES_MAX};
 /// Of a data record, without its checksums.
 pub const DATA_BYTES: usize = 64;
 const WHAT: &str = "record";
+/// Behind the end of any volume, and sums of such numbers need no care.
+const CLEAR_END_MAX: u64 = 1 << 53;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Data {
@@ -216,6 +219,8 @@ fn decode_body(kind: u32, body: &[u8]) -> Result<Record, FormatError> {
             let first = BlockIndex(reader.u64()?);
             let (version, flush_point) = (version(&mut reader)?, version(&mut reader)?);
             let (slice, count) = (SliceId(reader.u32()?), reader.u64()?);
+            let end = first.0.saturating_add(count);
+            reader.expect("end of a clear", end, end.min(CLEAR_END_MAX))?;
             Record::Clear(Clear { volume, first, version, flush_point, slice, count })
         }
         3 => Record::Instances(decode_instances(volume, &mut reader)?),
@@ -236,6 +241,8 @@ fn decode_data(volume: VolumeId, reader: &mut Reader) -> Result<Data, FormatErro
     let (version, flush_point) = (version(reader)?, version(reader)?);
     let position = Position(reader.u32()?);
     let checksums = u32s(reader)?;
+    let inside = is_in_a_volume(first, checksums.len() as u64);
+    reader.expect("block outside of any volume", u64::from(!inside), 0)?;
     Ok(Data { volume, first, version, flush_point, position, checksums })
 }
 

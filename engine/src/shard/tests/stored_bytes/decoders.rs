@@ -11,13 +11,13 @@ use crate::log::{BLOCK, Geometry, Position, SegmentIndex};
 use torus_schema::ids::{BlockIndex, Epoch, SliceId, Version};
 use torus_schema::limits::SEQUENCE_MAX;
 
-/// As each of the structures that a disk may hold. What comes out is dropped: what it is, other tests say.
-pub fn decode_as_anything(bytes: &[u8], chance: &mut Chance) {
-    drop(decode_either(bytes));
-    drop(Opening::decode(bytes));
+/// As each of the structures that a disk may hold; as how many of them it is sound. What comes out is dropped: what it
+/// is, other tests say.
+pub fn decode_as_anything(bytes: &[u8], chance: &mut Chance) -> usize {
+    let mut sound = usize::from(decode_either(bytes).is_ok()) + usize::from(Opening::decode(bytes).is_ok());
     if let Ok(header) = UncheckedHeader::decode(bytes) {
         header.header_blocks();
-        drop(header.finalize(bytes));
+        sound += usize::from(header.finalize(bytes).is_ok());
     }
     let geometry = geometry();
     for trailer in [Trailer::decode_first(bytes), Trailer::decode_last(bytes)].into_iter().flatten() {
@@ -27,10 +27,11 @@ pub fn decode_as_anything(bytes: &[u8], chance: &mut Chance) {
         let body = &bytes[end.saturating_sub(blocks.saturating_mul(BLOCK))..end];
         assert!(trailer.data_blocks() <= trailer.blocks());
         drop(trailer.entries(geometry, body).map(|entries| entries.count()));
-        drop(trailer.finalize(geometry, body));
+        sound += usize::from(trailer.finalize(geometry, body).is_ok());
     }
     let start = chance.below(bytes.len().min(200));
     drop(decode_all(bytes.get(start..).unwrap_or_default(), chance.u64() as u32 >> chance.below(32)));
+    sound
 }
 
 pub fn geometry() -> Geometry {

@@ -3,8 +3,8 @@
 //! Goal: damage that nobody thought of. Method: block files that real shards left, changed by seed: bits and fields,
 //! blocks swapped, copied, emptied, the file cut; half of the time with the checksums made to hold again, since else
 //! hardly anything gets past them. A case is its number and nothing else, so that one that fails can be run again:
-//! `TORUS_FUZZ_FIRST=<number> TORUS_FUZZ_CASES=1`. What was found once is kept in `corpus`, beside this file, and run
-//! first. More than in every run: `TORUS_FUZZ_CASES=10000000`.
+//! `TORUS_FUZZ_FIRST=<number> TORUS_FUZZ_CASES=1`. More than in every run: `TORUS_FUZZ_CASES=10000000`. Sound structures
+//! are kept in `corpus`, beside this file, for these and other fuzzers.
 
 mod allocations;
 mod decoders;
@@ -86,10 +86,11 @@ fn decoder_case(seeds: &Seeds, chance: &mut Chance) {
     check_decoders(&bytes, chance);
 }
 
-fn check_decoders(bytes: &[u8], chance: &mut Chance) {
-    let ((), taken) = allocations::during(|| decode_as_anything(bytes, chance));
+fn check_decoders(bytes: &[u8], chance: &mut Chance) -> usize {
+    let (sound, taken) = allocations::during(|| decode_as_anything(bytes, chance));
     let allowed = DECODED_TIMES_MAX * bytes.len() + DECODED_BYTES;
     assert!(taken.peak <= allowed, "{taken:?} for {} bytes, expected at most {allowed}", bytes.len());
+    sound
 }
 
 /// The blocks of a disk that are changed, and where it ends.
@@ -209,15 +210,76 @@ fn the_images_are_sound_and_their_checksums_known() {
     assert!(kept * 10 >= seeds.structures.len() * 9, "{kept} of {}", seeds.structures.len());
 }
 
+/// One of each kind of a sound image: its place there, and its blocks.
+fn kinds(seeds: &Seeds) -> BTreeMap<String, (usize, usize)> {
+    let is_sound = |(number, at): &&(usize, usize)| {
+        let bytes = &seeds.images[*number][*at..];
+        let mut sealed = bytes.to_vec();
+        seeds.sealer.seal(&mut sealed);
+        sealed == bytes
+    };
+    let name = |(number, at): &(usize, usize)| {
+        let magic = String::from_utf8_lossy(&seeds.images[*number][*at..][..8]).to_lowercase();
+        // A footer's is at both its ends.
+        if at % BLOCK == 0 { magic } else { format!("{magic}-last") }
+    };
+    seeds.structures.iter().filter(is_sound).map(|structure| (name(structure), *structure)).collect()
+}
+
 #[test]
-fn what_was_found_once_stays_harmless() {
+fn every_field_of_every_structure_may_say_anything() {
+    let seeds = Seeds::new();
+    let extremes = [0, 1, 1 << 31, u64::from(u32::MAX), 1 << 60, 1 << 63, u64::MAX - 1, u64::MAX];
+    let mut chance = Chance::new(3);
+    for (number, at) in kinds(&seeds).into_values() {
+        let image = &seeds.images[number];
+        let first = at / BLOCK;
+        for field in (8..160).step_by(4) {
+            for value in extremes {
+                let mut bytes = image[at..].to_vec();
+                let end = (field + 8).min(bytes.len());
+                bytes[field..end].copy_from_slice(&value.to_le_bytes()[..end - field]);
+                seeds.sealer.seal(&mut bytes);
+                let blocks = first..first + bytes.len().div_ceil(BLOCK).min(2);
+                let whole = [&image[first * BLOCK..at], &bytes].concat();
+                let changed = blocks.zip(whole.chunks(BLOCK).map(<[u8]>::to_vec)).collect();
+                bytes.truncate(3 * BLOCK);
+                check_decoders(&bytes, &mut chance);
+                if field % 8 == 0 {
+                    start(ImageDisk::new(image.clone(), changed, image.len()), value);
+                }
+            }
+        }
+    }
+}
+
+/// `TORUS_FUZZ_CORPUS=write` makes it anew, which a change of a format asks for.
+#[test]
+fn the_corpus_is_sound_and_harmless_however_it_is_cut() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/shard/tests/stored_bytes/corpus");
+    if std::env::var("TORUS_FUZZ_CORPUS").is_ok_and(|text| text == "write") {
+        let seeds = Seeds::new();
+        for (name, (number, at)) in kinds(&seeds) {
+            let (image, first) = (&seeds.images[number], at / BLOCK);
+            // A footer ends with the block of its trailer, all else begins where it is found.
+            let ranges =
+                (1..8).map(|count| if at % BLOCK == 0 { first..first + count } else { first + 1 - count..first + 1 });
+            let mut pieces = ranges.map(|blocks| &image[blocks.start * BLOCK..blocks.end * BLOCK]);
+            let sound = pieces.find(|bytes| check_decoders(bytes, &mut Chance::new(1)) > 0);
+            std::fs::write(folder.join(name), sound.unwrap()).unwrap();
+        }
+    }
     let mut seen = 0;
     for entry in std::fs::read_dir(&folder).unwrap() {
         let path = entry.unwrap().path();
         let bytes = std::fs::read(&path).unwrap();
-        check_decoders(&bytes, &mut Chance::new(1));
+        let sound = check_decoders(&bytes, &mut Chance::new(1));
+        assert!(sound > 0, "{}: not of this format; TORUS_FUZZ_CORPUS=write makes it anew", path.display());
+        for cut in (0..bytes.len()).step_by(7) {
+            check_decoders(&bytes[..cut], &mut Chance::new(1));
+            check_decoders(&bytes[cut..], &mut Chance::new(1));
+        }
         seen += 1;
     }
-    assert!(seen > 0, "{}: no corpus", folder.display());
+    assert!(seen >= 4, "{}: {seen} files", folder.display());
 }
