@@ -8,7 +8,7 @@ use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
 use torus_rpc::control::ask_damage;
-use torus_tests::cluster::{Cluster, ClusterOptions};
+use torus_tests::cluster::{Cluster, ClusterOptions, NbdServer};
 use torus_tests::tools::qemu_io_ok;
 use torus_tests::wait;
 
@@ -16,13 +16,13 @@ const BLOCK: usize = 4096;
 /// What the volume is filled with, as qemu-io names it.
 const PATTERN: u8 = 85;
 
-fn filled(name: &'static str) -> Cluster {
+fn filled(name: &'static str) -> (Cluster, NbdServer) {
     let node_arguments = vec!["--scrub-rate".to_string(), "1GiB".to_string()];
     let mut cluster = Cluster::start(ClusterOptions { node_arguments, ..ClusterOptions::new(name, 3) });
     cluster.torusblk(&["volume", "create", "demo", "64MiB"]).ok();
     let server = cluster.serve();
     qemu_io_ok(&server.url("demo"), &["write -P 85 0 4M", "write -P 85 20M 1M", "flush"]);
-    cluster
+    (cluster, server)
 }
 
 /// Changes a byte in the first `count` blocks with the volume's content.
@@ -72,7 +72,7 @@ fn damaged_now(cluster: &Cluster, node: usize) -> u64 {
 
 #[test]
 fn a_scrub_finds_what_rotted_and_a_peer_mends_it() {
-    let mut cluster = filled("scrub");
+    let (mut cluster, server) = filled("scrub");
     rot(&cluster, 0, 3);
     let first = pass(&cluster, 0);
     assert_eq!((&first["damaged"], &first["conflicts"]), (&3.into(), &0.into()), "{first}");
@@ -87,14 +87,12 @@ fn a_scrub_finds_what_rotted_and_a_peer_mends_it() {
     cluster.start_node(0);
     let status = scrub(&cluster, &["status"], 0);
     assert_eq!(status["last"]["started_s"], second["started_s"]);
-    let server = cluster.serve();
     qemu_io_ok(&server.url("demo"), &["read -P 85 0 4M", "read -P 85 20M 1M"]);
 }
 
 #[test]
 fn a_read_that_meets_rot_is_answered_rightly_and_has_it_mended() {
-    let mut cluster = filled("rot-read");
-    let server = cluster.serve();
+    let (mut cluster, server) = filled("rot-read");
     rot(&cluster, 0, 200);
     // Reads go to any replica: after some rounds each was asked for each block.
     let log_has_repairs = |cluster: &mut Cluster| cluster.node(0).log().matches("repaired a block").count() >= 200;
