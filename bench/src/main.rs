@@ -6,7 +6,9 @@
 //! * `fio`         the profiles of `fio-profiles/`
 //! * `library`     a volume without NBD
 //! * `spike`       what our seams cost on the disk
+//! * `store`       one shard on the disk: log, index, start, cleaning
 //! * `count`       system calls and allocations per operation
+//! * `random`      offsets that nothing foresees
 //! * `processes`   CPU time and memory of others
 //! * `statistics`  medians and spreads
 //! * `report`      tables and JSON
@@ -19,11 +21,13 @@ mod library;
 mod machine;
 mod options;
 mod processes;
+mod random;
 mod report;
 mod rounds;
 mod spike;
 mod stand;
 mod statistics;
+mod store;
 
 use clap::Parser;
 use options::{Command, CommandLine};
@@ -39,6 +43,7 @@ fn main() -> ExitCode {
         Some(Command::Compare(compare)) => rounds::compare(&compare),
         Some(Command::Spike(effort)) => spike::run(&effort),
         Some(Command::Library(effort)) => library::run(&effort),
+        Some(Command::Store(options)) => store::run(&options),
         Some(Command::Count(effort)) => count::run(&effort),
     };
     match done {
