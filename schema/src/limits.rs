@@ -54,6 +54,16 @@ pub const BATCHES_IN_FLIGHT_MAX: usize = 4;
 /// Share of a shard kept for cleaning, tombstones and resync, in percent.
 pub const RESERVE_PERCENT: u64 = 7;
 
+/// Damaged blocks a shard lists, at about 100 bytes each; more are counted, and found again by the next scrub.
+pub const DAMAGED_LISTED_MAX: usize = 16 * 1024;
+/// Conflicts (two whole copies of one version that differ) a shard lists: each is for a person to look at.
+pub const CONFLICTS_LISTED_MAX: usize = 1024;
+/// Damaged blocks of a shard that are being repaired at once: a repair is a read at a peer and an append here.
+pub const REPAIRS_IN_FLIGHT_MAX: usize = 16;
+/// Pause before a damaged block that no peer had is asked for again, growing from the first to the second.
+pub const REPAIR_PAUSE_MIN: Duration = Duration::from_secs(1);
+pub const REPAIR_PAUSE_MAX: Duration = Duration::from_secs(600);
+
 /// What one connection to a shard may have under way before it is not read from; an idle one may always start.
 pub const CONNECTION_REQUESTS_MAX: usize = 1024;
 pub const CONNECTION_BYTES_MAX: u64 = 64 * MIB;

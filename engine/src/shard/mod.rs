@@ -6,6 +6,9 @@
 //! * `requests`  what is asked, checked and answered
 //! * `reads`     blocks from the disk, verified
 //! * `volumes`   instances, writers, flush points
+//! * `damage`    what cannot be read as it was written
+//! * `peers`     who else holds a slice
+//! * `repair`    what is damaged is fetched from them
 //! * `pins`      what is superseded and kept
 //! * `state`     what a record does to index, space and volumes
 //! * `queue`     appends gathered into batches (pure)
@@ -16,9 +19,12 @@
 
 mod append;
 mod cleaner;
+mod damage;
+mod peers;
 mod pins;
 mod queue;
 mod reads;
+mod repair;
 mod replay;
 mod requests;
 mod start;
@@ -29,6 +35,8 @@ mod volumes;
 
 use crate::log::{BatchNumber, FormatError, Geometry};
 use bytes::Bytes;
+pub use peers::PeerTable;
+use peers::Peers;
 use queue::{Need, Queue, Syncs};
 pub use reads::Chunk;
 use state::Contents;
@@ -93,6 +101,13 @@ pub struct ShardStatistics {
     pub segments_cleaned: u64,
     pub checksum_errors: u64,
     pub refused: u64,
+    /// Blocks that cannot be read as they were written and are not repaired yet.
+    pub damaged: u64,
+    /// Such blocks found and repaired since the shard was opened.
+    pub damaged_found: u64,
+    pub repaired: u64,
+    /// Blocks of which a peer has another content under the same version.
+    pub conflicts: u64,
     pub full: bool,
     pub failed: bool,
     /// Something durable was lost in this shard's life: instances older than that are refused.
@@ -110,6 +125,7 @@ struct State {
     failed: Option<Refusal>,
     closing: bool,
     cleaner_stopped: bool,
+    repairer_stopped: bool,
     statistics: ShardStatistics,
 }
 
@@ -121,6 +137,9 @@ pub struct Shard<R: Runtime> {
     state: RefCell<State>,
     /// Told after every change of the state that anybody could wait for.
     changed: Notify,
+    /// Told when there is something to repair or to scrub, and when that has to stop.
+    background: Notify,
+    peers: Peers<R::Link>,
     pump_planned: Cell<bool>,
 }
 
@@ -166,12 +185,17 @@ impl<R: Runtime> Shard<R> {
     pub fn statistics(&self) -> ShardStatistics {
         let state = self.state.borrow();
         let space = &state.contents.space;
+        let damage = state.contents.damage.counts();
         ShardStatistics {
             segments: self.geometry.segments,
             segments_free: space.free(),
             segment_bytes: u64::from(self.geometry.blocks) * BLOCK_BYTES,
             live_bytes: space.live() * BLOCK_BYTES,
             volumes: state.contents.volumes.values().filter(|volume| volume.layout.is_some()).count() as u32,
+            damaged: damage.damaged,
+            damaged_found: damage.found,
+            repaired: damage.repaired,
+            conflicts: damage.conflicts,
             full: space.is_full(),
             failed: state.failed.is_some(),
             lost: state.lost_below > BatchNumber(0),
@@ -184,11 +208,13 @@ impl<R: Runtime> Shard<R> {
     pub async fn close(self: &Rc<Self>) {
         self.state.borrow_mut().closing = true;
         self.changed.notify();
+        self.background.notify();
         let idle = || {
             let state = self.state.borrow();
             let waits = state.queue.waits_for_space(state.contents.space.free());
             let idle = state.queue.in_flight == 0 && !state.queue.opening && (state.queue.is_empty() || waits);
-            (state.failed.is_some() || (state.cleaner_stopped && idle)).then_some(())
+            let stopped = state.cleaner_stopped && state.repairer_stopped;
+            (state.failed.is_some() || (stopped && idle)).then_some(())
         };
         self.changed.until(idle).await;
         let ready = {

@@ -4,6 +4,7 @@
 //! record can be understood or freed without them; then all records, segment by segment; then a sync and footers for what had none, so that a decision
 //! about a torn tail is never made twice; only then is anything appended.
 
+use super::peers::Peers;
 use super::queue::{Queue, Syncs};
 use super::replay::{self, Notes};
 use super::state::Contents;
@@ -88,6 +89,7 @@ impl<R: Runtime> Shard<R> {
             failed: None,
             closing: false,
             cleaner_stopped: false,
+            repairer_stopped: false,
             statistics: ShardStatistics::default(),
         };
         let shard = Rc::new(Shard {
@@ -97,9 +99,12 @@ impl<R: Runtime> Shard<R> {
             geometry,
             state: RefCell::new(state),
             changed: Notify::default(),
+            background: Notify::default(),
+            peers: Peers::new(identity),
             pump_planned: Cell::new(false),
         });
         shard.runtime.spawn().spawn(Class::Background, shard.clone().clean_forever());
+        shard.runtime.spawn().spawn(Class::Background, shard.clone().repair_forever());
         Ok(shard)
     }
 }

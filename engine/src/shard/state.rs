@@ -1,5 +1,6 @@
 //! What a record does to the shard once it stands in the log: synchronous, the same at run time and at a start.
 
+use super::damage::Damage;
 use super::pins::Kept;
 use super::volumes::Volume;
 use crate::index::{Applied, AtTie, ClearRange, Entry, Found, Index, Place};
@@ -17,11 +18,13 @@ pub struct Contents {
     pub space: Space,
     pub volumes: AHashMap<VolumeId, Volume>,
     pub dropped: AHashSet<VolumeId>,
+    pub damage: Damage,
 }
 
 impl Contents {
     pub fn new(space: Space) -> Self {
-        Self { index: Index::default(), space, volumes: AHashMap::new(), dropped: AHashSet::new() }
+        let (index, damage) = (Index::default(), Damage::default());
+        Self { index, space, volumes: AHashMap::new(), dropped: AHashSet::new(), damage }
     }
 
     /// Applies a record that stands in `segment`. `origins`: it is the cleaner's copy of blocks that lay there.
@@ -154,6 +157,7 @@ impl Contents {
 
     fn drop_volume(&mut self, volume: VolumeId) {
         self.dropped.insert(volume);
+        self.damage.drop_volume(volume);
         let space = &mut self.space;
         self.index.drop_volume(volume, |entry| space.remove_live(entry.position));
         let pins = self.volumes.remove(&volume).map(|volume| volume.pins).unwrap_or_default();
