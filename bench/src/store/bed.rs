@@ -11,7 +11,7 @@ use std::rc::Rc;
 use torus_engine::disk::direct::DirectDisk;
 use torus_engine::node::no_metadata::NoMetadata;
 use torus_engine::shard::{Shard, ShardIdentity, ShardStatistics};
-use torus_rpc::message::{Answer, Envelope, Operation};
+use torus_rpc::message::{Answer, Envelope, Operation, Refusal};
 use torus_rpc::runtime::glommio::GlommioRuntime;
 use torus_rpc::token::ClusterKey;
 use torus_schema::ids::{BlockIndex, ClusterId, Epoch, NodeId, RingGeneration, ShardIndex, SliceId, Version, VolumeId};
@@ -129,6 +129,15 @@ impl Writer {
 
     /// Answered when it can be read.
     pub async fn write(&self, first: u64, content: &Content) -> Result<()> {
+        if self.write_if_room(first, content).await? {
+            return Ok(());
+        }
+        let because = "the shard is full".to_string();
+        Err(BenchError::Failed { what: format!("a write at block {first}"), because })
+    }
+
+    /// False: refused, because the shard is full.
+    pub async fn write_if_room(&self, first: u64, content: &Content) -> Result<bool> {
         let (version, must_flush) = {
             let numbers = &mut *self.numbers.borrow_mut();
             numbers.last += 1;
@@ -147,9 +156,13 @@ impl Writer {
         self.numbers.borrow_mut().in_flight.remove(&version.sequence);
         match reply.answer {
             Answer::Written => {}
+            Answer::Refused(Refusal::NoSpace) => return Ok(false),
             other => return Err(unexpected("a write", &other)),
         }
-        if must_flush { self.flush().await } else { Ok(()) }
+        if must_flush {
+            self.flush().await?;
+        }
+        Ok(true)
     }
 
     /// F moves to what had been answered before.
@@ -215,18 +228,37 @@ fn written_bytes() -> Result<u64> {
         .ok_or(BenchError::Failed { what: format!("what was written, from {path}"), because })
 }
 
-/// Sequentially, by frames of the largest size, eight at once.
-pub async fn fill(writer: &Writer, blocks: u64) -> Result<()> {
+/// Sequentially, by frames of the largest size, eight at once. Returns the blocks written: fewer if the shard refused
+/// some.
+pub async fn fill(writer: &Writer, blocks: u64) -> Result<u64> {
     const FRAME_BLOCKS: u64 = 256;
     const AT_ONCE: usize = 8;
     let content = Content::of_blocks(FRAME_BLOCKS as usize);
     let starts: Vec<u64> = (0..blocks / FRAME_BLOCKS).map(|frame| frame * FRAME_BLOCKS).collect();
+    let mut written = 0;
     for together in starts.chunks(AT_ONCE) {
-        futures::future::try_join_all(together.iter().map(|first| writer.write(*first, &content))).await?;
+        let writes = together.iter().map(|first| writer.write_if_room(*first, &content));
+        let taken = futures::future::try_join_all(writes).await?;
+        written += taken.iter().filter(|taken| **taken).count() as u64 * FRAME_BLOCKS;
+        if taken.contains(&false) {
+            return Ok(written);
+        }
     }
     let rest = Content::of_blocks(1);
     for block in blocks / FRAME_BLOCKS * FRAME_BLOCKS..blocks {
-        writer.write(block, &rest).await?;
+        if !writer.write_if_room(block, &rest).await? {
+            return Ok(written);
+        }
+        written += 1;
     }
-    writer.flush().await
+    writer.flush().await?;
+    Ok(written)
+}
+
+pub fn require_room(taken: u64, asked: u64) -> Result<()> {
+    if taken == asked {
+        return Ok(());
+    }
+    let because = format!("it is full after {taken} blocks, expected room for {asked}");
+    Err(BenchError::Failed { what: "filling the shard".to_string(), because })
 }

@@ -3,9 +3,14 @@
 //! * `bed`       the shard, and the writer of its volume
 //! * `traffic`   append, append + flush, random read, beside the raw file; group commit
 //! * `indexing`  insert and look-up, bytes for each block
+//! * `cleaning`  write amplification, beside what theory says (`analytic`)
+//! * `reads`     what a reader feels of the cleaner
 
+mod analytic;
 mod bed;
+mod cleaning;
 mod indexing;
+mod reads;
 mod traffic;
 
 use crate::error::{BenchError, Result};
@@ -17,18 +22,23 @@ use std::path::{Path, PathBuf};
 use torus_rpc::runtime::glommio::run as run_executor;
 use torus_tests::process;
 
-#[derive(Serialize)]
+/// A p99.9 wants more operations than a round of the others has.
+const READ_TIMES: u32 = 3;
+
+#[derive(Default, Serialize)]
 struct Outcome {
     machine: Machine,
     traffic: Vec<traffic::Row>,
     index: Vec<indexing::Row>,
+    cleaning: Vec<cleaning::Row>,
+    reads: Vec<reads::Row>,
 }
 
 pub fn run(options: &StoreOptions) -> Result<()> {
     let (rounds, time) = options.effort.rounds_and_time();
     let folder = folder(options)?;
     let place: PathBuf = folder.path().to_path_buf();
-    let mut outcome = Outcome { machine: Machine::describe(&place), traffic: Vec::new(), index: Vec::new() };
+    let mut outcome = Outcome { machine: Machine::describe(&place), ..Outcome::default() };
     if options.wants(StorePart::Index) {
         outcome.index = indexing::measure(options.effort.quick)?;
         indexing::print(&outcome.index);
@@ -36,6 +46,14 @@ pub fn run(options: &StoreOptions) -> Result<()> {
     if options.wants(StorePart::Traffic) {
         outcome.traffic = in_executor(traffic::measure(&place, rounds, time))?;
         traffic::print(&outcome.traffic);
+    }
+    if options.wants(StorePart::Reads) {
+        outcome.reads = in_executor(reads::measure(&place, READ_TIMES * time))?;
+        reads::print(&outcome.reads);
+    }
+    if options.wants(StorePart::Cleaning) {
+        outcome.cleaning = in_executor(cleaning::measure(&place, options.effort.quick))?;
+        cleaning::print(&outcome.cleaning);
     }
     let path = write_json("store", &outcome)?;
     eprintln!("bench: written to {}", path.display());

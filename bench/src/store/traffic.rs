@@ -4,7 +4,7 @@
 //! The raw side of append + flush is as many clients as the depth, each of which calls fdatasync behind its own write:
 //! one fio job with more in flight would not wait for the write it syncs.
 
-use super::bed::{BLOCK, Bed, Content, Counters, Writer, fill};
+use super::bed::{BLOCK, Bed, Content, Counters, Writer, fill, require_room};
 use crate::error::{BenchError, Result};
 use crate::fio::{self, Plain, Size};
 use crate::processes::own_cpu;
@@ -77,7 +77,7 @@ pub async fn measure(folder: &Path, rounds: usize, run: Duration) -> Result<Vec<
     eprintln!("bench: writing the raw file and the shard");
     let raw = written_file(folder, "raw")?;
     let bed = Bed::make(folder, "traffic", SHARD_BYTES, SEGMENT_BYTES, UNFLUSHED_BYTES_MAX).await?;
-    fill(&bed.writer, REGION_BLOCKS).await?;
+    require_room(fill(&bed.writer, REGION_BLOCKS).await?, REGION_BLOCKS)?;
     let cases: Vec<(Work, usize)> = WORKS.iter().flat_map(|work| DEPTHS.map(|depth| (*work, depth))).collect();
     let mut samples: Vec<Vec<Sample>> = cases.iter().map(|_| Vec::new()).collect();
     for round in 0..rounds {

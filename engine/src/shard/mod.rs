@@ -99,6 +99,8 @@ pub struct ShardStatistics {
     pub syncs: u64,
     pub bytes_appended: u64,
     pub segments_cleaned: u64,
+    /// Copied out of them.
+    pub blocks_moved: u64,
     pub checksum_errors: u64,
     pub refused: u64,
     /// Blocks that cannot be read as they were written and are not repaired yet.
