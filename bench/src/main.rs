@@ -6,6 +6,7 @@
 //! * `fio`         the profiles of `fio-profiles/`
 //! * `library`     a volume without NBD
 //! * `spike`       what our seams cost on the disk
+//! * `fill`        the life of a small node, filled to its end
 //! * `store`       one shard on the disk: log, index, start, cleaning
 //! * `count`       system calls and allocations per operation
 //! * `random`      offsets that nothing foresees
@@ -16,6 +17,7 @@
 
 mod count;
 mod error;
+mod fill;
 mod fio;
 mod library;
 mod machine;
@@ -44,6 +46,7 @@ fn main() -> ExitCode {
         Some(Command::Spike(effort)) => spike::run(&effort),
         Some(Command::Library(effort)) => library::run(&effort),
         Some(Command::Store(options)) => store::run(&options),
+        Some(Command::Fill(options)) => fill::run(&options),
         Some(Command::Count(effort)) => count::run(&effort),
     };
     match done {

@@ -30,6 +30,8 @@ pub enum Command {
     Library(Effort),
     /// One shard on a file, without network: log, index, start, cleaning, beside the raw file
     Store(StoreOptions),
+    /// A node filled to its end, overwritten, trimmed, deleted and filled again: write amplification and latencies
+    Fill(FillOptions),
     /// System calls and context switches (needs `perf` and root), and allocations, per 4 KiB operation
     Count(Effort),
 }
@@ -104,6 +106,16 @@ pub struct StoreOptions {
     /// Where the block files are made and removed again, on the disk that is measured [default: the build folder]
     #[arg(long, value_name = "DIR")]
     pub dir: Option<PathBuf>,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct FillOptions {
+    /// How many times its size the full node is overwritten
+    #[arg(long, value_name = "N", default_value_t = 10)]
+    pub times: u64,
+    /// A node of 512 MiB instead of 2 GiB
+    #[arg(long)]
+    pub quick: bool,
 }
 
 impl StoreOptions {

@@ -2,6 +2,7 @@
 //! protocol says.
 
 use crate::error::{BenchError, Result};
+use crate::processes::Watched;
 use crate::stand::written_file_of;
 use bytes::Bytes;
 use std::cell::RefCell;
@@ -21,7 +22,7 @@ pub type BenchRuntime = GlommioRuntime<NoMetadata, DirectDisk>;
 pub type BenchShard = Shard<BenchRuntime>;
 
 pub const BLOCK: usize = BLOCK_BYTES as usize;
-const GENERATION: RingGeneration = RingGeneration(1);
+pub const GENERATION: RingGeneration = RingGeneration(1);
 const EPOCH: Epoch = Epoch(1);
 
 pub fn identity() -> ShardIdentity {
@@ -214,18 +215,9 @@ pub struct Counters {
 
 impl Counters {
     pub fn now(shard: &BenchShard) -> Result<Self> {
-        Ok(Self { shard: shard.statistics(), disk_bytes: written_bytes()? })
+        let disk_bytes = Watched::new("the bench", std::process::id()).written_bytes()?;
+        Ok(Self { shard: shard.statistics(), disk_bytes })
     }
-}
-
-fn written_bytes() -> Result<u64> {
-    let path = "/proc/self/io";
-    let text = std::fs::read_to_string(path).map_err(BenchError::wrap(path))?;
-    let field = text.lines().find_map(|line| line.strip_prefix("write_bytes: "));
-    let because = "there is no number behind write_bytes".to_string();
-    field
-        .and_then(|number| number.parse().ok())
-        .ok_or(BenchError::Failed { what: format!("what was written, from {path}"), because })
 }
 
 /// Sequentially, by frames of the largest size, eight at once. Returns the blocks written: fewer if the shard refused

@@ -25,6 +25,8 @@ pub const SEGMENT_BYTES: u64 = 4 * MIB;
 pub const FLUSH_BYTES: u64 = 4 * MIB;
 const DEPTH: usize = 32;
 const PERCENTS: [u64; 3] = [70, 80, 90];
+/// Beyond it the theory knows no end.
+const RHO_MAX: f64 = 0.999;
 /// Half sizes of the live data that are written before it counts, and then.
 const WARM_UP_HALVES: usize = 8;
 const MEASURED_HALVES: usize = 4;
@@ -74,7 +76,7 @@ struct Figures {
     says_full: bool,
     /// It refused a write for want of space, and that was the end.
     refused: bool,
-    /// Live blocks by those of all segments but the ones kept free.
+    /// Live blocks by the room for blocks in all segments but the ones kept free.
     rho: f64,
     /// Blocks written and moved, by blocks written: what the theory is about.
     amplification: f64,
@@ -124,7 +126,7 @@ async fn overwritten(bed: &Bed, pattern: Pattern, blocks: u64) -> Result<Figures
         let since = Counters::now(&bed.shard)?;
         let done = overwrite(&bed.writer, blocks / 2, || pattern.block(&mut random.borrow_mut(), blocks)).await?;
         written += done;
-        by_halves.push(amplification(done, &since, &Counters::now(&bed.shard)?));
+        by_halves.push(amplification_of(done, &since, &Counters::now(&bed.shard)?));
         free_segments.push(f64::from(bed.shard.statistics().segments_free));
         refused = done < blocks / 2;
         if refused {
@@ -134,25 +136,29 @@ async fn overwritten(bed: &Bed, pattern: Pattern, blocks: u64) -> Result<Figures
     let (after, took) = (Counters::now(&bed.shard)?, started.elapsed());
     let free = free_segments.iter().sum::<f64>() / free_segments.len() as f64;
     let segments = f64::from(after.shard.segments) - free;
-    let rho = blocks as f64 / (segments * (SEGMENT_BYTES / BLOCK as u64) as f64);
     let client_bytes = (written * BLOCK as u64) as f64;
     let per_byte = |bytes: u64| bytes as f64 / client_bytes;
+    let amplification = amplification_of(written, &before, &after);
+    let disk_bytes_per_byte = per_byte(after.disk_bytes - before.disk_bytes);
+    // Headers and footers take part of the room.
+    let room = segments * (SEGMENT_BYTES / BLOCK as u64) as f64 * amplification / disk_bytes_per_byte;
+    let rho = (blocks as f64 / room).min(RHO_MAX);
     Ok(Figures {
         says_full: after.shard.full,
         refused,
         rho,
-        amplification: amplification(written, &before, &after),
+        amplification,
         amplification_by_halves: by_halves,
         log_bytes_per_byte: per_byte(after.shard.bytes_appended - before.shard.bytes_appended),
-        disk_bytes_per_byte: per_byte(after.disk_bytes - before.disk_bytes),
+        disk_bytes_per_byte,
         client_mib_per_second: client_bytes / MIB as f64 / took.as_secs_f64(),
         segments_cleaned: after.shard.segments_cleaned - before.shard.segments_cleaned,
-        analytic_in_turn: analytic::in_turn(pattern.classes(), rho.min(0.999)),
-        analytic_apart: analytic::apart(pattern.classes(), rho.min(0.999)),
+        analytic_in_turn: analytic::in_turn(pattern.classes(), rho),
+        analytic_apart: analytic::apart(pattern.classes(), rho),
     })
 }
 
-fn amplification(written: u64, before: &Counters, after: &Counters) -> f64 {
+fn amplification_of(written: u64, before: &Counters, after: &Counters) -> f64 {
     1.0 + (after.shard.blocks_moved - before.shard.blocks_moved) as f64 / written as f64
 }
 
@@ -203,7 +209,7 @@ pub fn print(rows: &[Row]) {
     };
     let header = [
         "4 KiB overwrites, % of the file live",
-        "live ÷ in use",
+        "live ÷ room",
         "amplification",
         "theory: in turn",
         "theory: hot apart",

@@ -3,6 +3,7 @@
 //! * `bed`       the shard, and the writer of its volume
 //! * `traffic`   append, append + flush, random read, beside the raw file; group commit
 //! * `indexing`  insert and look-up, bytes for each block
+//! * `starting`  starts, by what the shard holds
 //! * `cleaning`  write amplification, beside what theory says (`analytic`)
 //! * `reads`     what a reader feels of the cleaner
 
@@ -11,6 +12,7 @@ mod bed;
 mod cleaning;
 mod indexing;
 mod reads;
+mod starting;
 mod traffic;
 
 use crate::error::{BenchError, Result};
@@ -30,6 +32,7 @@ struct Outcome {
     machine: Machine,
     traffic: Vec<traffic::Row>,
     index: Vec<indexing::Row>,
+    start: Vec<starting::Row>,
     cleaning: Vec<cleaning::Row>,
     reads: Vec<reads::Row>,
 }
@@ -46,6 +49,10 @@ pub fn run(options: &StoreOptions) -> Result<()> {
     if options.wants(StorePart::Traffic) {
         outcome.traffic = in_executor(traffic::measure(&place, rounds, time))?;
         traffic::print(&outcome.traffic);
+    }
+    if options.wants(StorePart::Start) {
+        outcome.start = in_executor(starting::measure(&place, rounds, options.effort.quick))?;
+        starting::print(&outcome.start);
     }
     if options.wants(StorePart::Reads) {
         outcome.reads = in_executor(reads::measure(&place, READ_TIMES * time))?;
