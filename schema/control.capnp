@@ -28,4 +28,7 @@ struct ShardStatus {
   bytesAppended @11 :UInt64;
   checksumErrors @12 :UInt64;
   refused @13 :UInt64;
+  # Blocks with data that the index knows, and the memory it takes for them.
+  indexBlocks @14 :UInt64;
+  indexBytes @15 :UInt64;
 }

@@ -40,6 +40,8 @@ pub struct ShardReport {
     pub bytes_appended: u64,
     pub checksum_errors: u64,
     pub refused: u64,
+    pub index_blocks: u64,
+    pub index_bytes: u64,
 }
 
 /// Asked at each call, so that nothing is kept up to date for nobody.
@@ -132,6 +134,8 @@ impl node_control::Server for Control {
             to.set_bytes_appended(shard.bytes_appended);
             to.set_checksum_errors(shard.checksum_errors);
             to.set_refused(shard.refused);
+            to.set_index_blocks(shard.index_blocks);
+            to.set_index_bytes(shard.index_bytes);
         }
         Ok(())
     }
@@ -170,6 +174,8 @@ fn read_report(status: torus_schema::control_capnp::node_status::Reader<'_>) -> 
         bytes_appended: shard.get_bytes_appended(),
         checksum_errors: shard.get_checksum_errors(),
         refused: shard.get_refused(),
+        index_blocks: shard.get_index_blocks(),
+        index_bytes: shard.get_index_bytes(),
     });
     let node = status.get_node()?.to_string()?;
     let heartbeat = status.get_heartbeat()?.to_string()?;
@@ -186,7 +192,9 @@ mod tests {
 
     impl Reporter for Fixed {
         fn report(&self) -> Pin<Box<dyn Future<Output = Result<NodeReport, String>>>> {
-            let shard = ShardReport { index: ShardIndex(1), live_bytes: u64::MAX, refused: 7, ..Default::default() };
+            let (live_bytes, index_blocks, index_bytes) = (u64::MAX, 11, 13);
+            let index = ShardIndex(1);
+            let shard = ShardReport { index, live_bytes, refused: 7, index_blocks, index_bytes, ..Default::default() };
             let report = NodeReport { node: "{}".into(), heartbeat: "{\"é\":1}".into(), shards: vec![shard] };
             Box::pin(async move { Ok(report) })
         }

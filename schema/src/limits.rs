@@ -45,6 +45,9 @@ pub const SEGMENT_BYTES: u64 = 64 * MIB;
 pub const SHARD_BYTES_MIN: u64 = 8 * SEGMENT_BYTES;
 /// Block positions are 32 bits in the index.
 pub const SHARD_BYTES_MAX: u64 = (1 << 32) * BLOCK_BYTES;
+/// Looked at, at the start and at the end of a device that is to be formatted: there every file system, partition
+/// table, RAID or volume manager leaves its mark (ZFS reaches furthest, 512 KiB from either end).
+pub const DEVICE_PROBE_BYTES: u64 = MIB;
 /// Executors of one node: beyond this a machine runs several nodes.
 pub const SHARDS_PER_NODE_MAX: u16 = 256;
 /// Cores that `--cpus` can name: what a kernel's CPU set holds.

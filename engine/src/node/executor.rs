@@ -3,7 +3,8 @@
 //! The node's main thread reaches it by commands alone, for what happens once in a while: numbers, a deleted volume,
 //! the end. Nothing of the data path passes here.
 
-use crate::disk::direct::DirectDisk;
+use crate::disk::area::{AreaKind, BlockArea};
+use crate::disk::direct::{DirectDisk, DirectError};
 use crate::node::no_metadata::NoMetadata;
 use crate::shard::{Chunk, Shard, ShardIdentity, ShardStatistics};
 use bytes::Bytes;
@@ -12,7 +13,6 @@ use futures::channel::{mpsc, oneshot};
 use std::cell::Cell;
 use std::net::TcpListener;
 use std::os::fd::{FromRawFd, IntoRawFd};
-use std::path::PathBuf;
 use std::rc::Rc;
 use thiserror::Error;
 use torus_rpc::message::{Envelope, Operation, Reply};
@@ -29,8 +29,7 @@ type DirectChunk = Chunk<<DirectDisk as Disk>::Bytes>;
 /// Everything a shard's thread needs to know.
 pub struct ShardOptions {
     pub identity: ShardIdentity,
-    pub block_file: PathBuf,
-    pub bytes: u64,
+    pub area: BlockArea,
     pub cpu: Option<usize>,
 }
 
@@ -50,27 +49,54 @@ pub enum ShardThreadError {
     Refused { shard: ShardIndex, because: String },
 }
 
-/// Makes the block file, in an executor that ends with it.
+/// Makes the shard, in an executor that ends with it. Its device, if it has one, was emptied.
 pub async fn format(options: ShardOptions) -> Result<(), ShardThreadError> {
+    in_own_thread(options, "formatted", async |options: &ShardOptions, runtime: &ShardRuntime| {
+        let disk = match options.area.kind {
+            AreaKind::File => DirectDisk::create(&options.area.path, options.area.bytes).await,
+            AreaKind::Device => DirectDisk::open_area(&options.area).await,
+        };
+        let disk = disk.map_err(text)?;
+        let formatted = Shard::format(runtime, &disk, options.identity, SEGMENT_BYTES).await;
+        formatted.map_err(|error| error.to_string())?;
+        disk.sync().await.map_err(|error| error.to_string())?;
+        disk.close().await.map_err(text)
+    })
+    .await
+}
+
+/// The area has become larger: the shard takes all of it.
+pub async fn grow(options: ShardOptions) -> Result<(), ShardThreadError> {
+    in_own_thread(options, "grown", async |options: &ShardOptions, _: &ShardRuntime| {
+        let disk = DirectDisk::open_area(&options.area).await.map_err(text)?;
+        Shard::<ShardRuntime>::grow(&disk, options.identity).await.map_err(|error| error.to_string())?;
+        disk.close().await.map_err(text)
+    })
+    .await
+}
+
+async fn in_own_thread<F>(options: ShardOptions, what: &'static str, task: F) -> Result<(), ShardThreadError>
+where
+    F: AsyncFnOnce(&ShardOptions, &ShardRuntime) -> Result<(), String> + Send + 'static,
+{
     let shard = options.identity.shard;
-    let failed = move |because| ShardThreadError::Start { shard, what: "formatted", because };
-    let (answer, formatted) = oneshot::channel();
+    let failed = move |because| ShardThreadError::Start { shard, what, because };
+    let (answer, answered) = oneshot::channel();
     let work = move || {
-        let result = executor::run(&options.thread_name(), options.cpu, format_here(&options));
+        let task = async {
+            let runtime = ShardRuntime::new(NoMetadata);
+            task(&options, &runtime).await
+        };
+        let result = executor::run(&options.thread_name(), options.cpu, task);
         // Nobody waits any more only if the node is being stopped.
         let _ = answer.send(result.map_err(|error| error.to_string()).and_then(|inner| inner));
     };
     std::thread::Builder::new().spawn(work).map_err(|error| failed(error.to_string()))?;
-    formatted.await.map_err(|_| ShardThreadError::Ended { shard })?.map_err(failed)
+    answered.await.map_err(|_| ShardThreadError::Ended { shard })?.map_err(failed)
 }
 
-async fn format_here(options: &ShardOptions) -> Result<(), String> {
-    let runtime = ShardRuntime::new(NoMetadata);
-    let disk = DirectDisk::create(&options.block_file, options.bytes).await.map_err(|error| error.to_string())?;
-    let formatted = Shard::format(&runtime, &disk, options.identity, SEGMENT_BYTES).await;
-    formatted.map_err(|error| error.to_string())?;
-    disk.sync().await.map_err(|error| error.to_string())?;
-    disk.close().await.map_err(|error| error.to_string())
+fn text(error: DirectError) -> String {
+    error.to_string()
 }
 
 /// A shard's numbers, with those of its port.
@@ -150,7 +176,7 @@ impl ShardThread {
 }
 
 async fn open(options: &ShardOptions, key: ClusterKey) -> Result<Rc<Shard<ShardRuntime>>, String> {
-    let disk = DirectDisk::open(&options.block_file).await.map_err(|error| error.to_string())?;
+    let disk = DirectDisk::open_area(&options.area).await.map_err(|error| error.to_string())?;
     let runtime = ShardRuntime::new(NoMetadata);
     Shard::open(runtime, disk, options.identity, key).await.map_err(|error| error.to_string())
 }

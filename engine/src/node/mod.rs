@@ -1,6 +1,7 @@
 //! The life of a storage node: lock the data dir, find the cluster, format or check, open the shards, join, serve,
 //! leave.
 //!
+//! * `disks`        what is done with files and devices before they serve: format, growth
 //! * `executor`     a shard's thread
 //! * `no_metadata`  what a shard asks the metadata store for
 //! * `shards`       all of them, as the main thread sees them
@@ -12,6 +13,7 @@
 //! metadata store is away, the shards serve on.
 
 pub mod deleting;
+mod disks;
 pub mod executor;
 pub mod joining;
 pub mod membership;
@@ -20,12 +22,12 @@ pub mod shards;
 
 use crate::config::NodeArguments;
 use crate::control;
-use crate::datadir::{DataDir, DataDirError, Found, Identity};
-use crate::node::executor::{ShardOptions, ShardThread, ShardThreadError};
+use crate::datadir::{DataDir, DataDirError, Devices, Found, Identity};
+use crate::node::disks::Disks;
+use crate::node::executor::{ShardThread, ShardThreadError};
 use crate::node::joining::Joined;
 use crate::node::membership::{Membership, MembershipError};
 use crate::node::shards::{NodeReporter, Shards};
-use crate::shard::ShardIdentity;
 use std::convert::Infallible;
 use std::net::{SocketAddr, TcpListener};
 use std::rc::Rc;
@@ -111,6 +113,8 @@ struct Node<'a> {
     shards: Rc<Shards>,
     control: tokio::net::TcpListener,
     reporter: Rc<NodeReporter>,
+    /// Held, so that nobody mounts or formats them meanwhile.
+    _devices: Devices,
     /// Ends with the node.
     _embedded: Option<EmbeddedServer>,
 }
@@ -121,25 +125,22 @@ impl<'a> Node<'a> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         // What is wrong with the settings is said before anybody is asked for anything.
         if !matches!(found, Found::Formatted(_)) {
-            dir.plan_format(arguments.size, arguments.shards_for_format(cores))?;
+            Disks { arguments, dir, cores }.plan_format()?;
         }
         let host = arguments.advertised_host().map_err(NodeError::Setting)?;
         let (embedded, url) = start_embedded(arguments, dir)?;
         let metadata = AnyMetadata::connect(&url, arguments.deadline)?;
         let cluster = find_cluster(&metadata, &url, embedded.is_some()).await?;
         let key = ClusterKey::from_hex(&cluster.key)?;
-        let identity = match found {
-            Found::Formatted(identity) => {
-                dir.check(&identity, cluster.id, arguments.size, arguments.shards)?;
-                dir.forget_format()?;
-                identity
-            }
-            Found::Empty | Found::InterruptedFormat => format(arguments, dir, &cluster, cores, &found).await?,
+        let disks = Disks { arguments, dir, cores };
+        let (identity, devices) = match found {
+            Found::Formatted(identity) => disks.take(identity, cluster.id).await?,
+            Found::Empty | Found::InterruptedFormat => disks.format(&cluster, &found).await?,
         };
         let listeners = Listeners::bind(arguments, identity.shards)?;
         let record = node_record(arguments, &identity, &host, &listeners)?;
         let mut threads = Vec::new();
-        let options = shard_options(arguments, dir, &identity, cores);
+        let options = disks.shard_options(&identity);
         for (options, listener) in options.into_iter().zip(listeners.shards) {
             threads.push(ShardThread::start(options, key.clone(), listener).await?);
         }
@@ -152,7 +153,7 @@ impl<'a> Node<'a> {
         tracing::info!(node = %identity.node, cluster = %cluster.id, control = record.control, "serving");
         let reporter = Rc::new(NodeReporter { record, started_s: membership.started_s(), shards: shards.clone() });
         let (id, control) = (identity.node, listeners.control);
-        Ok(Node { id, metadata, membership, shards, control, reporter, _embedded: embedded })
+        Ok(Node { id, metadata, membership, shards, control, reporter, _devices: devices, _embedded: embedded })
     }
 
     /// Until a signal, or until it cannot go on.
@@ -256,48 +257,6 @@ async fn find_cluster(metadata: &AnyMetadata, url: &str, is_embedded: bool) -> R
         // A cluster made since the question shows in the watch, which starts before everything.
         metadata.watch(&key, Revision(1)).await?.next().await?;
     }
-}
-
-async fn format(
-    arguments: &NodeArguments,
-    dir: &DataDir,
-    cluster: &ClusterRecord,
-    cores: usize,
-    found: &Found,
-) -> Result<Identity, NodeError> {
-    let path = dir.path().display();
-    match found {
-        Found::InterruptedFormat => tracing::warn!("data dir {path}: a format was cut off; formatting it again"),
-        _ => tracing::info!("data dir {path} is empty: formatting it for cluster {}", cluster.id),
-    }
-    dir.begin_format()?;
-    let layout = dir.plan_format(arguments.size, arguments.shards_for_format(cores))?;
-    let node = NodeId::random();
-    let draft = Identity {
-        format_version: 0,
-        cluster: cluster.id,
-        node,
-        shards: layout.shards,
-        shard_bytes: layout.shard_bytes,
-        size: layout.size.to_string(),
-    };
-    for options in shard_options(arguments, dir, &draft, cores) {
-        executor::format(options).await?;
-    }
-    let identity = dir.finish_format(cluster.id, node, &layout)?;
-    tracing::info!(node = %node, shards = layout.shards, shard_bytes = layout.shard_bytes, "formatted");
-    Ok(identity)
-}
-
-fn shard_options(arguments: &NodeArguments, dir: &DataDir, identity: &Identity, cores: usize) -> Vec<ShardOptions> {
-    let pinning = arguments.pinning(identity.shards, cores);
-    let option = |shard: ShardIndex| ShardOptions {
-        identity: ShardIdentity { cluster: identity.cluster, node: identity.node, shard },
-        block_file: dir.block_file(shard),
-        bytes: identity.shard_bytes,
-        cpu: pinning.as_ref().map(|cpus| cpus[usize::from(shard.0)]),
-    };
-    (0..identity.shards).map(ShardIndex).map(option).collect()
 }
 
 /// Bound before anything is opened, without SO_REUSEPORT, so that a port that is taken is an error.

@@ -67,6 +67,8 @@ fn report_of(index: ShardIndex, numbers: &Numbers) -> ShardReport {
         bytes_appended: shard.bytes_appended,
         checksum_errors: shard.checksum_errors,
         refused: shard.refused,
+        index_blocks: shard.index_blocks,
+        index_bytes: shard.index_bytes,
     }
 }
 

@@ -15,11 +15,13 @@
 //! * `append`    batches and syncs on their way to the disk
 //! * `cleaner`   gives space back
 //! * `start`     format and recovery
+//! * `grow`      a disk that became larger
 //! * `replay`    which of several copies counts then
 
 mod append;
 mod cleaner;
 mod damage;
+mod grow;
 mod peers;
 mod pins;
 mod queue;
@@ -103,6 +105,9 @@ pub struct ShardStatistics {
     pub blocks_moved: u64,
     pub checksum_errors: u64,
     pub refused: u64,
+    /// Blocks with data that the index knows, and the memory it takes for them.
+    pub index_blocks: u64,
+    pub index_bytes: u64,
     /// Blocks that cannot be read as they were written and are not repaired yet.
     pub damaged: u64,
     /// Such blocks found and repaired since the shard was opened.
@@ -194,6 +199,8 @@ impl<R: Runtime> Shard<R> {
             segment_bytes: u64::from(self.geometry.blocks) * BLOCK_BYTES,
             live_bytes: space.live() * BLOCK_BYTES,
             volumes: state.contents.volumes.values().filter(|volume| volume.layout.is_some()).count() as u32,
+            index_blocks: state.contents.index.blocks(),
+            index_bytes: state.contents.index.memory_bytes(),
             damaged: damage.damaged,
             damaged_found: damage.found,
             repaired: damage.repaired,

@@ -123,6 +123,10 @@ impl Machine {
         self.shard.borrow().clone().unwrap()
     }
 
+    pub fn is_up(&self) -> bool {
+        self.shard.borrow().is_some()
+    }
+
     pub async fn start(&self) -> Result<(), ShardError> {
         self.process.set(self.world.start_process());
         let shard = TestShard::open(self.runtime(), self.disk.clone(), self.identity, key()).await?;
@@ -165,6 +169,10 @@ pub struct Client {
 impl Client {
     /// Creates all its instances; does not open.
     pub async fn create(machine: &Machine, number: u8) -> Self {
+        Self::try_create(machine, number).await.unwrap()
+    }
+
+    pub async fn try_create(machine: &Machine, number: u8) -> Result<Self, Refusal> {
         let volume = volume(number);
         let envelope = Envelope { volume, generation: GENERATION, ..Envelope::NONE };
         let client = Self {
@@ -173,8 +181,8 @@ impl Client {
             envelope: Rc::new(Cell::new(envelope)),
             sequence: Rc::new(Cell::new(0)),
         };
-        assert_eq!(client.call(client.creation()).await, Ok(Answer::Created));
-        client
+        assert_eq!(client.call(client.creation()).await?, Answer::Created);
+        Ok(client)
     }
 
     pub fn creation(&self) -> Operation {
