@@ -173,7 +173,7 @@ mod tests {
     #[test]
     fn every_block_is_written_once_and_lies_inside_its_segment() {
         let geometry = Geometry::new(GIB, SEGMENT_BYTES);
-        let blocks = 1 << 14;
+        let blocks = 1 << 13;
         for pattern in [Pattern::Sequential, Pattern::Random] {
             let segment = SegmentIndex(1);
             let records = records(geometry, segment, pattern, 0..blocks, blocks);
