@@ -4,12 +4,18 @@
 //! * `requests`  what is refused, and with what
 //! * `recovery`  row by row
 //! * `repair`    damage, and peers that mend it
+//! * `scrub`     passes over everything
+//! * `supervisor` disks that fail under a shard
 //! * `space`     cleaning, full, dropping
 //! * `model`     seeded sequences of everything, with crashes, against a plain map
 
 mod harness;
 mod model;
 mod recovery;
+mod recovery_table;
 mod repair;
 mod requests;
+mod scrub;
+mod segments_ahead;
 mod space;
+mod supervisor;
