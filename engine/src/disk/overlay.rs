@@ -28,6 +28,11 @@ impl OverlayDisk {
         &self.area
     }
 
+    /// By those who believe that they write to the disk.
+    pub fn was_written(&self, block: u64) -> bool {
+        self.written.borrow().contains_key(&block)
+    }
+
     fn read_now(&self, offset: u64, bytes: usize) -> io::Result<Vec<u8>> {
         let mut out = vec![0; bytes];
         self.file.read_exact_at(&mut out, self.area.offset_bytes + offset)?;

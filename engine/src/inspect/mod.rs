@@ -77,20 +77,16 @@ pub fn run(arguments: &InspectArguments) -> Result<(), InspectError> {
     if damaged > 0 { Err(InspectError::Damaged { damaged, checked }) } else { Ok(()) }
 }
 
-fn inspect(
-    disk: OverlayDisk,
-    area: &BlockArea,
-    arguments: &InspectArguments,
-) -> Result<ShardInspection, InspectError> {
+fn inspect(disk: OverlayDisk, area: &BlockArea, arguments: &InspectArguments) -> Result<ShardInspection, InspectError> {
     let failed = |source| InspectError::Shard { path: area.path.clone(), source };
     let found = block_on(survey(&disk)).map_err(failed)?;
     let mut shard = ShardInspection::new(area, &found);
     if let Some((volume, block)) = arguments.block() {
-        shard.records = Some(records::of_block(&found, volume, block));
+        shard.records = Some(records::of_block(&disk, &found, volume, block)?);
     }
     if arguments.verify {
         let shows_progress = io::stderr().is_terminal();
-        shard.verified = Some(records::verify(&disk, &found, shows_progress));
+        shard.verified = Some(records::verify(&disk, &found, shows_progress)?);
     }
     Ok(shard)
 }

@@ -59,7 +59,8 @@ impl Opened {
             let mut offset_bytes = 0;
             while let Some(found) = read(offset_bytes)?.filter(|found| found.node == first.node) {
                 let bytes = found.size_bytes;
-                areas.push((found.shard, BlockArea { path: path.clone(), kind: AreaKind::Device, offset_bytes, bytes }));
+                areas
+                    .push((found.shard, BlockArea { path: path.clone(), kind: AreaKind::Device, offset_bytes, bytes }));
                 offset_bytes += bytes;
             }
         }

@@ -209,6 +209,12 @@ impl Space {
         (cost(segment) + gain <= self.payload_blocks).then_some(SegmentIndex(at))
     }
 
+    /// Blocks of data and bytes of notes in it that are needed.
+    pub fn needed(&self, segment: SegmentIndex) -> (u32, u64) {
+        let segment = &self.segments[segment.0 as usize];
+        (segment.live, segment.note_bytes)
+    }
+
     pub fn usage(&self, segment: SegmentIndex) -> Usage {
         self.segments[segment.0 as usize].usage
     }

@@ -16,6 +16,7 @@
 //! * `cleaner`   gives space back
 //! * `scrub`     finds damage before anybody asks
 //! * `start`     format and recovery
+//! * `survey`    what a start would believe, for `inspect`
 //! * `grow`      a disk that became larger
 //! * `replay`    which of several copies counts then
 //! * `supervisor` opens it anew when its disk failed
@@ -35,6 +36,7 @@ mod scrub;
 mod start;
 mod state;
 pub mod supervisor;
+pub mod survey;
 #[cfg(test)]
 mod tests;
 mod volumes;

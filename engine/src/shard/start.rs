@@ -133,7 +133,7 @@ pub(super) fn check_owner(found: &Superblock, expected: ShardIdentity) -> Result
     Ok(())
 }
 
-async fn recover<D: Disk>(
+pub(super) async fn recover<D: Disk>(
     disk: &D,
     geometry: Geometry,
     superblock: &mut Superblock,
