@@ -2,7 +2,7 @@
 //! to itself.
 
 use super::ShardError;
-use super::start::{read_superblock, recover};
+use super::start::{Now, read_superblock, recover};
 use super::state::Contents;
 use crate::disk::overlay::OverlayDisk;
 use crate::log::record::{Data, Record};
@@ -10,7 +10,8 @@ use crate::log::recovery;
 use crate::log::superblock::Superblock;
 use crate::log::{BatchNumber, Geometry, Position, SegmentIdentity, SegmentIndex};
 use ahash::AHashSet;
-use torus_rpc::runtime::DiskError;
+use std::time::Duration;
+use torus_rpc::runtime::{DiskError, Instant};
 use torus_schema::ids::VolumeId;
 use torus_schema::limits::BLOCK_BYTES;
 
@@ -53,13 +54,13 @@ pub struct Survey {
 }
 
 pub async fn survey(disk: &OverlayDisk) -> Result<Survey, ShardError> {
-    let superblock = read_superblock(disk).await?.map_err(ShardError::Superblock)?;
+    let superblock = read_superblock(disk).await?.map_err(ShardError::Superblock)?.superblock;
     if superblock.size_bytes != disk.area().bytes {
         return Err(ShardError::Size { found: disk.area().bytes, expected: superblock.size_bytes });
     }
     let geometry = Geometry::new(superblock.size_bytes, superblock.segment_bytes);
     let mut after = superblock.clone();
-    let (contents, scan) = recover(disk, geometry, &mut after).await?;
+    let (contents, scan) = recover(disk, geometry, &mut after, Now { now: Instant(Duration::ZERO), unix_s: 0 }).await?;
     let mut segments: Vec<SurveyedSegment> =
         (0..geometry.segments).map(|segment| unused(disk, geometry, SegmentIndex(segment))).collect();
     for found in &scan.segments {
@@ -71,7 +72,7 @@ pub async fn survey(disk: &OverlayDisk) -> Result<Survey, ShardError> {
             segment,
             state,
             identity: Some(found.identity),
-            opened_s: None,
+            opened_s: found.opened_s,
             batches: (found.first_batch, found.end_batch),
             live_blocks,
             note_bytes,
