@@ -199,8 +199,10 @@ mod tests {
     }
 
     #[test]
-    #[ignore = "prints the table of bench's README; minutes in debug"]
+    #[ignore = "writes the table of bench's README; minutes in debug"]
     fn table() {
+        use std::io::Write;
+        let mut out = std::io::stderr();
         for fill_percent in [70, 80, 90] {
             for overwriting in [Overwriting::Uniform, Overwriting::Skewed] {
                 for (choice, apart) in [
