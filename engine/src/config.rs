@@ -109,6 +109,10 @@ pub struct NodeArguments {
     /// Failure domain inside the rack. Default: this machine's host name
     #[arg(long)]
     pub host: Option<String>,
+    /// Bytes a second that scrubbing reads, all shards together: 20MiB, 1GiB, or 0 for no scrub but by order. Default: a
+    /// node of 1 TiB or less takes what reads 1 TiB in 24 hours (12.1 MiB), a larger one what reads it all in 24 hours
+    #[arg(long, value_name = "SIZE", value_parser = parse_rate)]
+    pub scrub_rate: Option<u64>,
     /// Join the ring by itself, where no volume exists yet
     #[arg(long)]
     pub auto_join: bool,
@@ -163,6 +167,13 @@ impl NodeArguments {
             (None, IpAddr::V4(ip)) => Ok(ip.to_string()),
         }
     }
+}
+
+fn parse_rate(text: &str) -> Result<u64, String> {
+    if text.trim() == "0" {
+        return Ok(0);
+    }
+    torus_schema::size::parse(text).map_err(|error| format!("{error}; expected bytes a second such as 20MiB, or 0"))
 }
 
 fn parse_deadline(text: &str) -> Result<Duration, String> {

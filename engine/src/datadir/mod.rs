@@ -7,6 +7,7 @@
 //! | `shard-N.blocks` | the block file of shard N, of exactly `shard_bytes`; none where shards are on devices |
 //! | `torus.json`     | [`Identity`], written last: with it the directory is formatted, without it not   |
 //! | `lease.json`     | the lease of the last heartbeat (`node::membership`)                             |
+//! | `scrub.json`     | what is remembered of scrubs (`node::scrub`)                                     |
 //! | `metadata/`      | the store of `--metadata embedded`                                               |
 //!
 //! | found at a start                     | done                                                                |
@@ -45,6 +46,7 @@ const LOCK: &str = "lock";
 const FORMATTING: &str = "formatting";
 const IDENTITY: &str = "torus.json";
 const LEASE: &str = "lease.json";
+const SCRUB: &str = "scrub.json";
 const METADATA: &str = "metadata";
 
 /// What was fixed when the directory was formatted.
@@ -213,7 +215,19 @@ impl DataDir {
 
     /// The lease note, if it was written in this very directory.
     pub fn read_lease_note(&self) -> Result<Option<String>, DataDirError> {
-        let path = self.path.join(LEASE);
+        self.read_note(LEASE)
+    }
+
+    pub fn read_scrub_note(&self) -> Result<Option<String>, DataDirError> {
+        self.read_note(SCRUB)
+    }
+
+    pub fn write_scrub_note(&self, text: &str) -> Result<(), DataDirError> {
+        self.write_durably(SCRUB, text.as_bytes())
+    }
+
+    fn read_note(&self, name: &str) -> Result<Option<String>, DataDirError> {
+        let path = self.path.join(name);
         match fs::read_to_string(&path) {
             Ok(text) => Ok(Some(text)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),

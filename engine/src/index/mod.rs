@@ -348,6 +348,14 @@ impl Index {
         (descriptors, behind)
     }
 
+    /// Those in which something was written, ascending.
+    pub fn extents_of(&self, volume: VolumeId) -> Vec<ExtentIndex> {
+        let pages = self.volumes.get(&volume).into_iter().flat_map(|volume| volume.pages.iter());
+        let mut extents: Vec<ExtentIndex> = pages.map(|(extent, _)| extent).collect();
+        extents.sort_unstable();
+        extents
+    }
+
     /// Tells of every block with data, then forgets the volume.
     pub fn drop_volume(&mut self, volume: VolumeId, mut freed: impl FnMut(Entry)) {
         let Some(index) = self.volumes.remove(&volume) else { return };

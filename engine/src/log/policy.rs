@@ -213,7 +213,8 @@ mod tests {
                 ] {
                     let found = amplification(fill_percent, overwriting, choice, apart);
                     let bound = greedy_bound(fill_percent);
-                    println!(
+                    let _ = writeln!(
+                        out,
                         "{fill_percent} % {overwriting:?} {choice:?} apart {apart}: {found:.2} (greedy bound {bound:.2})"
                     );
                 }

@@ -17,9 +17,11 @@
 //! * `queue`     appends gathered into batches (pure)
 //! * `append`    batches and syncs on their way to the disk
 //! * `cleaner`   gives space back
+//! * `scrub`     finds damage before anybody asks
 //! * `start`     format and recovery
 //! * `grow`      a disk that became larger
 //! * `replay`    which of several copies counts then
+//! * `supervisor` opens it anew when its disk failed
 
 mod append;
 mod cleaner;
@@ -35,25 +37,31 @@ mod repair;
 mod replay;
 mod requests;
 mod retention;
+mod scrub;
 mod start;
 mod state;
+pub mod supervisor;
 #[cfg(test)]
 mod tests;
 mod volumes;
 
 use crate::log::{BatchNumber, FormatError, Geometry};
 use bytes::Bytes;
+pub use damage::{Conflict, DamageReport, Damaged, FoundBy, ListedDamage};
+use futures::channel::oneshot;
 pub use peers::PeerTable;
 use peers::Peers;
 use queue::{Need, Queue, Syncs};
 pub use reads::Chunk;
+use scrub::Scrub;
+pub use scrub::{ScrubPass, ScrubReport};
 use state::Contents;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use thiserror::Error;
 use torus_rpc::message::{Answer, Envelope, Operation, Refusal, Reply};
 use torus_rpc::notify::Notify;
-use torus_rpc::runtime::{Disk, DiskError, Runtime};
+use torus_rpc::runtime::{Clock, Disk, DiskError, Runtime};
 use torus_rpc::token::ClusterKey;
 use torus_schema::ids::{ClusterId, Incarnation, NodeId, ShardIndex, VolumeId};
 use torus_schema::limits::BLOCK_BYTES;
@@ -137,6 +145,7 @@ struct State {
     closing: bool,
     cleaner_stopped: bool,
     repairer_stopped: bool,
+    scrub: Scrub,
     statistics: ShardStatistics,
 }
 
@@ -151,6 +160,8 @@ pub struct Shard<R: Runtime> {
     /// Told when there is something to repair or to scrub, and when that has to stop.
     background: Notify,
     peers: Peers<R::Link>,
+    /// Dropped with the shard: who holds the other end learns that nothing of it is in flight.
+    gone: RefCell<Option<oneshot::Sender<()>>>,
     pump_planned: Cell<bool>,
 }
 
@@ -216,6 +227,28 @@ impl<R: Runtime> Shard<R> {
         }
     }
 
+    /// At most `limit` of each list.
+    pub fn damage(&self, limit: usize) -> DamageReport {
+        let now = self.runtime.clock().now();
+        self.state.borrow().contents.damage.report(limit, now)
+    }
+
+    /// Why it answers nothing any more.
+    pub fn failure(&self) -> Option<Refusal> {
+        self.state.borrow().failed.clone()
+    }
+
+    pub async fn wait_for_failure(&self) -> Refusal {
+        self.changed.until(|| self.failure()).await
+    }
+
+    /// Resolves when the last user of the shard is gone: requests, background work and everything in flight.
+    fn gone(&self) -> oneshot::Receiver<()> {
+        let (sender, receiver) = oneshot::channel();
+        *self.gone.borrow_mut() = Some(sender);
+        receiver
+    }
+
     /// Waits for what is in flight and leaves all of it durable, with a footer, so that the next start is short.
     /// New requests are refused from the moment it is called.
     pub async fn close(self: &Rc<Self>) {
@@ -226,7 +259,7 @@ impl<R: Runtime> Shard<R> {
             let state = self.state.borrow();
             let waits = state.queue.waits_for_space(state.contents.space.free());
             let idle = state.queue.in_flight == 0 && !state.queue.opening && (state.queue.is_empty() || waits);
-            let stopped = state.cleaner_stopped && state.repairer_stopped;
+            let stopped = state.cleaner_stopped && state.repairer_stopped && state.scrub.stopped;
             (state.failed.is_some() || (stopped && idle)).then_some(())
         };
         self.changed.until(idle).await;

@@ -7,6 +7,7 @@
 use super::peers::Peers;
 use super::queue::{Queue, Syncs};
 use super::replay::{self, Notes};
+use super::scrub::Scrub;
 use super::state::Contents;
 use super::{Notify, Shard, ShardError, ShardIdentity, ShardStatistics, State};
 use crate::index::AtTie;
@@ -85,6 +86,7 @@ impl<R: Runtime> Shard<R> {
             closing: false,
             cleaner_stopped: false,
             repairer_stopped: false,
+            scrub: Scrub::default(),
             statistics: ShardStatistics::default(),
         };
         let shard = Rc::new(Shard {
@@ -96,10 +98,12 @@ impl<R: Runtime> Shard<R> {
             changed: Notify::default(),
             background: Notify::default(),
             peers: Peers::new(identity),
+            gone: RefCell::default(),
             pump_planned: Cell::new(false),
         });
         shard.runtime.spawn().spawn(Class::Background, shard.clone().clean_forever());
         shard.runtime.spawn().spawn(Class::Background, shard.clone().repair_forever());
+        shard.runtime.spawn().spawn(Class::Background, shard.clone().scrub_forever());
         Ok(shard)
     }
 }

@@ -5,6 +5,8 @@
 //! * `retention`  what is kept, what goes, what never was
 //! * `recovery`  row by row
 //! * `repair`    damage, and peers that mend it
+//! * `scrub`     passes over everything
+//! * `supervisor` disks that fail under a shard
 //! * `space`     cleaning, full, dropping
 //! * `model`     seeded sequences of everything, with crashes, against a plain map
 
@@ -14,4 +16,6 @@ mod recovery;
 mod repair;
 mod requests;
 mod retention;
+mod scrub;
 mod space;
+mod supervisor;
