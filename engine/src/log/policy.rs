@@ -122,8 +122,8 @@ impl Model {
         let head = if self.experiment.separate_copies { head } else { 0 };
         let (segment, filled) = self.heads[head].take().unwrap_or_else(|| {
             self.sequence += 1;
-            let segment = self.space.open_one().expect("cleaning leaves a free segment");
-            self.space.opened(segment, self.sequence);
+            let segment = self.space.prepare_one().expect("cleaning leaves a free segment");
+            self.space.begin(segment, self.sequence);
             (segment, 0)
         });
         let position = Position(self.space.geometry().first(segment).0 + filled);

@@ -13,9 +13,11 @@
 mod harness;
 mod model;
 mod recovery;
+mod recovery_table;
 mod repair;
 mod requests;
 mod retention;
 mod scrub;
+mod segments_ahead;
 mod space;
 mod supervisor;
