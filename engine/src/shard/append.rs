@@ -111,6 +111,7 @@ impl<R: Runtime> Shard<R> {
             let segment = batch.header.identity.segment;
             for append in &batch.appends {
                 state.contents.apply(&append.record, segment, append.origins.as_deref());
+                state.statistics.blocks_moved += append.origins.as_ref().map_or(0, |origins| origins.len() as u64);
                 state.append_done(append);
             }
             state.queue.batch_done(batch.header.identity, batch.header.number)

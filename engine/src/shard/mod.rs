@@ -119,6 +119,8 @@ pub struct ShardStatistics {
     /// Of those, for how many a batch had to wait: their opening was not durable when it was needed.
     pub segments_waited_for: u64,
     pub segments_cleaned: u64,
+    /// Copied out of them.
+    pub blocks_moved: u64,
     pub checksum_errors: u64,
     pub refused: u64,
     /// Blocks with data that the index knows, and the memory it takes for them.
