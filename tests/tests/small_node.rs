@@ -34,9 +34,9 @@ fn connect(server: std::net::SocketAddr, volume: &str) -> NbdClient {
 
 /// Writes unit by unit from the start until there is no space; gives how many there was space for.
 fn fill(client: &mut NbdClient, generations: &mut [u64], generation: u64) -> usize {
-    for unit in 0..VOLUME_MIB {
+    for (unit, held) in generations.iter_mut().enumerate() {
         match client.call(Command::Write, (unit * MIB) as u64, &content(unit, generation)).unwrap() {
-            Ok(()) => generations[unit] = generation,
+            Ok(()) => *held = generation,
             Err(failed) => {
                 assert_eq!(failed, Failed(ENOSPC), "unit {unit}");
                 return unit;
@@ -77,9 +77,9 @@ fn a_full_node_is_overwritten_trimmed_deleted_and_filled_again() {
     }
     check(&mut client, &generations, fits);
     client.call(Command::Flush, 0, &[]).unwrap().unwrap();
-    for unit in 0..fits {
+    for (unit, held) in generations.iter_mut().enumerate().take(fits) {
         client.trim((unit * MIB) as u64, MIB as u32).unwrap().unwrap();
-        generations[unit] = 0;
+        *held = 0;
     }
     client.call(Command::Flush, 0, &[]).unwrap().unwrap();
     let again = wait::until("the space to come back", || {
