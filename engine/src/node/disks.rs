@@ -2,10 +2,10 @@
 //! growth where more is asked for.
 
 use super::NodeError;
-use crate::disk::faulty::FaultFile;
 use crate::config::NodeArguments;
 use crate::datadir::{self, DataDir, Devices, FORMAT_VERSION, Found, Identity, Layout};
 use crate::disk::area::BlockArea;
+use crate::disk::faulty::FaultFile;
 use crate::node::executor::{self, ShardOptions};
 use crate::shard::ShardIdentity;
 use torus_schema::ids::{ClusterId, NodeId, ShardIndex};
