@@ -109,7 +109,7 @@ impl Test {
             let Ok(found) = self.read_extent(extent * 1024).await else { return };
             for (block, found) in (extent * 1024..).zip(found) {
                 let Some(found) = found else { continue };
-                let highest = self.blocks.borrow().get(block).acknowledged;
+                let highest = self.blocks.borrow().acknowledged(block);
                 assert_eq!(found.0, highest, "seed {}: block {block}", self.seed());
                 self.check(block, found, highest);
             }
@@ -195,8 +195,8 @@ fn run_seeds(default: Range<u64>, damaged: bool) {
         let name = if damaged { "damaged disk" } else { "sound disk" };
         let done = std::panic::catch_unwind(|| simulate(seed, move |world| run(world, damaged)));
         if let Err(panic) = done {
-            eprintln!("{name}: seed {seed} fails");
-            std::panic::resume_unwind(panic);
+            let because = panic.downcast_ref::<String>().map_or("see above", |text| text.as_str());
+            panic!("{name} fails with seed {seed}: {because}");
         }
     }
 }

@@ -79,7 +79,7 @@ impl Test {
         let first = self.world.random_below(EXTENTS) * 1024;
         let least: Vec<Version> = {
             let blocks = self.blocks.borrow();
-            (first..first + BLOCKS_USED).map(|block| blocks.get(block).acknowledged).collect()
+            (first..first + BLOCKS_USED).map(|block| blocks.acknowledged(block)).collect()
         };
         let Ok(found) = self.read_extent(first).await else { return };
         for ((block, found), least) in (first..).zip(found).zip(least) {
@@ -118,7 +118,7 @@ impl Test {
     pub fn check(&self, block: u64, (version, data): (Version, bool), least: Version) {
         let (seed, damages) = (self.seed(), self.damages());
         assert!(version >= least, "seed {seed}: block {block} is at {version}, {least} was there before");
-        let may_be = self.blocks.borrow().get(block).may_be(version, damages);
+        let may_be = self.blocks.borrow().may_be(block, version, damages);
         assert_eq!(may_be, Some(data), "seed {seed}: block {block} at {version}");
     }
 }
