@@ -10,9 +10,10 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 use torus_engine::disk::direct::DirectDisk;
+use torus_engine::log::footer::Footer;
 use torus_engine::log::record::{Data, Instances, Record};
 use torus_engine::log::recovery::write_footer;
-use torus_engine::log::segment::{Footer, Opening};
+use torus_engine::log::segment::Opening;
 use torus_engine::log::{BatchNumber, Geometry, Position, SEGMENTS_START_BLOCK, SegmentIdentity, SegmentIndex};
 use torus_engine::node::no_metadata::NoMetadata;
 use torus_rpc::runtime::Disk;
@@ -100,12 +101,14 @@ async fn make(runtime: &BenchRuntime, path: &PathBuf, pattern: Pattern, live_byt
         let end_batch = BatchNumber(next_batch.0 + records.len() as u64);
         let identity =
             SegmentIdentity { segment, nonce: STRIDE ^ u64::from(segment.0), sequence: 1 + u64::from(segment.0) };
-        let opening = Opening { identity, first_batch: next_batch, durable: BatchNumber(next_batch.0 - 1) };
+        let durable = BatchNumber(next_batch.0 - 1);
+        let opening = Opening { identity, first_batch: next_batch, durable, opened_s: 0, recent: Vec::new() };
         let mut buffer = disk.allocate(BLOCK);
         buffer.copy_from_slice(&opening.encode());
         disk.write(Geometry::offset(geometry.first(segment)), buffer).await.map_err(failed("filling", path))?;
         let durable = BatchNumber(end_batch.0 - 1);
-        let footer = Footer { identity, first_batch: next_batch, end_batch, durable, records };
+        let batches = records.len() as u32;
+        let footer = Footer { identity, first_batch: next_batch, end_batch, durable, batches, sealed_s: 0, records };
         write_footer(&disk, geometry, &footer).await.map_err(failed("filling", path))?;
         footer_bytes += footer.encode().len() as u64;
         (done, next_batch) = (done + count, end_batch);
