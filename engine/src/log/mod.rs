@@ -18,6 +18,7 @@
 //! * `segment`     its opening, which names this use of it
 //! * `footer`      its records once more
 //! * `space`       which segment is free, full, being cleaned, and how much of it lives
+//! * `policy`      what cleaning costs, in a model
 //! * `recovery`    what a start believes, as a table
 //! * `search`      batches of a segment without a footer
 //! * `numbers`     which batches were durable and are gone
@@ -26,6 +27,7 @@ pub mod batch;
 mod bytes;
 pub mod footer;
 mod numbers;
+pub mod policy;
 pub mod record;
 pub mod recovery;
 pub mod search;

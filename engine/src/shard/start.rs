@@ -164,7 +164,7 @@ async fn recover<D: Disk>(
     let mut notes = Notes::default();
     let mut scan = recovery::scan(disk, geometry).await?;
     scan.segments.iter().for_each(|found| foresee(found, &mut contents, &mut notes));
-    scan.segments.iter().for_each(|found| contents.space.found(found.identity.segment));
+    scan.segments.iter().for_each(|found| contents.space.found(found.identity.segment, found.identity.sequence));
     for damaged in replay_sealed(disk, geometry, &scan, &mut contents).await {
         scan.unseal(disk, geometry, damaged).await;
         foresee(&scan.segments[damaged], &mut contents, &mut notes);

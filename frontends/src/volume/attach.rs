@@ -139,9 +139,12 @@ async fn build<R: Runtime>(
             failed: RefCell::default(),
             refused: RefCell::default(),
             running: Cell::new(false),
+            pending_since: Cell::new(None),
         },
         window: RefCell::new(Window::default()),
         locks: Default::default(),
+        retaining: Default::default(),
+        flushing: Cell::new(false),
         flush_point: Cell::new(owned.flush_point),
         unflushed_bytes: Cell::new(0),
         ended: RefCell::default(),
@@ -237,7 +240,9 @@ async fn open_and_reconcile<R: Runtime>(session: &Rc<Session<R>>, open: &Open) -
             Err(failure) => lose(session, *shard, &failure).await?,
         }
     }
-    reconcile(session).await
+    reconcile(session).await?;
+    // Until they hear of it the shards free nothing.
+    session.tell_retention().await
 }
 
 pub(super) async fn lose<R: Runtime>(

@@ -7,7 +7,7 @@ use crate::device::VolumeError;
 use bytes::Bytes;
 use std::rc::Rc;
 use torus_rpc::message::Operation;
-use torus_rpc::runtime::Runtime;
+use torus_rpc::runtime::{Class, Runtime, Spawn};
 use torus_schema::ids::Version;
 
 impl<R: Runtime> Session<R> {
@@ -25,7 +25,22 @@ impl<R: Runtime> Session<R> {
         self.check()?;
         let flushed = Version::new(self.epoch, settled);
         self.flush_point.set(self.flush_point.get().max(flushed));
+        self.tell_retention_if_due();
         Ok(())
+    }
+
+    /// In the background, one at a time.
+    pub fn flush_soon(self: &Rc<Self>) {
+        if self.flushing.replace(true) {
+            return;
+        }
+        let session = self.clone();
+        self.runtime.spawn().spawn(Class::Background, async move {
+            if let Err(error) = session.flush().await {
+                tracing::warn!(volume = %session.record.name, %error, "flush of its own failed");
+            }
+            session.flushing.set(false);
+        });
     }
 
     fn is_dirty(&self, shard: ShardPosition) -> bool {

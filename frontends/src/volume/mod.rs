@@ -4,6 +4,7 @@
 //! * `attach`     becoming the writer: `own` the volume, open its replicas, `reconcile` what the last writer left
 //! * `session`    one epoch of one volume, and the loop that gets a request to a replica
 //! * `writer`, `reads`, `flush`   the three things it does
+//! * `retain`     what the shards are told to keep
 //! * `status`     marking replicas stale; `replicas` which are in sync (pure)
 //! * `lease`      what ownership hangs on
 //! * `links`      connections to shards, shared by all volumes of the executor
@@ -20,6 +21,7 @@ mod plan;
 mod reads;
 mod reconcile;
 mod replicas;
+mod retain;
 mod session;
 mod status;
 mod window;

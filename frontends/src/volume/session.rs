@@ -5,6 +5,7 @@ use super::lease::ProcessLease;
 use super::links::Links;
 use super::locks::RangeLocks;
 use super::replicas::{Replicas, ShardPosition};
+use super::retain::Retaining;
 use super::status::StatusKeeper;
 use super::window::Window;
 use crate::device::VolumeError;
@@ -41,8 +42,11 @@ pub(super) struct Session<R: Runtime> {
     pub status: StatusKeeper,
     pub window: RefCell<Window>,
     pub locks: RangeLocks,
+    pub retaining: Retaining,
     /// F: everything up to it is durable on every in-sync replica.
     pub flush_point: Cell<Version>,
+    /// A flush that nobody asked for is under way.
+    pub flushing: Cell<bool>,
     /// Bytes written since the last flush began.
     pub unflushed_bytes: Cell<u64>,
     pub ended: RefCell<Option<String>>,
@@ -201,6 +205,11 @@ impl<R: Runtime> Session<R> {
                         tracing::warn!(volume = %self.record.name, shard = %shard.id, %failure, "waiting");
                     }
                     refused += 1;
+                    if verdict(&failure) == Verdict::Full {
+                        // What was overwritten counts until F says that nothing takes the newer back; the next attempt
+                        // carries it.
+                        self.flush_soon();
+                    }
                     self.runtime.clock().sleep(RETRY_AFTER).await;
                 }
                 verdict => {

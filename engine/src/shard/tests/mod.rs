@@ -2,6 +2,7 @@
 //!
 //! * `harness`   a client of one shard, that knows what it wrote
 //! * `requests`  what is refused, and with what
+//! * `retention`  what is kept, what goes, what never was
 //! * `recovery`  row by row
 //! * `repair`    damage, and peers that mend it
 //! * `scrub`     passes over everything
@@ -15,6 +16,7 @@ mod recovery;
 mod recovery_table;
 mod repair;
 mod requests;
+mod retention;
 mod scrub;
 mod segments_ahead;
 mod space;
