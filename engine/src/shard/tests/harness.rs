@@ -200,7 +200,11 @@ impl Client {
         let (reply, chunks) = self.machine.shard().handle(envelope, operation, payload).await;
         match reply.answer {
             Answer::Refused(refusal) => Err(refusal),
-            answer => Ok((answer, chunks.iter().flat_map(|chunk| chunk.to_vec()).collect())),
+            answer => {
+                let mut bytes = Vec::new();
+                chunks.iter().for_each(|chunk| bytes.extend_from_slice(chunk));
+                Ok((answer, bytes))
+            }
         }
     }
 
