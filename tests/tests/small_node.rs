@@ -55,7 +55,6 @@ fn check(client: &mut NbdClient, generations: &[u64], units: usize) {
 }
 
 #[test]
-#[ignore = "a full node takes no overwrites yet: the client answers ENOSPC for them too"]
 fn a_full_node_is_overwritten_trimmed_deleted_and_filled_again() {
     let mut cluster = Cluster::start(ClusterOptions::new("small-node", 1));
     cluster.torusblk(&["volume", "create", "demo", &format!("{VOLUME_MIB}MiB"), "--replicas", "1"]).ok();
