@@ -7,6 +7,7 @@
 //! | `shard-N.blocks` | the block file of shard N, of exactly `shard_bytes`; none where shards are on devices |
 //! | `torus.json`     | [`Identity`], written last: with it the directory is formatted, without it not   |
 //! | `lease.json`     | the lease of the last heartbeat (`node::membership`)                             |
+//! | `scrub.json`     | what is remembered of scrubs (`node::scrub`)                                     |
 //! | `metadata/`      | the store of `--metadata embedded`                                               |
 //!
 //! | found at a start                     | done                                                                |
@@ -35,7 +36,7 @@ use std::path::{Path, PathBuf};
 use torus_schema::ids::{ClusterId, NodeId, ShardIndex};
 use torus_schema::records::decimal;
 
-pub use devices::{Devices, attach};
+pub use devices::{Devices, attach, look_for as look_for_devices};
 pub use error::DataDirError;
 pub use layout::Layout;
 
@@ -45,6 +46,7 @@ const LOCK: &str = "lock";
 const FORMATTING: &str = "formatting";
 const IDENTITY: &str = "torus.json";
 const LEASE: &str = "lease.json";
+const SCRUB: &str = "scrub.json";
 const METADATA: &str = "metadata";
 
 /// What was fixed when the directory was formatted.
@@ -105,11 +107,25 @@ impl DataDir {
                 write_pid(&mut lock).map_err(|error| io_error(&lock_path, "write the pid to", error))?;
                 Ok(Self { path, _lock: lock })
             }
-            Err((mut file, Errno::EWOULDBLOCK)) => {
-                let mut pid = String::new();
-                file.read_to_string(&mut pid).map_err(|error| io_error(&lock_path, "read", error))?;
-                Err(DataDirError::Locked { path, pid: pid.trim().to_string() })
+            Err((file, Errno::EWOULDBLOCK)) => Err(locked(path, &lock_path, file)),
+            Err((_, errno)) => Err(io_error(&lock_path, "lock", errno.into())),
+        }
+    }
+
+    /// Of a node that does not run: locked, and nothing in it is touched.
+    pub fn look(path: &Path) -> Result<(Self, Identity), DataDirError> {
+        let path = path.canonicalize().map_err(|error| io_error(path, "find the directory", error))?;
+        let lock_path = path.join(LOCK);
+        let file = File::open(&lock_path).map_err(|error| io_error(&lock_path, "open", error))?;
+        match Flock::lock(file, FlockArg::LockSharedNonblock) {
+            Ok(lock) => {
+                let dir = Self { path, _lock: lock };
+                match dir.inspect()? {
+                    Found::Formatted(identity) => Ok((dir, identity)),
+                    Found::Empty | Found::InterruptedFormat => Err(DataDirError::NotFormatted { path: dir.path }),
+                }
             }
+            Err((file, Errno::EWOULDBLOCK)) => Err(locked(path, &lock_path, file)),
             Err((_, errno)) => Err(io_error(&lock_path, "lock", errno.into())),
         }
     }
@@ -213,7 +229,19 @@ impl DataDir {
 
     /// The lease note, if it was written in this very directory.
     pub fn read_lease_note(&self) -> Result<Option<String>, DataDirError> {
-        let path = self.path.join(LEASE);
+        self.read_note(LEASE)
+    }
+
+    pub fn read_scrub_note(&self) -> Result<Option<String>, DataDirError> {
+        self.read_note(SCRUB)
+    }
+
+    pub fn write_scrub_note(&self, text: &str) -> Result<(), DataDirError> {
+        self.write_durably(SCRUB, text.as_bytes())
+    }
+
+    fn read_note(&self, name: &str) -> Result<Option<String>, DataDirError> {
+        let path = self.path.join(name);
         match fs::read_to_string(&path) {
             Ok(text) => Ok(Some(text)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -237,6 +265,14 @@ impl DataDir {
             File::open(&self.path)?.sync_all()
         };
         write().map_err(|error| io_error(&path, "write", error))
+    }
+}
+
+fn locked(path: PathBuf, lock_path: &Path, mut file: File) -> DataDirError {
+    let mut pid = String::new();
+    match file.read_to_string(&mut pid) {
+        Ok(_) => DataDirError::Locked { path, pid: pid.trim().to_string() },
+        Err(error) => io_error(lock_path, "read", error),
     }
 }
 

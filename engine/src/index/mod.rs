@@ -211,6 +211,10 @@ impl Index {
         placement: &Placement,
         mut replaced: impl FnMut(Place, Entry),
     ) {
+        // Nobody can ask for such a slice; and whoever looks for its extents in the range would look for ever.
+        if !placement.slices().contains(&range.slice) {
+            return;
+        }
         let volume = self.volumes.entry(range.volume).or_default();
         let mut hidden = 0;
         let mut tell = |extent: ExtentIndex, block: InExtent, found: Found| {
@@ -346,6 +350,14 @@ impl Index {
             }
         }
         (descriptors, behind)
+    }
+
+    /// Those in which something was written, ascending.
+    pub fn extents_of(&self, volume: VolumeId) -> Vec<ExtentIndex> {
+        let pages = self.volumes.get(&volume).into_iter().flat_map(|volume| volume.pages.iter());
+        let mut extents: Vec<ExtentIndex> = pages.map(|(extent, _)| extent).collect();
+        extents.sort_unstable();
+        extents
     }
 
     /// Tells of every block with data, then forgets the volume.

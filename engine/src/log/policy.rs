@@ -122,8 +122,8 @@ impl Model {
         let head = if self.experiment.separate_copies { head } else { 0 };
         let (segment, filled) = self.heads[head].take().unwrap_or_else(|| {
             self.sequence += 1;
-            let segment = self.space.open_one().expect("cleaning leaves a free segment");
-            self.space.opened(segment, self.sequence);
+            let segment = self.space.prepare_one().expect("cleaning leaves a free segment");
+            self.space.begin(segment, self.sequence);
             (segment, 0)
         });
         let position = Position(self.space.geometry().first(segment).0 + filled);
@@ -199,8 +199,10 @@ mod tests {
     }
 
     #[test]
-    #[ignore = "prints the table of bench's README; minutes in debug"]
+    #[ignore = "writes the table of bench's README; minutes in debug"]
     fn table() {
+        use std::io::Write;
+        let mut out = std::io::stderr();
         for fill_percent in [70, 80, 90] {
             for overwriting in [Overwriting::Uniform, Overwriting::Skewed] {
                 for (choice, apart) in [
@@ -211,7 +213,8 @@ mod tests {
                 ] {
                     let found = amplification(fill_percent, overwriting, choice, apart);
                     let bound = greedy_bound(fill_percent);
-                    println!(
+                    let _ = writeln!(
+                        out,
                         "{fill_percent} % {overwriting:?} {choice:?} apart {apart}: {found:.2} (greedy bound {bound:.2})"
                     );
                 }

@@ -59,10 +59,11 @@
 //! out of order and the cleaner move records.
 
 use super::bytes::{Reader, put_u32, put_u64};
+use super::footer::is_in_a_volume;
 use super::{BatchNumber, FormatError, Position};
 use torus_rpc::message::{Retention, Revoked, Token};
 use torus_schema::ids::{BlockIndex, Epoch, RingGeneration, SliceId, Version, VolumeId};
-use torus_schema::limits::SEQUENCE_MAX;
+use torus_schema::limits::{SEQUENCE_MAX, SLICES_MAX};
 
 /// Of a data record, without its checksums.
 pub const DATA_BYTES: usize = 64;
@@ -71,6 +72,8 @@ const RETAIN_BYTES: usize = 80;
 /// Of a revoke, without what it lists.
 const REVOKE_BYTES: usize = 28;
 const WHAT: &str = "record";
+/// Behind the end of any volume, and sums of such numbers need no care.
+const CLEAR_END_MAX: u64 = 1 << 53;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Data {
@@ -246,12 +249,12 @@ fn encode_retain(retain: &Retain, out: &mut Vec<u8>) {
     pins.iter().for_each(|pin| put_version(out, *pin));
 }
 
-fn put_version(out: &mut Vec<u8>, version: Version) {
+pub(super) fn put_version(out: &mut Vec<u8>, version: Version) {
     put_u32(out, version.epoch.0);
     put_u64(out, version.sequence);
 }
 
-fn version(reader: &mut Reader) -> Result<Version, FormatError> {
+pub(super) fn version(reader: &mut Reader) -> Result<Version, FormatError> {
     let (epoch, sequence) = (Epoch(reader.u32()?), reader.u64()?);
     reader.expect("sequence", sequence, sequence & SEQUENCE_MAX)?;
     Ok(Version { epoch, sequence })
@@ -280,6 +283,8 @@ fn decode_body(kind: u32, body: &[u8]) -> Result<Record, FormatError> {
             let first = BlockIndex(reader.u64()?);
             let (version, flush_point) = (version(&mut reader)?, version(&mut reader)?);
             let (slice, count) = (SliceId(reader.u32()?), reader.u64()?);
+            let end = first.0.saturating_add(count);
+            reader.expect("end of a clear", end, end.min(CLEAR_END_MAX))?;
             Record::Clear(Clear { volume, first, version, flush_point, slice, count })
         }
         3 => Record::Instances(decode_instances(volume, &mut reader)?),
@@ -302,14 +307,18 @@ fn decode_data(volume: VolumeId, reader: &mut Reader) -> Result<Data, FormatErro
     let (version, flush_point) = (version(reader)?, version(reader)?);
     let position = Position(reader.u32()?);
     let checksums = u32s(reader)?;
+    let inside = is_in_a_volume(first, checksums.len() as u64);
+    reader.expect("block outside of any volume", u64::from(!inside), 0)?;
     Ok(Data { volume, first, version, flush_point, position, checksums })
 }
 
 fn decode_instances(volume: VolumeId, reader: &mut Reader) -> Result<Instances, FormatError> {
     let placement = VolumeId::from_bytes(reader.array()?);
-    let (generation, created) = (RingGeneration(reader.u64()?), BatchNumber(reader.u64()?));
+    let generation = RingGeneration(reader.counter("generation")?);
+    let created = BatchNumber(reader.counter("created")?);
     let (width, ring_slices) = (reader.u32()?, reader.u32()?);
     let fits = width.is_power_of_two() && ring_slices.is_power_of_two() && width <= ring_slices;
+    let fits = fits && ring_slices <= SLICES_MAX;
     reader.expect("width and slices that do not fit", u64::from(!fits), 0)?;
     let slices = u32s(reader)?.into_iter().map(SliceId).collect();
     Ok(Instances { volume, placement, generation, created, width, ring_slices, slices })

@@ -1,10 +1,10 @@
 //! Which segment is used for what, and how much of it is still needed.
 //!
 //! ```text
-//!            open                full               footer written       nothing needed
-//!  Free ───────────► Open ───────────► Sealing ───────────► Sealed ───────────► Emptied
-//!    ▲                                                                             │
-//!    └──────────── a sync that started later is done, nobody reads from it ────────┘
+//!       opening made           batches         full             footer written      nothing needed
+//!  Free ───────────► Prepared ────────► Open ────────► Sealing ───────────► Sealed ───────────► Emptied
+//!    ▲                                                                                             │
+//!    └──────────────────── a sync that started later is done, nobody reads from it ────────────────┘
 //! ```
 //! Emptied is not Free: what made the last of its records superfluous (a newer record, a copy by the cleaner) has to be
 //! durable before its place is taken, or a crash would lose both.
@@ -37,10 +37,14 @@ pub struct SyncNumber(pub u64);
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Usage {
     Free,
+    /// As good as free, but its opening names its next use.
+    Prepared,
     Open,
     Sealing,
     Sealed,
-    Emptied { needs: SyncNumber },
+    Emptied {
+        needs: SyncNumber,
+    },
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -130,22 +134,24 @@ impl Space {
     }
 
     /// The free segment to write to next: the one whose remainder is oldest, since notes are kept as long as what they
-    /// are about may stand anywhere; a new one only if there is no other, so that the disk fills from its start.
-    pub fn open_one(&mut self) -> Option<SegmentIndex> {
+    /// are about may stand anywhere; a new one only if there is no other, so that the disk fills from its start. It is
+    /// counted as free until it is begun.
+    pub fn prepare_one(&mut self) -> Option<SegmentIndex> {
         let free = (0u32..).zip(&self.segments).filter(|(_, segment)| segment.usage == Usage::Free);
         let (at, _) = free.min_by_key(|(_, segment)| (segment.sequence.is_none(), segment.sequence))?;
-        self.segments[at as usize].usage = Usage::Open;
-        self.free -= 1;
+        self.segments[at as usize].usage = Usage::Prepared;
         Some(SegmentIndex(at))
     }
 
-    /// Its opening is durable: nothing it held before can be found any more.
-    pub fn opened(&mut self, segment: SegmentIndex, sequence: u64) {
+    /// From now on batches go there. Its opening is durable: nothing it held before can be found any more.
+    pub fn begin(&mut self, segment: SegmentIndex, sequence: u64) {
         self.last_sequence = self.last_sequence.max(sequence);
         let entry = self.at(segment);
-        assert_eq!(entry.usage, Usage::Open);
+        assert_eq!(entry.usage, Usage::Prepared);
+        entry.usage = Usage::Open;
         entry.sequence = Some(sequence);
         entry.changed = 0;
+        self.free -= 1;
     }
 
     /// At a start: it holds records. `sealed` follows when all records of all segments are accounted for; until then
@@ -173,14 +179,6 @@ impl Space {
         assert_eq!(self.at(segment).usage, Usage::Sealing);
         self.at(segment).usage = Usage::Sealed;
         self.look_at(segment);
-        // Where it ended is known from its footer, or from where the segment after it began; see `reclaim`.
-        let footer_durable = SyncNumber(self.sync_started.0 + 1);
-        let sequence = self.at(segment).sequence;
-        for later in self.segments.iter_mut().filter(|later| later.sequence > sequence) {
-            if let Usage::Emptied { needs } = &mut later.usage {
-                *needs = (*needs).max(footer_durable);
-            }
-        }
     }
 
     pub fn add_live(&mut self, position: Position) {
@@ -302,6 +300,12 @@ impl Space {
         u64::from(segment.live) + note_blocks(segment.note_bytes)
     }
 
+    /// Blocks of data and bytes of notes in it that are needed.
+    pub fn needed(&self, segment: SegmentIndex) -> (u32, u64) {
+        let segment = &self.segments[segment.0 as usize];
+        (segment.live, segment.note_bytes)
+    }
+
     pub fn usage(&self, segment: SegmentIndex) -> Usage {
         self.segments[segment.0 as usize].usage
     }
@@ -319,15 +323,10 @@ impl Space {
         }
     }
 
-    /// Not before those opened earlier have their footers: a start would look for batches in them that were here.
     fn reclaim(&mut self, segment: SegmentIndex) {
         let completed = self.sync_completed;
-        let sequence = self.at(segment).sequence;
-        let unsealed =
-            |other: &Segment| matches!(other.usage, Usage::Open | Usage::Sealing) && other.sequence < sequence;
-        let ready = matches!(self.at(segment).usage, Usage::Emptied { needs } if needs <= completed);
-        if ready && self.at(segment).readers == 0 && !self.segments.iter().any(unsealed) {
-            let entry = self.at(segment);
+        let entry = self.at(segment);
+        if matches!(entry.usage, Usage::Emptied { needs } if needs <= completed) && entry.readers == 0 {
             entry.usage = Usage::Free;
             entry.stuck = false;
             self.free += 1;
@@ -351,7 +350,8 @@ mod tests {
     #[test]
     fn an_emptied_segment_is_free_only_after_a_sync_that_started_later_and_without_readers() {
         let mut space = space();
-        let segment = space.open_one().unwrap();
+        let segment = space.prepare_one().unwrap();
+        space.begin(segment, 1);
         let position = space.geometry().first(segment);
         space.add_live(position);
         space.sealing(segment);
@@ -373,7 +373,8 @@ mod tests {
     fn the_victim_is_the_sealed_segment_with_the_fewest_needed_blocks() {
         let mut space = space();
         for live in [20, 5, 9] {
-            let segment = space.open_one().unwrap();
+            let segment = space.prepare_one().unwrap();
+            space.begin(segment, 1);
             (0..live).for_each(|block| space.add_live(Position(space.geometry().first(segment).0 + block)));
             if live != 5 {
                 space.sealing(segment);

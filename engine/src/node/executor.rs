@@ -5,8 +5,10 @@
 
 use crate::disk::area::{AreaKind, BlockArea};
 use crate::disk::direct::{DirectDisk, DirectError};
+use crate::disk::faulty::{FaultFile, FaultyDisk};
 use crate::node::no_metadata::NoMetadata;
-use crate::shard::{Chunk, Shard, ShardIdentity, ShardStatistics};
+use crate::shard::supervisor::{Health, Media, Supervisor};
+use crate::shard::{Chunk, DamageReport, PeerTable, ScrubPass, ScrubReport, Shard, ShardIdentity};
 use bytes::Bytes;
 use futures::StreamExt;
 use futures::channel::{mpsc, oneshot};
@@ -14,6 +16,7 @@ use std::cell::Cell;
 use std::net::TcpListener;
 use std::os::fd::{FromRawFd, IntoRawFd};
 use std::rc::Rc;
+use std::sync::Arc;
 use thiserror::Error;
 use torus_rpc::message::{Envelope, Operation, Reply};
 use torus_rpc::runtime::Disk;
@@ -23,13 +26,16 @@ use torus_rpc::token::ClusterKey;
 use torus_schema::ids::{ShardIndex, VolumeId};
 use torus_schema::limits::SEGMENT_BYTES;
 
-type ShardRuntime = GlommioRuntime<NoMetadata, DirectDisk>;
-type DirectChunk = Chunk<<DirectDisk as Disk>::Bytes>;
+type ShardDisk = FaultyDisk<DirectDisk>;
+type ShardRuntime = GlommioRuntime<NoMetadata, ShardDisk>;
+type DirectChunk = Chunk<<ShardDisk as Disk>::Bytes>;
 
 /// Everything a shard's thread needs to know.
 pub struct ShardOptions {
     pub identity: ShardIdentity,
     pub area: BlockArea,
+    /// For tests.
+    pub faults: FaultFile,
     pub cpu: Option<usize>,
 }
 
@@ -56,11 +62,11 @@ pub async fn format(options: ShardOptions) -> Result<(), ShardThreadError> {
             AreaKind::File => DirectDisk::create(&options.area.path, options.area.bytes).await,
             AreaKind::Device => DirectDisk::open_area(&options.area).await,
         };
-        let disk = disk.map_err(text)?;
+        let disk = FaultyDisk::new(disk.map_err(text)?, FaultFile::default());
         let formatted = Shard::format(runtime, &disk, options.identity, SEGMENT_BYTES).await;
         formatted.map_err(|error| error.to_string())?;
         disk.sync().await.map_err(|error| error.to_string())?;
-        disk.close().await.map_err(text)
+        disk.into_inner().close().await.map_err(text)
     })
     .await
 }
@@ -69,8 +75,9 @@ pub async fn format(options: ShardOptions) -> Result<(), ShardThreadError> {
 pub async fn grow(options: ShardOptions) -> Result<(), ShardThreadError> {
     in_own_thread(options, "grown", async |options: &ShardOptions, _: &ShardRuntime| {
         let disk = DirectDisk::open_area(&options.area).await.map_err(text)?;
+        let disk = FaultyDisk::new(disk, FaultFile::default());
         Shard::<ShardRuntime>::grow(&disk, options.identity).await.map_err(|error| error.to_string())?;
-        disk.close().await.map_err(text)
+        disk.into_inner().close().await.map_err(text)
     })
     .await
 }
@@ -102,13 +109,18 @@ fn text(error: DirectError) -> String {
 /// A shard's numbers, with those of its port.
 #[derive(Clone, Debug)]
 pub struct Numbers {
-    pub shard: ShardStatistics,
+    pub health: Health,
+    pub scrub: ScrubReport,
     pub connections: u32,
 }
 
 enum Command {
     Numbers(oneshot::Sender<Numbers>),
     DropVolume(VolumeId, oneshot::Sender<Result<(), String>>),
+    Peers(Arc<PeerTable>),
+    StartScrub { pass: ScrubPass, rate_bytes_s: u64 },
+    StopScrub(oneshot::Sender<Option<ScrubPass>>),
+    Damage { limit: usize, answer: oneshot::Sender<DamageReport> },
     Close(oneshot::Sender<()>),
 }
 
@@ -162,6 +174,24 @@ impl ShardThread {
         dropped.map_err(|because| ShardThreadError::Refused { shard: self.index, because })
     }
 
+    /// Who else holds what, from now on. A thread that has ended needs no peers.
+    pub fn set_peers(&self, table: Arc<PeerTable>) {
+        let _ = self.commands.unbounded_send(Command::Peers(table));
+    }
+
+    /// Nothing if one runs, or the disk is away.
+    pub fn start_scrub(&self, pass: ScrubPass, rate_bytes_s: u64) {
+        let _ = self.commands.unbounded_send(Command::StartScrub { pass, rate_bytes_s });
+    }
+
+    pub async fn stop_scrub(&self) -> Result<Option<ScrubPass>, ShardThreadError> {
+        self.ask(Command::StopScrub).await
+    }
+
+    pub async fn damage(&self, limit: usize) -> Result<DamageReport, ShardThreadError> {
+        self.ask(|answer| Command::Damage { limit, answer }).await
+    }
+
     /// No connection is accepted any more, what is in flight ends, and everything is durable.
     pub async fn close(&self) -> Result<(), ShardThreadError> {
         self.ask(Command::Close).await
@@ -175,15 +205,28 @@ impl ShardThread {
     }
 }
 
-async fn open(options: &ShardOptions, key: ClusterKey) -> Result<Rc<Shard<ShardRuntime>>, String> {
-    let disk = DirectDisk::open_area(&options.area).await.map_err(|error| error.to_string())?;
+type SupervisedShard = Supervisor<ShardRuntime, Area>;
+
+/// Opened by its path each time: a device that came back is another one to the kernel.
+struct Area(BlockArea, FaultFile);
+
+impl Media<ShardRuntime> for Area {
+    async fn open(&self) -> Result<ShardDisk, String> {
+        self.1.check("open")?;
+        let disk = DirectDisk::open_area(&self.0).await.map_err(text)?;
+        Ok(FaultyDisk::new(disk, self.1.clone()))
+    }
+}
+
+async fn open(options: &ShardOptions, key: ClusterKey) -> Result<Rc<SupervisedShard>, String> {
     let runtime = ShardRuntime::new(NoMetadata);
-    Shard::open(runtime, disk, options.identity, key).await.map_err(|error| error.to_string())
+    let media = Area(options.area.clone(), options.faults.clone());
+    Supervisor::start(runtime, media, options.identity, key).await.map_err(|error| error.to_string())
 }
 
 /// Until it is told to close, or the main thread is gone.
 async fn serve(
-    shard: Rc<Shard<ShardRuntime>>,
+    shard: Rc<SupervisedShard>,
     identity: ShardIdentity,
     listener: TcpListener,
     mut commands: mpsc::UnboundedReceiver<Command>,
@@ -198,12 +241,21 @@ async fn serve(
     while let Some(command) = commands.next().await {
         match command {
             Command::Numbers(answer) => {
-                let numbers = Numbers { shard: shard.statistics(), connections: counts.open.get() };
+                let (health, scrub) = (shard.health(), shard.scrub_report());
+                let numbers = Numbers { health, scrub, connections: counts.open.get() };
                 let _ = answer.send(numbers);
             }
             Command::DropVolume(volume, answer) => {
                 let dropped = shard.drop_volume(volume).await.map_err(|error| error.to_string());
                 let _ = answer.send(dropped);
+            }
+            Command::Peers(table) => shard.set_peers(table),
+            Command::StartScrub { pass, rate_bytes_s } => shard.start_scrub(pass, rate_bytes_s),
+            Command::StopScrub(answer) => {
+                let _ = answer.send(shard.stop_scrub());
+            }
+            Command::Damage { limit, answer } => {
+                let _ = answer.send(shard.damage(limit));
             }
             Command::Close(answer) => {
                 accepting.cancel().await;
@@ -216,7 +268,7 @@ async fn serve(
 }
 
 /// Hands a connection's requests to the shard.
-struct ShardHandler(Rc<Shard<ShardRuntime>>);
+struct ShardHandler(Rc<SupervisedShard>);
 
 impl Clone for ShardHandler {
     fn clone(&self) -> Self {

@@ -8,6 +8,8 @@
 //! * `membership`   the node's record and heartbeat
 //! * `joining`      the node's place in the ring, for `--auto-join`
 //! * `deleting`     volumes that were deleted
+//! * `peers`        who else holds what, for the shards
+//! * `scrub`        when the shards are scrubbed
 //!
 //! The main thread runs tokio for the metadata store, the control port and signals; it never touches data. While the
 //! metadata store is away, the shards serve on.
@@ -18,6 +20,8 @@ pub mod executor;
 pub mod joining;
 pub mod membership;
 pub mod no_metadata;
+pub mod peers;
+pub mod scrub;
 pub mod shards;
 
 use crate::config::NodeArguments;
@@ -27,6 +31,7 @@ use crate::node::disks::Disks;
 use crate::node::executor::{ShardThread, ShardThreadError};
 use crate::node::joining::Joined;
 use crate::node::membership::{Membership, MembershipError};
+use crate::node::scrub::Scrubber;
 use crate::node::shards::{NodeReporter, Shards};
 use std::convert::Infallible;
 use std::net::{SocketAddr, TcpListener};
@@ -37,7 +42,7 @@ use torus_rpc::metadata::any::AnyMetadata;
 use torus_rpc::metadata::embedded_server::EmbeddedServer;
 use torus_rpc::metadata::{Metadata, MetadataError, Revision, Watch};
 use torus_rpc::token::{ClusterKey, KeyError};
-use torus_schema::ids::{NodeId, ShardIndex};
+use torus_schema::ids::{ClusterId, NodeId, ShardIndex};
 use torus_schema::limits::{HEARTBEAT_INTERVAL, METADATA_RETRY_AFTER};
 use torus_schema::records::{self, ClusterRecord, NodeRecord, RecordError, ShardRecord, keys};
 
@@ -110,7 +115,10 @@ struct Node<'a> {
     id: NodeId,
     metadata: AnyMetadata,
     membership: Membership<'a, AnyMetadata>,
+    cluster: ClusterId,
+    dir: &'a DataDir,
     shards: Rc<Shards>,
+    scrubber: Rc<Scrubber>,
     control: tokio::net::TcpListener,
     reporter: Rc<NodeReporter>,
     /// Held, so that nobody mounts or formats them meanwhile.
@@ -151,9 +159,23 @@ impl<'a> Node<'a> {
             join_ring(&metadata, &record).await;
         }
         tracing::info!(node = %identity.node, cluster = %cluster.id, control = record.control, "serving");
-        let reporter = Rc::new(NodeReporter { record, started_s: membership.started_s(), shards: shards.clone() });
-        let (id, control) = (identity.node, listeners.control);
-        Ok(Node { id, metadata, membership, shards, control, reporter, _devices: devices, _embedded: embedded })
+        let size_bytes = identity.shard_bytes * u64::from(identity.shards);
+        let scrubber = Scrubber::new(shards.clone(), arguments.scrub_rate, size_bytes, dir.read_scrub_note()?);
+        let (scrubber, started_s) = (Rc::new(scrubber), membership.started_s());
+        let reporter = NodeReporter { record, started_s, shards: shards.clone(), scrubber: scrubber.clone() };
+        Ok(Node {
+            id: identity.node,
+            metadata,
+            membership,
+            cluster: cluster.id,
+            dir,
+            shards,
+            scrubber,
+            control: listeners.control,
+            reporter: Rc::new(reporter),
+            _devices: devices,
+            _embedded: embedded,
+        })
     }
 
     /// Until a signal, or until it cannot go on.
@@ -163,6 +185,8 @@ impl<'a> Node<'a> {
             _ = stop.wait() => Ok(()),
             error = beat(&mut self.membership, &self.shards) => Err(error),
             never = follow_deletions(&self.metadata, self.id, &self.shards) => match never {},
+            never = follow_peers(&self.metadata, self.cluster, &self.shards) => match never {},
+            error = self.scrubber.follow(|text| save_scrub(self.dir, text)) => Err(error.into()),
         };
         control.abort();
         let leave = async {
@@ -227,6 +251,20 @@ async fn follow_deletions(metadata: &AnyMetadata, node: NodeId, shards: &Shards)
         }
         tokio::time::sleep(METADATA_RETRY_AFTER).await;
     }
+}
+
+async fn follow_peers(metadata: &AnyMetadata, cluster: ClusterId, shards: &Shards) -> Infallible {
+    loop {
+        match peers::follow(metadata, cluster, shards).await {
+            Ok(never) => match never {},
+            Err(error) => tracing::warn!(%error, "the ring cannot be followed; repairs ask whom they know"),
+        }
+        tokio::time::sleep(METADATA_RETRY_AFTER).await;
+    }
+}
+
+fn save_scrub(dir: &DataDir, text: &str) -> Result<(), String> {
+    dir.write_scrub_note(text).map_err(|error| error.to_string())
 }
 
 /// The store inside this node, if asked for, and the URL under which the store is reached.

@@ -86,6 +86,18 @@ pub struct DamageCounts {
     pub unlisted: u64,
     /// Conflicts found.
     pub conflicts: u64,
+    /// Conflicts listed now.
+    pub conflicting: u64,
+}
+
+/// Both lists, as far as they were asked for.
+#[derive(Clone, Default, Debug)]
+pub struct DamageReport {
+    pub counts: DamageCounts,
+    pub blocks: Vec<ListedDamage>,
+    pub conflicts: Vec<Conflict>,
+    /// For the age of what is listed.
+    pub now: Instant,
 }
 
 type Key = (VolumeId, BlockIndex, Version);
@@ -173,21 +185,29 @@ impl Damage {
         true
     }
 
+    pub fn conflicts(&self) -> impl Iterator<Item = &Conflict> {
+        self.conflicts.values()
+    }
+
+    /// Something newer stands there now.
+    pub fn settled(&mut self, conflict: &Conflict) {
+        self.conflicts.remove(&(conflict.volume, conflict.block, conflict.version));
+    }
+
     pub fn drop_volume(&mut self, volume: VolumeId) {
         self.listed.retain(|(of, _, _), _| *of != volume);
         self.conflicts.retain(|(of, _, _), _| *of != volume);
     }
 
-    pub fn listed(&self) -> impl Iterator<Item = &ListedDamage> {
-        self.listed.values()
-    }
-
-    pub fn conflicts(&self) -> impl Iterator<Item = &Conflict> {
-        self.conflicts.values()
+    /// At most `limit` of each list.
+    pub fn report(&self, limit: usize, now: Instant) -> DamageReport {
+        let blocks = self.listed.values().take(limit).copied().collect();
+        let conflicts = self.conflicts.values().take(limit).cloned().collect();
+        DamageReport { counts: self.counts(), blocks, conflicts, now }
     }
 
     pub fn counts(&self) -> DamageCounts {
-        DamageCounts { damaged: self.listed.len() as u64, ..self.counts }
+        DamageCounts { damaged: self.listed.len() as u64, conflicting: self.conflicts.len() as u64, ..self.counts }
     }
 }
 

@@ -17,9 +17,12 @@
 //! * `queue`     appends gathered into batches (pure)
 //! * `append`    batches and syncs on their way to the disk
 //! * `cleaner`   gives space back
+//! * `scrub`     finds damage before anybody asks
 //! * `start`     format and recovery
+//! * `survey`    what a start would believe, for `inspect`
 //! * `grow`      a disk that became larger
 //! * `replay`    which of several copies counts then
+//! * `supervisor` opens it anew when its disk failed
 
 mod append;
 mod cleaner;
@@ -35,25 +38,32 @@ mod repair;
 mod replay;
 mod requests;
 mod retention;
+mod scrub;
 mod start;
 mod state;
+pub mod supervisor;
+pub mod survey;
 #[cfg(test)]
 mod tests;
 mod volumes;
 
 use crate::log::{BatchNumber, FormatError, Geometry};
 use bytes::Bytes;
+pub use damage::{Conflict, DamageReport, Damaged, FoundBy, ListedDamage};
+use futures::channel::oneshot;
 pub use peers::PeerTable;
 use peers::Peers;
 use queue::{Need, Queue, Syncs};
 pub use reads::Chunk;
+use scrub::Scrub;
+pub use scrub::{ScrubPass, ScrubReport};
 use state::Contents;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use thiserror::Error;
 use torus_rpc::message::{Answer, Envelope, Operation, Refusal, Reply};
 use torus_rpc::notify::Notify;
-use torus_rpc::runtime::{Disk, DiskError, Runtime};
+use torus_rpc::runtime::{Clock, Disk, DiskError, Runtime};
 use torus_rpc::token::ClusterKey;
 use torus_schema::ids::{ClusterId, Incarnation, NodeId, ShardIndex, VolumeId};
 use torus_schema::limits::BLOCK_BYTES;
@@ -106,7 +116,13 @@ pub struct ShardStatistics {
     pub batches: u64,
     pub syncs: u64,
     pub bytes_appended: u64,
+    /// That batches were written to.
+    pub segments_opened: u64,
+    /// Of those, for how many a batch had to wait: their opening was not durable when it was needed.
+    pub segments_waited_for: u64,
     pub segments_cleaned: u64,
+    /// Copied out of them.
+    pub blocks_moved: u64,
     pub checksum_errors: u64,
     pub refused: u64,
     /// Blocks with data that the index knows, and the memory it takes for them.
@@ -137,6 +153,7 @@ struct State {
     closing: bool,
     cleaner_stopped: bool,
     repairer_stopped: bool,
+    scrub: Scrub,
     statistics: ShardStatistics,
 }
 
@@ -151,6 +168,8 @@ pub struct Shard<R: Runtime> {
     /// Told when there is something to repair or to scrub, and when that has to stop.
     background: Notify,
     peers: Peers<R::Link>,
+    /// Dropped with the shard: who holds the other end learns that nothing of it is in flight.
+    gone: RefCell<Option<oneshot::Sender<()>>>,
     pump_planned: Cell<bool>,
 }
 
@@ -216,6 +235,28 @@ impl<R: Runtime> Shard<R> {
         }
     }
 
+    /// At most `limit` of each list.
+    pub fn damage(&self, limit: usize) -> DamageReport {
+        let now = self.runtime.clock().now();
+        self.state.borrow().contents.damage.report(limit, now)
+    }
+
+    /// Why it answers nothing any more.
+    pub fn failure(&self) -> Option<Refusal> {
+        self.state.borrow().failed.clone()
+    }
+
+    pub async fn wait_for_failure(&self) -> Refusal {
+        self.changed.until(|| self.failure()).await
+    }
+
+    /// Resolves when the last user of the shard is gone: requests, background work and everything in flight.
+    fn gone(&self) -> oneshot::Receiver<()> {
+        let (sender, receiver) = oneshot::channel();
+        *self.gone.borrow_mut() = Some(sender);
+        receiver
+    }
+
     /// Waits for what is in flight and leaves all of it durable, with a footer, so that the next start is short.
     /// New requests are refused from the moment it is called.
     pub async fn close(self: &Rc<Self>) {
@@ -225,8 +266,9 @@ impl<R: Runtime> Shard<R> {
         let idle = || {
             let state = self.state.borrow();
             let waits = state.queue.waits_for_space(state.contents.space.free());
-            let idle = state.queue.in_flight == 0 && !state.queue.opening && (state.queue.is_empty() || waits);
-            let stopped = state.cleaner_stopped && state.repairer_stopped;
+            let opening = state.queue.ahead.as_ref().is_some_and(|ahead| ahead.needs.is_none());
+            let idle = state.queue.in_flight == 0 && !opening && (state.queue.is_empty() || waits);
+            let stopped = state.cleaner_stopped && state.repairer_stopped && state.scrub.stopped;
             (state.failed.is_some() || (stopped && idle)).then_some(())
         };
         self.changed.until(idle).await;
@@ -236,7 +278,12 @@ impl<R: Runtime> Shard<R> {
             if let Some(retired) = state.queue.retire_head() {
                 state.contents.space.sealing(retired.segment);
             }
-            state.queue.take_ready()
+            // Without a footer the next start would look for batches in it.
+            if let Some(unused) = state.queue.retire_ahead() {
+                state.contents.space.begin(unused.segment, unused.sequence);
+                state.contents.space.sealing(unused.segment);
+            }
+            std::iter::from_fn(|| state.queue.take_ready()).collect::<Vec<_>>()
         };
         ready.into_iter().for_each(|filling| self.seal(filling));
         let sealed = || {

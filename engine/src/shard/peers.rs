@@ -5,11 +5,14 @@ use super::{Shard, ShardIdentity};
 use ahash::AHashMap;
 use bytes::Bytes;
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use torus_rpc::error::LinkError;
 use torus_rpc::message::{Answer, Envelope, Operation};
 use torus_rpc::runtime::{Clock, Connect, Link, Peer, Runtime};
-use torus_schema::ids::SliceId;
+use torus_schema::ids::{ClusterId, NodeId, ShardId, SliceId};
+use torus_schema::records::NodeRecord;
+use torus_schema::ring::table::Ring;
 
 /// Shared by all shards of a node.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -24,6 +27,23 @@ impl PeerTable {
     pub fn new(shards: Vec<Peer>, slices: Vec<Vec<u32>>) -> Self {
         assert!(slices.iter().flatten().all(|place| (*place as usize) < shards.len()));
         Self { shards, slices }
+    }
+
+    /// Everybody of the ring whose address is known.
+    pub fn from_ring(cluster: ClusterId, ring: &Ring, records: &BTreeMap<NodeId, NodeRecord>) -> Self {
+        let mut shards = Vec::new();
+        let mut places = BTreeMap::new();
+        for node in ring.nodes() {
+            for shard in records.get(&node.id).into_iter().flat_map(|record| &record.shards) {
+                places.insert(ShardId { node: node.number, shard: shard.index }, shards.len() as u32);
+                let address = shard.address.clone();
+                shards.push(Peer { cluster, node: node.id, shard: shard.index, address });
+            }
+        }
+        let count = u8::try_from(ring.replicas_max()).unwrap_or(u8::MAX);
+        let holders = |slice| ring.replicas(SliceId(slice), count).iter();
+        let slice = |slice| holders(slice).filter_map(|shard| places.get(shard).copied()).collect();
+        Self { shards, slices: (0..ring.slices()).map(slice).collect() }
     }
 
     /// Those that hold the slice, `own` shard left out. None for a ring of another size.

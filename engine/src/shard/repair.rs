@@ -154,16 +154,7 @@ impl<R: Runtime> Shard<R> {
     }
 
     async fn repair(self: &Rc<Self>, damaged: &Damaged) {
-        let outcome = {
-            let work = self.try_repair(damaged);
-            let ending = self.background.until(|| self.state.borrow().is_ending().then_some(()));
-            futures::pin_mut!(work, ending);
-            // What was submitted goes on all the same.
-            match futures::future::select(work, ending).await {
-                futures::future::Either::Left((outcome, _)) => outcome,
-                futures::future::Either::Right(_) => Outcome::NotYet,
-            }
-        };
+        let outcome = self.try_repair(damaged).await;
         let now = self.runtime.clock().now();
         {
             let state = &mut *self.state.borrow_mut();
@@ -218,11 +209,23 @@ impl<R: Runtime> Shard<R> {
         (Envelope { volume, ..Envelope::NONE }, Operation::PeerRead { token, first, count, data })
     }
 
+    /// `None`: the shard is closed or has failed meanwhile, and what is waited for is of no use any more. What was
+    /// submitted goes on all the same.
+    pub(super) async fn unless_ending<T>(&self, work: impl Future<Output = T>) -> Option<T> {
+        let ending = self.background.until(|| self.state.borrow().is_ending().then_some(()));
+        futures::pin_mut!(work, ending);
+        match futures::future::select(work, ending).await {
+            futures::future::Either::Left((done, _)) => Some(done),
+            futures::future::Either::Right(_) => None,
+        }
+    }
+
     async fn offer_of(&self, peer: &Peer, damaged: &Damaged) -> Offer {
         let (envelope, operation) = self.peer_request(damaged.volume, damaged.block, 1, true);
-        let answer = match self.ask_peer(peer, &envelope, &operation).await {
-            Ok(answer) => answer,
-            Err(error) => {
+        let answer = match self.unless_ending(self.ask_peer(peer, &envelope, &operation)).await {
+            None => return Offer::Nothing,
+            Some(Ok(answer)) => answer,
+            Some(Err(error)) => {
                 tracing::debug!(node = %peer.node, shard = %peer.shard, %error, "a peer cannot be asked");
                 return Offer::Nothing;
             }
@@ -257,7 +260,8 @@ impl<R: Runtime> Shard<R> {
         // Like a note it gives as much space back as it takes, so it may use what data may not.
         let appended = self.submit(Need::Note, Record::Data(data), payload, Some(vec![from]));
         let result = match appended {
-            Ok(waiting) => waiting.done().await,
+            // Not waited for at the end: there may be no space any more, and nobody who makes some.
+            Ok(waiting) => self.unless_ending(waiting.done()).await.unwrap_or(Ok(())),
             Err(refusal) => Err(refusal),
         };
         match result {

@@ -79,6 +79,13 @@ impl Contents {
         }
     }
 
+    /// What a footer says of all its data of that volume.
+    pub fn foresee_flush_point(&mut self, volume: VolumeId, flush_point: Version) {
+        if !self.dropped.contains(&volume) {
+            self.settle(volume, flush_point);
+        }
+    }
+
     pub fn slice_of(&self, volume: VolumeId, extent: ExtentIndex) -> SliceId {
         let layout = self.volumes.get(&volume).and_then(|volume| volume.layout.as_ref());
         layout.map_or(UNKNOWN_SLICE, |layout| layout.placement.slice_of(extent))
@@ -108,13 +115,7 @@ impl Contents {
         let mut number = 0;
         while number < data.checksums.len() {
             let block = BlockIndex(data.first.0 + number as u64);
-            if self.is_revoked(data.volume, block, data.version) {
-                number += 1;
-                continue;
-            }
-            let end = block.0 + (BLOCKS_PER_EXTENT - block.in_extent()).min((data.checksums.len() - number) as u64);
-            let revoked = self.first_revoked(data.volume, block.0..end, data.version);
-            let count = (revoked.map_or(end, |revoked| revoked.0) - block.0) as usize;
+            let count = (BLOCKS_PER_EXTENT - block.in_extent()).min((data.checksums.len() - number) as u64) as usize;
             let first = Place { volume: data.volume, slice: self.slice_of(data.volume, block.extent()), block };
             let position = Position(data.position.0 + number as u32);
             let checksums = &data.checksums[number..number + count];
@@ -123,7 +124,28 @@ impl Contents {
         }
     }
 
-    fn data_run(&mut self, run: Run<'_>, at_tie: AtTie) {
+    /// Part of a record whose F is known, within one extent; without what was revoked.
+    pub fn data_run(&mut self, run: Run<'_>, at_tie: AtTie) {
+        let (volume, first) = (run.first.volume, run.first.block);
+        let end = first.0 + run.checksums.len() as u64;
+        let Some(revoked) = self.first_revoked(volume, first.0..end, run.version) else {
+            return self.alive_run(run, at_tie);
+        };
+        let before = (revoked.0 - first.0) as usize;
+        let part = |from: usize, checksums| {
+            let block = BlockIndex(first.0 + from as u64);
+            let position = Position(run.position.0 + from as u32);
+            Run { first: Place { block, ..run.first }, version: run.version, position, checksums }
+        };
+        if before > 0 {
+            self.alive_run(part(0, &run.checksums[..before]), at_tie);
+        }
+        if before + 1 < run.checksums.len() {
+            self.data_run(part(before + 1, &run.checksums[before + 1..]), at_tie);
+        }
+    }
+
+    fn alive_run(&mut self, run: Run<'_>, at_tie: AtTie) {
         let entry = |number: usize| {
             let position = Position(run.position.0 + number as u32);
             Entry { position, checksum: run.checksums[number], version: run.version }

@@ -205,7 +205,7 @@ fn a_segment_with_a_damaged_block_is_cleaned_once_the_block_is_repaired() {
         overwrite().await;
         let shard = pair.here.machine.shard();
         let old = pair.here.position(101);
-        let listed: Vec<FoundBy> = shard.state.borrow().contents.damage.listed().map(|listed| listed.by).collect();
+        let listed: Vec<FoundBy> = shard.damage(9).blocks.iter().map(|listed| listed.by).collect();
         assert_eq!(listed, vec![FoundBy::Cleaner]);
         pair.link(&world);
         pair.here.healed().await;

@@ -15,6 +15,8 @@ struct Known {
     sent: BTreeMap<Version, bool>,
     /// What was there once, and is superseded by something that nothing proves.
     past: BTreeMap<Version, bool>,
+    /// What was taken back, at which level, and whether it was data.
+    revoked: BTreeMap<Version, (u64, bool)>,
     /// The highest that was answered.
     acknowledged: Version,
     /// The highest that a flush of that level covered; ascending in both.
@@ -28,10 +30,16 @@ impl Known {
         }
     }
 
-    fn may_be(&self, version: Version, damages: u64) -> Option<bool> {
+    fn may_be(&self, version: Version, damages: u64, level: u64) -> Option<bool> {
         let past = self.past.get(&version).filter(|_| damages > 0);
-        self.sent.get(&version).or(past).copied()
+        let revoked = self.revoked.get(&version).filter(|(at, _)| !is_proven(*at, damages, level));
+        self.sent.get(&version).or(past).or(revoked.map(|(_, data)| data)).copied()
     }
+}
+
+/// What a flush of level `at` covered must be there in spite of those damages.
+fn is_proven(at: u64, damages: u64, level: u64) -> bool {
+    damages == 0 || at + damages < level
 }
 
 /// What a flush that was answered has made durable.
@@ -57,7 +65,7 @@ impl Blocks {
     /// What may be found, and whether it is data. Before anything was written there are zeros.
     pub fn may_be(&self, block: u64, version: Version, damages: u64) -> Option<bool> {
         let zeros = (version == Version::ZERO).then_some(false);
-        self.known.get(&block).and_then(|known| known.may_be(version, damages)).or(zeros)
+        self.known.get(&block).and_then(|known| known.may_be(version, damages, self.level)).or(zeros)
     }
 
     /// Gives the level at which it was sent.
@@ -98,9 +106,13 @@ impl Blocks {
 
     /// The least that must be there after a start.
     pub fn least(&self, block: u64, damages: u64) -> Version {
-        let is_proven = |level: u64| damages == 0 || level + damages < self.level;
         let flushed = self.known.get(&block).map(|known| &known.flushed[..]).unwrap_or_default();
-        flushed.iter().rev().find(|(level, _)| is_proven(*level)).map(|(_, version)| *version).unwrap_or_default()
+        flushed
+            .iter()
+            .rev()
+            .find(|(at, _)| is_proven(*at, damages, self.level))
+            .map(|(_, version)| *version)
+            .unwrap_or_default()
     }
 
     /// This is what a start made of it, so it is what stays: what else was sent must never show again.
@@ -110,6 +122,7 @@ impl Blocks {
         let older = std::mem::take(&mut known.sent).into_iter().filter(|(sent, _)| *sent < version);
         known.past.extend(older);
         known.past.retain(|past, _| *past < version);
+        known.revoked.remove(&version);
         known.sent = BTreeMap::from([(version, data)]);
         known.acknowledged = version;
         known.flushed.retain(|(_, flushed)| *flushed <= version);
@@ -125,19 +138,28 @@ impl Blocks {
         (newest == known.acknowledged && newest > Version::ZERO).then_some((newest, before))
     }
 
-    /// From now on it may be that, because what is above is being taken back.
-    pub fn lower(&mut self, block: u64, to: Version) {
+    /// It is being taken back: until that is answered a crash may leave it, or `before`, or what it might have left
+    /// anyway. That one was answered does not make it durable; the revocation does, when it is durable itself.
+    pub fn is_being_revoked(&mut self, block: u64, before: Version) {
         let level = self.level;
         let known = self.known.entry(block).or_default();
-        known.acknowledged = to;
-        known.flushed.retain(|(_, flushed)| *flushed < to);
-        known.flushed(level, to);
+        known.sent.entry(before).or_insert(false);
+        let was_durable = known.flushed.iter().any(|(_, flushed)| *flushed > before);
+        known.flushed.retain(|(_, flushed)| *flushed <= before);
+        if was_durable {
+            known.flushed(level, before);
+        }
     }
 
-    /// It never was.
+    /// It never was: a revocation is answered when it is durable. On a damaged disk it may be dropped as a torn tail, as
+    /// a flush may.
     pub fn revoked(&mut self, block: u64, version: Version, before: Version) {
+        let level = self.level;
         let known = self.known.entry(block).or_default();
-        known.sent.remove(&version);
-        known.sent.entry(before).or_insert(false);
+        if let Some(data) = known.sent.remove(&version) {
+            known.revoked.insert(version, (level, data));
+        }
+        known.acknowledged = before;
+        known.flushed(level, before);
     }
 }

@@ -92,7 +92,8 @@ impl Test {
         if version <= client.envelope.get().flush_point {
             return false;
         }
-        self.blocks.borrow_mut().lower(block, before);
+        tracing::debug!(block, %version, %before, "revoke");
+        self.blocks.borrow_mut().is_being_revoked(block, before);
         let answered = Rc::new(RefCell::new(None));
         let (answer, revoked) = (answered.clone(), vec![Revoked { block: BlockIndex(block), version }]);
         self.world.spawn(self.machine.process.get(), async move {
@@ -103,6 +104,7 @@ impl Test {
         let mut waited = 0;
         while answered.borrow().is_none() {
             if waited >= patience {
+                tracing::debug!("while it revokes");
                 return true;
             }
             self.world.sleep(Duration::from_micros(50)).await;
