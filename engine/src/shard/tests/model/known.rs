@@ -163,3 +163,25 @@ impl Blocks {
         known.flushed(level, before);
     }
 }
+
+#[test]
+fn what_was_answered_and_not_flushed_may_be_gone_when_a_crash_cuts_a_revocation_short() {
+    let version = |sequence| Version::new(torus_schema::ids::Epoch(7), sequence);
+    let written = |durable: bool| {
+        let mut blocks = Blocks::default();
+        for sequence in [1, 2] {
+            let sent_at = blocks.sent(&[5], version(sequence), true);
+            blocks.answered(&[5], version(sequence), sent_at, durable);
+        }
+        assert_eq!(blocks.newest_two(5), Some((version(2), version(1))));
+        blocks.is_being_revoked(5, version(1));
+        blocks
+    };
+    assert_eq!(written(false).least(5, 0), Version::ZERO);
+    let mut blocks = written(true);
+    assert_eq!(blocks.least(5, 0), version(1));
+    assert_eq!(blocks.may_be(5, version(2), 0), Some(true), "it may not be taken back yet");
+    blocks.revoked(5, version(2), version(1));
+    assert_eq!((blocks.may_be(5, version(2), 0), blocks.least(5, 0)), (None, version(1)));
+    assert_eq!(blocks.may_be(5, version(2), 1), Some(true), "damage may look like a torn tail");
+}

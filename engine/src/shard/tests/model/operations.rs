@@ -58,6 +58,7 @@ impl Test {
         let blocks: Vec<u64> = self.blocks_of(first, end).into_iter().filter(inside).collect();
         let (version, durable) = (client.next_version(), world.one_in(8));
         world.sleep(Duration::from_micros(world.random_below(300))).await;
+        tracing::trace!(first, end, %version, durable, "clear");
         let sent_at = self.blocks.borrow_mut().sent(&blocks, version, false);
         let first = BlockIndex(first);
         let operation = Operation::Clear { first, count: end - first.0, slice, version, durable };

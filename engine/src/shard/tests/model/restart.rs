@@ -119,6 +119,7 @@ impl Test {
                 let found = found.unwrap_or(described);
                 assert_eq!(described, found, "seed {}: block {block}", self.seed());
                 let least = self.blocks.borrow().least(block, self.damages());
+                tracing::trace!(block, version = %found.0, data = found.1, "found");
                 self.check(block, found, least);
                 self.blocks.borrow_mut().accept(block, found.0, found.1);
             }
