@@ -21,6 +21,8 @@ const FEW_CORES: usize = 4;
     after_help = "Examples:\n  \
         torus-engine --metadata etcd://10.0.0.1:2379 --data-dir /var/lib/torus --size 80% --listen 10.0.0.7:7000\n  \
         torus-engine --metadata torus://127.0.0.1:7900 --data-dir ./node-1 --size 20GiB --listen 127.0.0.1:0\n  \
+        torus-engine --metadata etcd://10.0.0.1:2379 --data-dir /var/lib/torus --device /dev/disk/by-id/nvme-A \\\n    \
+        --device /dev/disk/by-id/nvme-B --listen 10.0.0.7:7000\n  \
         torus-engine metadata --dir ./metadata --listen 127.0.0.1:7900\n\n\
         A cluster is made once by `torusadm init`; a started node joins it by `torusadm peer add`.\n\
         SIGTERM and SIGINT stop a node cleanly; kill -9 loses nothing that was flushed.",
@@ -67,10 +69,23 @@ pub struct NodeArguments {
     /// The node's own directory: block files, identity, lock. Formatted when it is empty, never otherwise
     #[arg(long, value_name = "DIR")]
     pub data_dir: PathBuf,
-    /// Space to take from the disk, all shards together: 20GiB, 1.5TiB, or N% of the file system. Needed when the
-    /// data dir is formatted; afterwards it may be left out and cannot differ
+    /// Space to take, all shards together: 20GiB, 1.5TiB, or N% of the file system (with --device: of the devices,
+    /// and all of them by default). Needed when the data dir is formatted; afterwards it may be left out, or be larger:
+    /// then the node grows at its start. It never shrinks. A percentage is computed when it is first given, and anew
+    /// only when it differs
     #[arg(long, value_name = "SIZE|N%")]
     pub size: Option<NodeSize>,
+    /// A raw disk or partition for the shards instead of files in DATA_DIR; more than one: name the option again.
+    /// Shard i is on device i mod n. Taken when the data dir is formatted, and only if it is empty; afterwards the
+    /// devices are known by what stands on them, and the option may be left out
+    #[arg(long = "device", value_name = "PATH", action = clap::ArgAction::Append)]
+    pub devices: Vec<PathBuf>,
+
+    /// Format devices that hold something: it is lost. Never for a device that is mounted or otherwise in use. Not
+    /// for scripts and unit files
+    #[arg(long)]
+    pub force: bool,
+
     /// Address to serve on. Control is on the port given, shard i on the port + 1 + i; port 0 takes free ports for all
     #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:0")]
     pub listen: SocketAddr,
@@ -78,7 +93,7 @@ pub struct NodeArguments {
     #[arg(long, value_name = "HOST")]
     pub advertise: Option<String>,
     /// Shards, each with an executor, a block file and a port of its own; fixed when the data dir is formatted.
-    /// Default: one per core, or one where there are 4 cores or fewer
+    /// Default: one per core, or one where there are 4 cores or fewer; at least one per device
     #[arg(long, value_name = "N")]
     pub shards: Option<u16>,
     /// Cores to pin the shards to: 0,2,4 or 0-3. Nodes that share a machine are given different ones, or none to run
@@ -94,6 +109,10 @@ pub struct NodeArguments {
     /// Failure domain inside the rack. Default: this machine's host name
     #[arg(long)]
     pub host: Option<String>,
+    /// Bytes a second that scrubbing reads, all shards together: 20MiB, 1GiB, or 0 for no scrub but by order. Default: a
+    /// node of 1 TiB or less takes what reads 1 TiB in 24 hours (12.1 MiB), a larger one what reads it all in 24 hours
+    #[arg(long, value_name = "SIZE", value_parser = parse_rate)]
+    pub scrub_rate: Option<u64>,
     /// Join the ring by itself, where no volume exists yet
     #[arg(long)]
     pub auto_join: bool,
@@ -113,7 +132,8 @@ impl NodeArguments {
     /// Shards of a data dir that is formatted now.
     pub fn shards_for_format(&self, cores: usize) -> u16 {
         let by_cores = if cores <= FEW_CORES { 1 } else { u16::try_from(cores).unwrap_or(limits::SHARDS_PER_NODE_MAX) };
-        self.shards.unwrap_or(by_cores).clamp(1, limits::SHARDS_PER_NODE_MAX)
+        let by_devices = u16::try_from(self.devices.len()).unwrap_or(limits::SHARDS_PER_NODE_MAX);
+        self.shards.unwrap_or(by_cores.max(by_devices)).clamp(1, limits::SHARDS_PER_NODE_MAX)
     }
 
     /// The core of each shard, or `None` for all: with fewer cores than shards pinning would only stack them up.
@@ -147,6 +167,13 @@ impl NodeArguments {
             (None, IpAddr::V4(ip)) => Ok(ip.to_string()),
         }
     }
+}
+
+fn parse_rate(text: &str) -> Result<u64, String> {
+    if text.trim() == "0" {
+        return Ok(0);
+    }
+    torus_schema::size::parse(text).map_err(|error| format!("{error}; expected bytes a second such as 20MiB, or 0"))
 }
 
 fn parse_deadline(text: &str) -> Result<Duration, String> {
@@ -266,6 +293,13 @@ mod tests {
         assert_eq!(node(&[]).pinning(2, 8), Some(vec![0, 1]));
         assert_eq!("0-2,7".parse(), Ok(CpuList(vec![0, 1, 2, 7])));
         assert!("1,1".parse::<CpuList>().is_err());
+    }
+
+    #[test]
+    fn devices_are_named_one_by_one_and_have_a_shard_each() {
+        let node = node(&["--device", "/dev/sdb", "--device", "/dev/sdc"]);
+        assert_eq!(node.devices, ["/dev/sdb", "/dev/sdc"].map(PathBuf::from));
+        assert_eq!(node.shards_for_format(4), 2);
     }
 
     #[test]

@@ -11,6 +11,7 @@ use std::pin::Pin;
 use std::rc::Rc;
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::compat::{TokioAsyncReadCompatExt, TokioAsyncWriteCompatExt};
+use torus_rpc::control::{self, ScrubOrder, ScrubStatus, ShardDamage};
 use torus_schema::control_capnp::node_control;
 use torus_schema::ids::ShardIndex;
 use torus_schema::limits;
@@ -24,7 +25,7 @@ pub struct NodeReport {
     pub shards: Vec<ShardReport>,
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ShardReport {
     pub index: ShardIndex,
     pub segments: u32,
@@ -40,12 +41,27 @@ pub struct ShardReport {
     pub bytes_appended: u64,
     pub checksum_errors: u64,
     pub refused: u64,
+    pub index_blocks: u64,
+    pub index_bytes: u64,
+    pub damaged: u64,
+    pub damaged_found: u64,
+    pub repaired: u64,
+    pub conflicts: u64,
+    /// Why it answers nothing.
+    pub failed: Option<String>,
+    pub failures: u32,
 }
 
 /// Asked at each call, so that nothing is kept up to date for nobody.
 pub trait Reporter: 'static {
-    fn report(&self) -> Pin<Box<dyn Future<Output = Result<NodeReport, String>>>>;
+    fn report(&self) -> Answered<NodeReport>;
+    /// Carries the order out, and tells what holds then.
+    fn scrub(&self, order: ScrubOrder) -> Answered<ScrubStatus>;
+    /// At most `limit` of each list and shard.
+    fn damage(&self, limit: u32) -> Answered<Vec<ShardDamage>>;
 }
+
+pub type Answered<T> = Pin<Box<dyn Future<Output = Result<T, String>>>>;
 
 /// Serves until it is dropped, together with the local task set it runs in.
 pub async fn serve(listener: TcpListener, reporter: Rc<dyn Reporter>) {
@@ -132,6 +148,39 @@ impl node_control::Server for Control {
             to.set_bytes_appended(shard.bytes_appended);
             to.set_checksum_errors(shard.checksum_errors);
             to.set_refused(shard.refused);
+            to.set_index_blocks(shard.index_blocks);
+            to.set_index_bytes(shard.index_bytes);
+            to.set_damaged(shard.damaged);
+            to.set_damaged_found(shard.damaged_found);
+            to.set_repaired(shard.repaired);
+            to.set_conflicts(shard.conflicts);
+            to.set_failed(shard.failed.as_deref().unwrap_or_default());
+            to.set_failures(shard.failures);
+        }
+        Ok(())
+    }
+
+    async fn scrub(
+        self: Rc<Self>,
+        params: node_control::ScrubParams,
+        mut results: node_control::ScrubResults,
+    ) -> Result<(), capnp::Error> {
+        let order = params.get()?.get_order()?.into();
+        let status = self.reporter.scrub(order).await.map_err(capnp::Error::failed)?;
+        control::set_scrub_status(results.get().init_status(), &status);
+        Ok(())
+    }
+
+    async fn damage(
+        self: Rc<Self>,
+        params: node_control::DamageParams,
+        mut results: node_control::DamageResults,
+    ) -> Result<(), capnp::Error> {
+        let limit = params.get()?.get_limit();
+        let damage = self.reporter.damage(limit).await.map_err(capnp::Error::failed)?;
+        let mut shards = results.get().init_shards(u32::try_from(damage.len()).unwrap_or(0));
+        for (position, shard) in (0u32..).zip(&damage) {
+            control::set_damage(shards.reborrow().get(position), shard);
         }
         Ok(())
     }
@@ -155,25 +204,38 @@ pub async fn ask_status(address: &str) -> Result<NodeReport, capnp::Error> {
 }
 
 fn read_report(status: torus_schema::control_capnp::node_status::Reader<'_>) -> Result<NodeReport, capnp::Error> {
-    let shards = status.get_shards()?.iter().map(|shard| ShardReport {
-        index: ShardIndex(shard.get_index()),
-        segments: shard.get_segments(),
-        segments_free: shard.get_segments_free(),
-        live_bytes: shard.get_live_bytes(),
-        volumes: shard.get_volumes(),
-        connections: shard.get_connections(),
-        reads: shard.get_reads(),
-        writes: shard.get_writes(),
-        flushes: shard.get_flushes(),
-        batches: shard.get_batches(),
-        syncs: shard.get_syncs(),
-        bytes_appended: shard.get_bytes_appended(),
-        checksum_errors: shard.get_checksum_errors(),
-        refused: shard.get_refused(),
-    });
+    let read_shard =
+        |shard: torus_schema::control_capnp::shard_status::Reader<'_>| -> Result<ShardReport, capnp::Error> {
+            let failed = shard.get_failed()?.to_string()?;
+            Ok(ShardReport {
+                index: ShardIndex(shard.get_index()),
+                segments: shard.get_segments(),
+                segments_free: shard.get_segments_free(),
+                live_bytes: shard.get_live_bytes(),
+                volumes: shard.get_volumes(),
+                connections: shard.get_connections(),
+                reads: shard.get_reads(),
+                writes: shard.get_writes(),
+                flushes: shard.get_flushes(),
+                batches: shard.get_batches(),
+                syncs: shard.get_syncs(),
+                bytes_appended: shard.get_bytes_appended(),
+                checksum_errors: shard.get_checksum_errors(),
+                refused: shard.get_refused(),
+                index_blocks: shard.get_index_blocks(),
+                index_bytes: shard.get_index_bytes(),
+                damaged: shard.get_damaged(),
+                damaged_found: shard.get_damaged_found(),
+                repaired: shard.get_repaired(),
+                conflicts: shard.get_conflicts(),
+                failed: (!failed.is_empty()).then_some(failed),
+                failures: shard.get_failures(),
+            })
+        };
+    let shards: Vec<ShardReport> = status.get_shards()?.iter().map(read_shard).collect::<Result<_, _>>()?;
     let node = status.get_node()?.to_string()?;
     let heartbeat = status.get_heartbeat()?.to_string()?;
-    Ok(NodeReport { node, heartbeat, shards: shards.collect() })
+    Ok(NodeReport { node, heartbeat, shards })
 }
 
 #[cfg(test)]
@@ -185,10 +247,20 @@ mod tests {
     struct Fixed;
 
     impl Reporter for Fixed {
-        fn report(&self) -> Pin<Box<dyn Future<Output = Result<NodeReport, String>>>> {
-            let shard = ShardReport { index: ShardIndex(1), live_bytes: u64::MAX, refused: 7, ..Default::default() };
+        fn report(&self) -> Answered<NodeReport> {
+            let (live_bytes, index_blocks, index_bytes) = (u64::MAX, 11, 13);
+            let (index, failed) = (ShardIndex(1), Some("fdatasync failed".to_string()));
+            let shard = ShardReport { index, live_bytes, index_blocks, index_bytes, failed, ..Default::default() };
             let report = NodeReport { node: "{}".into(), heartbeat: "{\"é\":1}".into(), shards: vec![shard] };
             Box::pin(async move { Ok(report) })
+        }
+
+        fn scrub(&self, _order: ScrubOrder) -> Answered<ScrubStatus> {
+            Box::pin(async { Err("the disk is away".to_string()) })
+        }
+
+        fn damage(&self, _limit: u32) -> Answered<Vec<ShardDamage>> {
+            Box::pin(async { Ok(Vec::new()) })
         }
     }
 
@@ -219,7 +291,8 @@ mod tests {
                 let sent = tokio::task::spawn_blocking(move || {
                     let mut stream = std::net::TcpStream::connect(address).unwrap();
                     stream.write_all(&bytes).unwrap();
-                    stream.shutdown(std::net::Shutdown::Write).unwrap();
+                    // The server may have closed its side already.
+                    let _ = stream.shutdown(std::net::Shutdown::Write);
                     // Ends when the server has closed its side; what it says before is of no interest.
                     let _ = stream.read_to_end(&mut Vec::new());
                 });

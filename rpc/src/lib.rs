@@ -6,10 +6,12 @@
 //! * `token`     how a shard knows a writer
 //! * `client`    a pipelined connection to one shard
 //! * `server`    one connection from a client
+//! * `control`   what a node tells of scrub and damage, and how tools ask
 //! * `notify`    waiting for a state to change
 //! * `metadata`  who is who: etcd, embedded, memory
 
 pub mod client;
+pub mod control;
 pub mod error;
 pub mod frame;
 pub mod message;

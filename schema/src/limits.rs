@@ -45,6 +45,9 @@ pub const SEGMENT_BYTES: u64 = 64 * MIB;
 pub const SHARD_BYTES_MIN: u64 = 8 * SEGMENT_BYTES;
 /// Block positions are 32 bits in the index.
 pub const SHARD_BYTES_MAX: u64 = (1 << 32) * BLOCK_BYTES;
+/// Looked at, at the start and at the end of a device that is to be formatted: there every file system, partition
+/// table, RAID or volume manager leaves its mark (ZFS reaches furthest, 512 KiB from either end).
+pub const DEVICE_PROBE_BYTES: u64 = MIB;
 /// Executors of one node: beyond this a machine runs several nodes.
 pub const SHARDS_PER_NODE_MAX: u16 = 256;
 /// Cores that `--cpus` can name: what a kernel's CPU set holds.
@@ -54,6 +57,23 @@ pub const BATCHES_IN_FLIGHT_MAX: usize = 4;
 /// Share of a shard kept for cleaning, tombstones and resync, in percent.
 pub const RESERVE_PERCENT: u64 = 7;
 
+/// Pause before a shard whose disk failed is opened again, growing from the first to the second: a glitch costs little,
+/// and a disk that is gone is not looked for all day.
+pub const DISK_REOPEN_PAUSE_MIN: Duration = Duration::from_millis(100);
+pub const DISK_REOPEN_PAUSE_MAX: Duration = Duration::from_secs(60);
+/// A scrub of a whole node takes this long by default.
+pub const SCRUB_PASS: Duration = Duration::from_secs(24 * 3600);
+/// A node smaller than this is scrubbed as fast as one of this size: 12.1 MiB/s hurt no disk.
+pub const SCRUB_SIZE_MIN_BYTES: u64 = TIB;
+/// From the start of one pass to the start of the next: a week, in which few disks lose a block on every replica.
+pub const SCRUB_INTERVAL: Duration = Duration::from_secs(7 * 24 * 3600);
+/// The first pass of a node's life starts this long after it was started: at first there is little to read.
+pub const SCRUB_FIRST_AFTER: Duration = Duration::from_secs(3600);
+/// How often the node looks how far its shards came, and how often it writes that down.
+pub const SCRUB_LOOK_INTERVAL: Duration = Duration::from_secs(2);
+pub const SCRUB_NOTE_INTERVAL: Duration = Duration::from_secs(60);
+/// Damaged blocks, and conflicts, of one shard in one answer of the control port: it has to fit in a message.
+pub const DAMAGE_TOLD_MAX: u32 = 1024;
 /// Damaged blocks a shard lists, at about 100 bytes each; more are counted, and found again by the next scrub.
 pub const DAMAGED_LISTED_MAX: usize = 16 * 1024;
 /// Conflicts (two whole copies of one version that differ) a shard lists: each is for a person to look at.
@@ -147,6 +167,7 @@ pub const NBD_CONNECTIONS_MAX: usize = 1024;
 /// NBD: what a stopping server waits for requests in flight and for clients to take their replies.
 pub const NBD_STOP_GRACE: Duration = Duration::from_secs(10);
 
+const _: () = assert!(SCRUB_PASS.as_secs() < SCRUB_INTERVAL.as_secs());
 const _: () = assert!(EXTENT_BYTES.is_multiple_of(BLOCK_BYTES));
 const _: () = assert!(PAYLOAD_BYTES_MAX.is_multiple_of(BLOCK_BYTES));
 const _: () = assert!(PAYLOAD_BYTES_MAX <= EXTENT_BYTES);

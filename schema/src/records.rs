@@ -182,6 +182,9 @@ pub struct ShardUsage {
     /// Bytes of segments that hold nothing.
     #[serde(with = "decimal")]
     pub free_bytes: u64,
+    /// Why the shard answers nothing: its disk failed. `None`: all is well.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failed: Option<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -301,7 +304,7 @@ mod tests {
 
     #[test]
     fn sizes_beyond_the_exact_range_of_json_numbers_survive() {
-        let usage = ShardUsage { index: ShardIndex(3), used_bytes: (1 << 53) + 1, free_bytes: u64::MAX };
+        let usage = ShardUsage { index: ShardIndex(3), used_bytes: (1 << 53) + 1, free_bytes: u64::MAX, failed: None };
         assert_eq!(decode::<ShardUsage>("k", &encode(&usage)).unwrap(), usage);
     }
 

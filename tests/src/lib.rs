@@ -1,6 +1,7 @@
 //! What integration tests share: real processes on this machine, and ways to await what they do.
 //!
 //! * `wait`     await a state, with a deadline
+//! * `loops`    loop devices, and file systems on them that can be cut off
 //! * `process`  a program that ends with its test
 //! * `simulation`  a whole cluster in one thread, from one seed
 //! * `store`    a metadata store: etcd, or our own
@@ -8,6 +9,7 @@
 //! * `cluster`  a store, nodes and the commands to administer them
 
 pub mod cluster;
+pub mod loops;
 pub mod process;
 pub mod simulation;
 pub mod store;

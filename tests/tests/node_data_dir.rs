@@ -121,7 +121,7 @@ fn a_block_file_that_is_missing_or_not_ours_is_refused() {
 fn settings_that_differ_from_the_format_are_refused_with_both_values() {
     let cluster = with_stopped_node("other-settings");
     let dir = cluster.data_dir(0);
-    assert_says(&refusal(&cluster, &dir, &["--size", "2GiB"]), &["536870912", "2147483648"]);
+    assert_says(&refusal(&cluster, &dir, &["--size", "64MiB"]), &["536870912", "67108864", "never shrinks"]);
     assert_says(&refusal(&cluster, &dir, &["--shards", "4"]), &["1 shards", "asks for 4"]);
 }
 
@@ -129,9 +129,9 @@ fn settings_that_differ_from_the_format_are_refused_with_both_values() {
 fn another_format_version_is_refused_with_both_versions() {
     let cluster = with_stopped_node("other-version");
     let path = cluster.data_dir(0).join("torus.json");
-    let text = fs::read_to_string(&path).unwrap().replace("\"format_version\": 1", "\"format_version\": 7");
+    let text = fs::read_to_string(&path).unwrap().replace("\"format_version\": 2", "\"format_version\": 7");
     fs::write(&path, text).unwrap();
-    assert_says(&refusal(&cluster, &cluster.data_dir(0), &[]), &["format version 7", "expected 1", "torus.json"]);
+    assert_says(&refusal(&cluster, &cluster.data_dir(0), &[]), &["format version 7", "expected 2", "torus.json"]);
 }
 
 #[test]

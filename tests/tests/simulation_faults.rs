@@ -44,6 +44,11 @@ fn cut_links_and_an_absent_metadata_store_lose_nothing() {
 }
 
 #[test]
+fn disks_that_fail_or_vanish_lose_nothing() {
+    run(Trouble::Disks);
+}
+
+#[test]
 fn everything_at_once_loses_nothing() {
     run(Trouble::Mixed);
 }

@@ -27,6 +27,7 @@ const GLOMMIO: &[&str] = &[
 const TOKIO: &[&str] = &[
     "engine/src/control.rs",
     "engine/src/node/",
+    "rpc/src/control/client.rs",
     "rpc/src/metadata/e",
     "rpc/src/metadata/remote.rs",
     "rpc/tests/",

@@ -8,6 +8,7 @@
 //! A file that is only preallocated has unwritten extents: the first write to each costs the file system a journal
 //! commit at the next sync. `create` preallocates; a device has no such cost.
 
+use super::area::{AreaKind, BlockArea};
 use crate::log::superblock::{self, SUPERBLOCK_BLOCKS};
 use glommio::io::{DmaBuffer, DmaFile, OpenOptions, ReadResult};
 use std::fs;
@@ -24,9 +25,11 @@ pub enum DirectError {
     #[error("{operation} of {path} failed: {because}")]
     Io { operation: &'static str, path: PathBuf, because: String },
     #[error(
-        "{path} has {found} bytes, its superblock says {expected}; it was truncated or replaced: restore it, or format a new data dir and let the cluster fill it"
+        "{path} has {found} bytes, expected {expected} (by its superblock or torus.json); it was truncated or replaced: restore it, or format a new data dir and let the cluster fill it"
     )]
     Size { path: PathBuf, found: u64, expected: u64 },
+    #[error("device {path} has {found} bytes, expected at least {expected}; is it another device or partition now?")]
+    DeviceSize { path: PathBuf, found: u64, expected: u64 },
     #[error("{path}: a size of {found} bytes is not a positive multiple of {expected}")]
     Unaligned { path: PathBuf, found: u64, expected: u64 },
 }
@@ -34,6 +37,8 @@ pub enum DirectError {
 pub struct DirectDisk {
     file: DmaFile,
     path: PathBuf,
+    /// Where the area begins in it.
+    start_bytes: u64,
     size_bytes: u64,
 }
 
@@ -50,13 +55,36 @@ impl DirectDisk {
             .map_err(|errno| io_error("preallocation", path, errno.into()))?;
         write_first_block(&file).map_err(wrap("write"))?;
         drop(file);
-        Self::open_direct(path, size_bytes).await
+        Self::open_direct(path, 0, size_bytes).await
+    }
+
+    /// The disk of a shard whose area is known: a file has to be as long, a device at least.
+    pub async fn open_area(area: &BlockArea) -> Result<Self, DirectError> {
+        let path = &area.path;
+        if area.kind == AreaKind::File {
+            return Self::open_file(path, Some(area.bytes)).await;
+        }
+        let wrap = |operation| move |because| io_error(operation, path, because);
+        let file = fs::OpenOptions::new().read(true).write(true).open(path).map_err(wrap("open"))?;
+        let (found, expected) = (length(&file).map_err(wrap("seek"))?, area.offset_bytes + area.bytes);
+        if found < expected {
+            return Err(DirectError::DeviceSize { path: path.clone(), found, expected });
+        }
+        if !area.offset_bytes.is_multiple_of(BLOCK_BYTES) || !area.bytes.is_multiple_of(BLOCK_BYTES) {
+            return Err(DirectError::Unaligned { path: path.clone(), found: area.bytes, expected: BLOCK_BYTES });
+        }
+        drop(file);
+        Self::open_direct(path, area.offset_bytes, area.bytes).await
     }
 
     /// Refuses a file whose length is not what its superblock says. One without a superblock is opened: whether it
     /// may be formatted is for the caller to say.
     pub async fn open(path: impl AsRef<Path>) -> Result<Self, DirectError> {
-        let path = path.as_ref();
+        Self::open_file(path.as_ref(), None).await
+    }
+
+    /// `expected`: what it has to be long, where that is known better than from the superblock.
+    async fn open_file(path: &Path, expected: Option<u64>) -> Result<Self, DirectError> {
         let wrap = |operation| move |because| io_error(operation, path, because);
         let mut file = fs::OpenOptions::new().read(true).write(true).open(path).map_err(wrap("open"))?;
         let found = length(&file).map_err(wrap("seek"))?;
@@ -65,10 +93,9 @@ impl DirectDisk {
             .take(SUPERBLOCK_BLOCKS * BLOCK_BYTES)
             .read_to_end(&mut start)
             .map_err(wrap("read of the superblock"))?;
-        if let Ok(superblock) = superblock::decode_either(&start)
-            && superblock.size_bytes != found
-        {
-            return Err(DirectError::Size { path: path.to_path_buf(), found, expected: superblock.size_bytes });
+        let by_superblock = || superblock::decode_either(&start).ok().map(|superblock| superblock.size_bytes);
+        if let Some(expected) = expected.or_else(by_superblock).filter(|expected| *expected != found) {
+            return Err(DirectError::Size { path: path.to_path_buf(), found, expected });
         }
         if found == 0 || !found.is_multiple_of(BLOCK_BYTES) {
             return Err(DirectError::Unaligned { path: path.to_path_buf(), found, expected: BLOCK_BYTES });
@@ -79,15 +106,15 @@ impl DirectDisk {
             write_first_block(&file).map_err(wrap("write"))?;
         }
         drop(file);
-        Self::open_direct(path, found).await
+        Self::open_direct(path, 0, found).await
     }
 
-    async fn open_direct(path: &Path, size_bytes: u64) -> Result<Self, DirectError> {
+    async fn open_direct(path: &Path, start_bytes: u64, size_bytes: u64) -> Result<Self, DirectError> {
         let file = OpenOptions::new().read(true).write(true).dma_open(path).await.map_err(|error| {
             let because = error.to_string();
             DirectError::Io { operation: "open for direct I/O", path: path.to_path_buf(), because }
         })?;
-        Ok(Self { file, path: path.to_path_buf(), size_bytes })
+        Ok(Self { file, path: path.to_path_buf(), start_bytes, size_bytes })
     }
 
     /// glommio closes a dropped file too, but says so in the log.
@@ -98,8 +125,14 @@ impl DirectDisk {
         self.file.close().await.map_err(wrap)
     }
 
+    /// Our callers' promise: behind the area's end another shard's may begin.
+    fn check_inside(&self, offset: u64, bytes: usize) {
+        let end = offset.checked_add(bytes as u64);
+        assert!(end.is_some_and(|end| end <= self.size_bytes), "{bytes} bytes at {offset} of {}", self.size_bytes);
+    }
+
     fn error(&self, operation: &'static str, offset: u64, bytes: usize, because: impl ToString) -> DiskError {
-        let place = self.path.display().to_string();
+        let (place, offset) = (self.path.display().to_string(), self.start_bytes + offset);
         DiskError { place, operation, offset, bytes, because: because.to_string() }
     }
 }
@@ -152,7 +185,8 @@ impl Disk for DirectDisk {
 
     async fn read(&self, offset: u64, bytes: usize) -> Result<ReadResult, DiskError> {
         let wrap = |error: glommio::GlommioError<()>| self.error("read", offset, bytes, error);
-        let result = self.file.read_at_aligned(offset, bytes).await.map_err(wrap)?;
+        self.check_inside(offset, bytes);
+        let result = self.file.read_at_aligned(self.start_bytes + offset, bytes).await.map_err(wrap)?;
         if result.len() != bytes {
             return Err(self.error("read", offset, bytes, format!("only {} bytes came", result.len())));
         }
@@ -161,8 +195,9 @@ impl Disk for DirectDisk {
 
     async fn write(&self, offset: u64, buffer: DirectBuffer) -> Result<(), DiskError> {
         let bytes = buffer.len();
+        self.check_inside(offset, bytes);
         let wrap = |error: glommio::GlommioError<()>| self.error("write", offset, bytes, error);
-        let written = self.file.write_at(buffer.0, offset).await.map_err(wrap)?;
+        let written = self.file.write_at(buffer.0, self.start_bytes + offset).await.map_err(wrap)?;
         if written != bytes {
             return Err(self.error("write", offset, bytes, format!("only {written} bytes went")));
         }

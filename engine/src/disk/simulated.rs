@@ -3,24 +3,34 @@
 //! Fault model:
 //! * A write that completed is readable; it is durable only after a sync that started after it completed.
 //! * At a crash each write that is not durable, in flight or completed, is lost, kept, or torn at sectors of 512 bytes,
-//!   each on its own and in any order: a later one may survive an earlier one. Sectors are atomic.
+//!   each on its own and in any order: a later one may survive an earlier one. Sectors are atomic. In some crashes all
+//!   before one of them are lost and all from there on kept, in some the other way round: orders that drawing each
+//!   on its own hardly ever gives, and that show what relies on one write being there before another.
 //! * A failed write may have reached the disk in part. After a failed sync what it covered may be lost at a crash,
 //!   whatever a later sync answers (as Linux does with dirty pages it could not write).
-//! * Bytes rot when a test says so (`flip`).
 //! * Every operation suspends at least once, for a time drawn from the seed, so that others come in between.
+//! * Rot, old and misdirected sectors, bad places, and a disk that is gone: `fault`, when a test asks for it.
 //!
-//! It never returns old or misdirected sectors by itself.
+//! Not modelled: a sync that lies (whole caches lost after it answered), sectors that change while nobody touches them
+//! *and* keep a valid checksum.
 
+mod fault;
+mod pages;
+
+use bytes::Bytes;
+use fault::FaultState;
+pub use fault::{Damage, Faults};
+use pages::{PAGE_BYTES, Pages, SECTOR_BYTES};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
 use torus_rpc::runtime::{Clock, Disk, DiskError};
 
-const SECTOR_BYTES: usize = 512;
-const PAGE_BYTES: usize = 4096;
 /// An operation takes up to this long, a sync four times as long.
 const DELAY_US_MAX: u64 = 200;
+/// How much longer a slow one takes.
+const SLOW_TIMES: u64 = 100;
 
 /// Clones are the same disk: a test keeps one to crash it and to start again from it.
 pub struct SimulatedDisk<C> {
@@ -41,20 +51,22 @@ struct State {
     life: u64,
     next_write: u64,
     /// What is read now.
-    current: BTreeMap<u64, Box<[u8; PAGE_BYTES]>>,
+    current: Pages,
     /// What is there after a crash, whatever happens to the rest.
-    durable: BTreeMap<u64, Box<[u8; PAGE_BYTES]>>,
+    durable: Pages,
     /// Not durable yet, by the order of their start.
     volatile: BTreeMap<u64, VolatileWrite>,
     writes_to_fail: u64,
     syncs_to_fail: u64,
     reads_to_fail: u64,
     counts: Counts,
+    last_written: u64,
+    fault: FaultState,
 }
 
 struct VolatileWrite {
     offset: u64,
-    bytes: Rc<[u8]>,
+    bytes: Bytes,
     completed: bool,
     /// A sync over it failed: no later sync makes it durable.
     doomed: bool,
@@ -85,13 +97,15 @@ impl<C: Clock> SimulatedDisk<C> {
             random: seed ^ 0x5851_f42d_4c95_7f2d,
             life: 0,
             next_write: 0,
-            current: BTreeMap::new(),
-            durable: BTreeMap::new(),
+            current: Pages::default(),
+            durable: Pages::default(),
             volatile: BTreeMap::new(),
             writes_to_fail: 0,
             syncs_to_fail: 0,
             reads_to_fail: 0,
             counts: Counts::default(),
+            last_written: 0,
+            fault: FaultState::default(),
         };
         Self { clock, state: Rc::new(RefCell::new(state)) }
     }
@@ -102,15 +116,11 @@ impl<C: Clock> SimulatedDisk<C> {
         state.random ^= seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
         state.life += 1;
         state.current = state.durable.clone();
-        let mut fates: Vec<VolatileWrite> = std::mem::take(&mut state.volatile).into_values().collect();
-        while !fates.is_empty() {
-            let drawn = state.random() as usize % fates.len();
-            let write = fates.swap_remove(drawn);
-            match state.random() % 3 {
-                0 => {}
-                1 => put(&mut state.current, write.offset, &write.bytes),
-                _ => state.tear(&write),
-            }
+        let fates: Vec<VolatileWrite> = std::mem::take(&mut state.volatile).into_values().collect();
+        match state.random() % 6 {
+            0 => state.keep_some(fates, |number, cut| number >= cut),
+            1 => state.keep_some(fates, |number, cut| number < cut),
+            _ => state.keep_any(fates),
         }
         state.durable = state.current.clone();
     }
@@ -121,20 +131,10 @@ impl<C: Clock> SimulatedDisk<C> {
         state.life += 1;
         for (_, write) in std::mem::take(&mut state.volatile) {
             if !write.completed && state.random().is_multiple_of(2) {
-                put(&mut state.current, write.offset, &write.bytes);
+                state.land(&write);
             }
         }
         state.durable = state.current.clone();
-    }
-
-    /// Inverts the bits of `mask` in one byte, durably: rot.
-    pub fn flip(&self, offset: u64, mask: u8) {
-        let state = &mut *self.state.borrow_mut();
-        assert!(offset < state.size_bytes && mask != 0);
-        for pages in [&mut state.current, &mut state.durable] {
-            let page = pages.entry(offset / PAGE_BYTES as u64).or_insert_with(|| Box::new([0; PAGE_BYTES]));
-            page[offset as usize % PAGE_BYTES] ^= mask;
-        }
     }
 
     pub fn fail_writes(&self, count: u64) {
@@ -153,15 +153,21 @@ impl<C: Clock> SimulatedDisk<C> {
         self.state.borrow().counts
     }
 
+    /// Where the write that completed last was asked to go.
+    pub fn last_written(&self) -> u64 {
+        self.state.borrow().last_written
+    }
+
     /// What a read would give now.
     pub fn peek(&self, offset: u64, bytes: usize) -> Vec<u8> {
-        let mut out = vec![0; bytes];
-        get(&self.state.borrow().current, offset, &mut out);
-        out
+        self.state.borrow().current.get(offset, bytes).to_vec()
     }
 
     fn sleep(&self, times: u64) -> impl Future<Output = ()> + 'static {
-        let drawn = self.state.borrow_mut().random() % (DELAY_US_MAX * times);
+        let state = &mut *self.state.borrow_mut();
+        let slow = state.fault.faults.slow_one_in;
+        let times = if state.is_due(slow) { times * SLOW_TIMES } else { times };
+        let drawn = state.random() % (DELAY_US_MAX * times);
         self.clock.sleep(Duration::from_micros(1 + drawn))
     }
 
@@ -186,10 +192,39 @@ impl State {
         mixed ^ (mixed >> 31)
     }
 
+    fn keep_any(&mut self, mut fates: Vec<VolatileWrite>) {
+        while !fates.is_empty() {
+            let drawn = self.random() as usize % fates.len();
+            let write = fates.swap_remove(drawn);
+            match self.random() % 3 {
+                0 => {}
+                1 => self.land(&write),
+                _ => self.tear(&write),
+            }
+        }
+    }
+
+    /// By their place in the order of their start, and where the cut is.
+    fn keep_some(&mut self, fates: Vec<VolatileWrite>, kept: impl Fn(u64, u64) -> bool) {
+        let cut = self.random() % (fates.len() as u64 + 1);
+        for (_, write) in (0..).zip(&fates).filter(|(number, _)| kept(*number, cut)) {
+            self.land(write);
+        }
+    }
+
+    fn land(&mut self, write: &VolatileWrite) {
+        let before = &mut self.fault.before;
+        self.current.put(write.offset, &write.bytes, |page, bytes| {
+            before.insert(page, bytes);
+        });
+        self.heal(write.offset, write.bytes.len());
+    }
+
     fn tear(&mut self, write: &VolatileWrite) {
         for (sector, bytes) in write.bytes.chunks(SECTOR_BYTES).enumerate() {
             if self.random().is_multiple_of(2) {
-                put(&mut self.current, write.offset + (sector * SECTOR_BYTES) as u64, bytes);
+                let offset = write.offset + (sector * SECTOR_BYTES) as u64;
+                self.current.patch(offset, |place| place[..SECTOR_BYTES].copy_from_slice(bytes));
             }
         }
     }
@@ -202,29 +237,9 @@ impl State {
     }
 }
 
-/// `bytes` may start inside a page but never crosses one unless it starts at its beginning.
-fn put(pages: &mut BTreeMap<u64, Box<[u8; PAGE_BYTES]>>, offset: u64, bytes: &[u8]) {
-    let mut at = offset;
-    for chunk in bytes.chunks(PAGE_BYTES) {
-        let page = pages.entry(at / PAGE_BYTES as u64).or_insert_with(|| Box::new([0; PAGE_BYTES]));
-        let start = at as usize % PAGE_BYTES;
-        page[start..start + chunk.len()].copy_from_slice(chunk);
-        at += chunk.len() as u64;
-    }
-}
-
-fn get(pages: &BTreeMap<u64, Box<[u8; PAGE_BYTES]>>, offset: u64, out: &mut [u8]) {
-    for (number, chunk) in out.chunks_mut(PAGE_BYTES).enumerate() {
-        match pages.get(&(offset / PAGE_BYTES as u64 + number as u64)) {
-            Some(page) => chunk.copy_from_slice(&page[..chunk.len()]),
-            None => chunk.fill(0),
-        }
-    }
-}
-
 impl<C: Clock> Disk for SimulatedDisk<C> {
     type Buffer = Vec<u8>;
-    type Bytes = bytes::Bytes;
+    type Bytes = Bytes;
 
     fn size_bytes(&self) -> u64 {
         self.state.borrow().size_bytes
@@ -235,7 +250,7 @@ impl<C: Clock> Disk for SimulatedDisk<C> {
         vec![0xa5; bytes]
     }
 
-    async fn read(&self, offset: u64, bytes: usize) -> Result<bytes::Bytes, DiskError> {
+    async fn read(&self, offset: u64, bytes: usize) -> Result<Bytes, DiskError> {
         self.check(offset, bytes);
         let life = self.state.borrow().life;
         self.sleep(1).await;
@@ -245,32 +260,41 @@ impl<C: Clock> Disk for SimulatedDisk<C> {
         if state.life != life || State::due(&mut state.reads_to_fail) {
             return Err(self.error("read", offset, bytes, "injected"));
         }
-        let mut out = vec![0; bytes];
-        get(&state.current, offset, &mut out);
-        Ok(out.into())
+        if state.fault.vanished || state.is_bad(offset, bytes) {
+            return Err(self.error("read", offset, bytes, "the place is bad or the disk is gone"));
+        }
+        let good = state.current.get(offset, bytes);
+        Ok(state.misread(offset, good))
     }
 
     async fn write(&self, offset: u64, buffer: Vec<u8>) -> Result<(), DiskError> {
         self.check(offset, buffer.len());
-        let bytes: Rc<[u8]> = buffer.into();
+        let bytes = buffer.len();
         let (life, number, fails) = {
             let state = &mut *self.state.borrow_mut();
             state.counts.writes += 1;
-            state.counts.bytes_written += bytes.len() as u64;
+            state.counts.bytes_written += bytes as u64;
             let number = state.next_write;
             state.next_write += 1;
-            let write = VolatileWrite { offset, bytes: bytes.clone(), completed: false, doomed: false };
-            state.volatile.insert(number, write);
-            (state.life, number, State::due(&mut state.writes_to_fail))
+            let fails = State::due(&mut state.writes_to_fail) || state.fault.vanished;
+            if let Some((offset, bytes)) = state.miswrite(offset, buffer.into()).filter(|_| !state.fault.vanished) {
+                let write = VolatileWrite { offset, bytes, completed: false, doomed: false };
+                state.volatile.insert(number, write);
+            }
+            (state.life, number, fails)
         };
         self.sleep(1).await;
         let state = &mut *self.state.borrow_mut();
-        if state.life != life || fails {
-            return Err(self.error("write", offset, bytes.len(), "injected"));
+        if state.life != life || fails || state.fault.vanished {
+            return Err(self.error("write", offset, bytes, "injected"));
         }
-        put(&mut state.current, offset, &bytes);
-        let write = state.volatile.get_mut(&number).expect("only a sync over completed writes or a crash removes it");
-        write.completed = true;
+        state.last_written = offset;
+        // Otherwise it was one that is lost: only a sync over completed writes or a crash removes others.
+        if let Some(mut write) = state.volatile.remove(&number) {
+            state.land(&write);
+            write.completed = true;
+            state.volatile.insert(number, write);
+        }
         Ok(())
     }
 
@@ -284,15 +308,15 @@ impl<C: Clock> Disk for SimulatedDisk<C> {
         };
         self.sleep(4).await;
         let state = &mut *self.state.borrow_mut();
-        if state.life != life {
-            return Err(self.error("sync", 0, 0, "the disk crashed"));
+        if state.life != life || state.fault.vanished {
+            return Err(self.error("sync", 0, 0, "the disk crashed or is gone"));
         }
         for number in covered {
             if fails {
                 state.volatile.get_mut(&number).into_iter().for_each(|write| write.doomed = true);
             } else if state.volatile.get(&number).is_some_and(|write| !write.doomed) {
                 let write = state.volatile.remove(&number).expect("just looked at");
-                put(&mut state.durable, write.offset, &write.bytes);
+                state.durable.put(write.offset, &write.bytes, |_, _| {});
                 // What a durable write replaced cannot come back.
                 state.volatile.retain(|older, other| *older > number || !other.overlaps(&write));
             }

@@ -62,6 +62,11 @@ impl ClearedExtents {
         at >= end.0
     }
 
+    /// An estimate: nodes of the tree are usually two thirds full.
+    pub fn heap_bytes(&self) -> usize {
+        self.ranges.len() * size_of::<(u64, (u64, Version))>() * 3 / 2
+    }
+
     fn put(&mut self, first: u64, end: u64, version: Version) {
         if first < end {
             self.ranges.insert(first, (end, version));

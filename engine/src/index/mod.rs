@@ -1,19 +1,22 @@
 //! Where the newest version of every block lies: a cache of the log, made anew at each start.
 //!
-//! `ahash` finds a volume's page by its extent, the page its block. The highest version wins, in whatever order
+//! A table finds a volume's page by its extent, the page its block. The highest version wins, in whatever order
 //! records come: one that is lower than what is there does not become current. What loses is handed back to the
 //! caller, who accounts for its space.
 //!
+//! * `table`    the pages of a volume
 //! * `page`     the blocks of one extent
 //! * `cleared`  whole extents that were cleared
 
 pub mod cleared;
-pub mod page;
+mod page;
+mod table;
 
 use crate::log::Position;
 use ahash::AHashMap;
 use cleared::ClearedExtents;
-use page::{InExtent, Page};
+use page::InExtent;
+use table::PageTable;
 use torus_rpc::message::Descriptor;
 use torus_schema::ids::{BlockIndex, ExtentIndex, SliceId, Version, VolumeId};
 use torus_schema::limits::BLOCKS_PER_EXTENT;
@@ -72,8 +75,28 @@ pub struct Index {
 
 #[derive(Default)]
 struct VolumeIndex {
-    pages: AHashMap<ExtentIndex, Page>,
+    pages: PageTable,
     cleared: AHashMap<SliceId, ClearedExtents>,
+    /// That have data.
+    blocks: u64,
+}
+
+/// Consecutive blocks of one record, within one extent: they have one version, and lie one behind the other.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Run<'a> {
+    pub first: Place,
+    pub version: Version,
+    /// Of the first block.
+    pub position: Position,
+    /// One for each block.
+    pub checksums: &'a [u32],
+}
+
+impl Run<'_> {
+    fn entry(&self, number: usize) -> Entry {
+        let position = Position(self.position.0 + number as u32);
+        Entry { position, checksum: self.checksums[number], version: self.version }
+    }
 }
 
 /// A block of a volume, and the slice its extent lies in.
@@ -99,7 +122,7 @@ fn in_extent(block: BlockIndex) -> InExtent {
 
 impl VolumeIndex {
     fn find(&self, slice: SliceId, block: BlockIndex) -> Found {
-        let found = self.pages.get(&block.extent()).map_or(Found::Never, |page| page.get(in_extent(block)));
+        let found = self.pages.get(block.extent()).map_or(Found::Never, |page| page.get(in_extent(block)));
         // What a page holds is above its extent's clear, or it would have been forgotten.
         if found != Found::Never {
             return found;
@@ -123,20 +146,61 @@ impl Index {
     /// `count` blocks within one extent.
     pub fn find_range(&self, first: Place, count: u32) -> Vec<Found> {
         let Some(volume) = self.volumes.get(&first.volume) else { return vec![Found::Never; count as usize] };
-        let blocks = first.block.0..first.block.0 + u64::from(count);
-        blocks.map(|block| volume.find(first.slice, BlockIndex(block))).collect()
+        let nothing = match volume.cleared_version(first.slice, first.block.extent()) {
+            Version::ZERO => Found::Never,
+            version => Found::Cleared(version),
+        };
+        let Some(page) = volume.pages.get(first.block.extent()) else { return vec![nothing; count as usize] };
+        let start = in_extent(first.block);
+        let found = (start..start + count as InExtent).map(|block| page.get(block));
+        found.map(|found| if found == Found::Never { nothing } else { found }).collect()
     }
 
     /// At an equal version both are copies of the same data, and `at_tie` says which becomes current.
     pub fn apply(&mut self, place: Place, entry: Entry, at_tie: AtTie) -> Applied {
-        let volume = self.volumes.entry(place.volume).or_default();
-        let found = volume.find(place.slice, place.block);
-        let tie_lost = at_tie == AtTie::StandingWins && found.version() == entry.version && found != Found::Never;
-        if found.version() > entry.version || tie_lost {
-            return Applied::Superseded { by: found.version() };
-        }
-        volume.pages.entry(place.block.extent()).or_default().put(in_extent(place.block), entry);
-        Applied::Current { replaced: found.entry() }
+        let (position, version, checksums) = (entry.position, entry.version, &[entry.checksum]);
+        let mut applied = Applied::Current { replaced: None };
+        self.apply_run(Run { first: place, version, position, checksums }, at_tie, |_, told| applied = told);
+        applied
+    }
+
+    /// As `apply` for each block in order, in one look for the page. `told` hears of those (by their number in the run)
+    /// that do not simply become current where nothing was.
+    pub fn apply_run(&mut self, run: Run<'_>, at_tie: AtTie, mut told: impl FnMut(usize, Applied)) {
+        let (first, count) = (in_extent(run.first.block), run.checksums.len());
+        assert!(usize::from(first) + count <= BLOCKS_PER_EXTENT as usize, "{run:?}: a run lies within one extent");
+        let extent = run.first.block.extent();
+        let volume = self.volumes.entry(run.first.volume).or_default();
+        let cleared = volume.cleared_version(run.first.slice, extent);
+        let beaten = |found: Version| found > run.version || (at_tie == AtTie::StandingWins && found == run.version);
+        let is_below_clear = cleared != Version::ZERO && beaten(cleared);
+        let mut added = 0;
+        volume.pages.change(extent, |page| {
+            if !is_below_clear && count > 1 && page.is_free(first, count as u16) {
+                page.put_run(first, run.entry(0), run.checksums);
+                added = count as u64;
+                return;
+            }
+            for number in 0..count {
+                let block = first + number as InExtent;
+                // What a page holds is above its extent's clear, or it would have been forgotten.
+                let found = match page.get(block) {
+                    Found::Never if cleared != Version::ZERO => Found::Cleared(cleared),
+                    found => found,
+                };
+                if found != Found::Never && beaten(found.version()) {
+                    told(number, Applied::Superseded { by: found.version() });
+                    continue;
+                }
+                page.put(block, run.entry(number));
+                let replaced = found.entry();
+                match replaced {
+                    Some(_) => told(number, Applied::Current { replaced }),
+                    None => added += 1,
+                }
+            }
+        });
+        volume.blocks += added;
     }
 
     /// `replaced` is told of each block with data that this hides.
@@ -148,7 +212,9 @@ impl Index {
         mut replaced: impl FnMut(Place, Entry),
     ) {
         let volume = self.volumes.entry(range.volume).or_default();
+        let mut hidden = 0;
         let mut tell = |extent: ExtentIndex, block: InExtent, found: Found| {
+            hidden += 1;
             let block = BlockIndex(extent.first_block().0 + u64::from(block));
             let place = Place { volume: range.volume, slice: range.slice, block };
             found.entry().into_iter().for_each(|entry| replaced(place, entry));
@@ -157,40 +223,41 @@ impl Index {
         for (first, count) in [head, tail].into_iter().flatten() {
             let extent = first.extent();
             if placement.slice_of(extent) == range.slice && volume.cleared_version(range.slice, extent) < version {
-                let page = volume.pages.entry(extent).or_default();
-                page.clear(in_extent(first), count, version, &mut |block, found| tell(extent, block, found));
+                let mut hide = |block, found| tell(extent, block, found);
+                volume.pages.change(extent, |page| page.clear(in_extent(first), count, version, &mut hide));
             }
         }
-        let Some((first, end)) = whole else { return };
+        let Some((first, end)) = whole else {
+            volume.blocks -= hidden;
+            return;
+        };
         volume.cleared.entry(range.slice).or_default().insert(first, end, version);
         let inside = |extent: &ExtentIndex| *extent >= first && *extent < end;
+        let pages = &volume.pages;
         // Whichever is fewer: the extents of the range, or those that have a page.
-        let touched: Vec<ExtentIndex> = if end.0 - first.0 <= volume.pages.len() as u64 {
-            (first.0..end.0).map(ExtentIndex).filter(|extent| volume.pages.contains_key(extent)).collect()
+        let touched: Vec<ExtentIndex> = if end.0 - first.0 <= pages.len() as u64 {
+            (first.0..end.0).map(ExtentIndex).filter(|extent| pages.get(*extent).is_some()).collect()
         } else {
-            volume.pages.keys().copied().filter(inside).collect()
+            pages.iter().map(|(extent, _)| extent).filter(inside).collect()
         };
         for extent in touched.into_iter().filter(|extent| placement.slice_of(*extent) == range.slice) {
-            let page = volume.pages.get_mut(&extent).expect("just found");
-            page.forget_below(version, &mut |block, found| tell(extent, block, found));
-            if page.is_empty() {
-                volume.pages.remove(&extent);
-            }
+            let mut hide = |block, found| tell(extent, block, found);
+            volume.pages.change(extent, |page| page.forget_below(version, &mut hide));
         }
+        volume.blocks -= hidden;
     }
 
     /// The block's record was copied by the cleaner; false if something newer is current, or it lies elsewhere.
     pub fn relocate(&mut self, place: Place, from: Position, to: Position) -> bool {
-        let Some(page) =
-            self.volumes.get_mut(&place.volume).and_then(|volume| volume.pages.get_mut(&place.block.extent()))
-        else {
-            return false;
-        };
-        let here = page.get(in_extent(place.block)).entry().is_some_and(|entry| entry.position == from);
-        if here {
-            page.relocate(in_extent(place.block), to);
-        }
-        here
+        let Some(volume) = self.volumes.get_mut(&place.volume) else { return false };
+        volume.pages.change(place.block.extent(), |page| {
+            let block = in_extent(place.block);
+            let here = page.get(block).entry().is_some_and(|entry| entry.position == from);
+            if here {
+                page.relocate(block, to);
+            }
+            here
+        })
     }
 
     /// Every block of the range is current at a version above `version` and at most `limit`. May say no where the
@@ -231,7 +298,7 @@ impl Index {
         for extent in extents {
             let slice = placement.slice_of(extent);
             let (start, end) = (from.max(extent.first_block()).0, extent.first_block().0 + BLOCKS_PER_EXTENT);
-            if !volume.pages.contains_key(&extent) {
+            if volume.pages.get(extent).is_none() {
                 let found = volume.find(slice, BlockIndex(start));
                 if !push_descriptor(&mut descriptors, BlockIndex(start), (end - start) as u32, found, limit) {
                     return (descriptors, Some(BlockIndex(start)));
@@ -248,16 +315,44 @@ impl Index {
         (descriptors, behind)
     }
 
+    /// Those in which something was written, ascending.
+    pub fn extents_of(&self, volume: VolumeId) -> Vec<ExtentIndex> {
+        let pages = self.volumes.get(&volume).into_iter().flat_map(|volume| volume.pages.iter());
+        let mut extents: Vec<ExtentIndex> = pages.map(|(extent, _)| extent).collect();
+        extents.sort_unstable();
+        extents
+    }
+
     /// Tells of every block with data, then forgets the volume.
     pub fn drop_volume(&mut self, volume: VolumeId, mut freed: impl FnMut(Entry)) {
         let Some(index) = self.volumes.remove(&volume) else { return };
-        for page in index.pages.values() {
+        for (_, page) in index.pages.iter() {
             page.for_each_data(|_, found| found.entry().into_iter().for_each(&mut freed));
         }
     }
 }
 
+impl Index {
+    /// Blocks with data.
+    pub fn blocks(&self) -> u64 {
+        self.volumes.values().map(|volume| volume.blocks).sum()
+    }
+
+    /// Memory it has asked for: of pages and their tables exactly, of ranges of cleared extents as they usually lie.
+    pub fn memory_bytes(&self) -> u64 {
+        let per_volume = size_of::<(VolumeId, VolumeIndex)>() + 1;
+        let volumes = self.volumes.values().map(VolumeIndex::heap_bytes).sum::<usize>();
+        (self.volumes.capacity() * 8 / 7 * per_volume + volumes) as u64
+    }
+}
+
 impl VolumeIndex {
+    fn heap_bytes(&self) -> usize {
+        let per_slice = size_of::<(SliceId, ClearedExtents)>() + 1;
+        let cleared = self.cleared.values().map(ClearedExtents::heap_bytes).sum::<usize>();
+        self.pages.heap_bytes() + self.cleared.capacity() * 8 / 7 * per_slice + cleared
+    }
+
     /// The first `limit` extents from `from` on that may hold a version above `above`, and whether there may be more.
     fn extents_above(
         &self,
@@ -266,8 +361,8 @@ impl VolumeIndex {
         placement: &Placement,
         limit: usize,
     ) -> (Vec<ExtentIndex>, bool) {
-        let pages = self.pages.iter().filter(|(extent, page)| **extent >= from && page.highest() > above);
-        let mut extents: Vec<ExtentIndex> = pages.map(|(extent, _)| *extent).collect();
+        let pages = self.pages.iter().filter(|(extent, page)| *extent >= from && page.highest() > above);
+        let mut extents: Vec<ExtentIndex> = pages.map(|(extent, _)| extent).collect();
         for (slice, cleared) in &self.cleared {
             let ranges = cleared.ranges_from(from).filter(|(_, _, version)| *version > above);
             let inside = ranges.flat_map(|(first, end, _)| first.0..end.0).map(ExtentIndex);

@@ -74,6 +74,33 @@ fn of_two_copies_the_standing_one_stays_where_that_is_asked_for() {
     assert_eq!(index.find(place(3)), Found::Data(entry(77, 8)));
 }
 
+#[test]
+fn a_run_says_what_its_blocks_one_by_one_would() {
+    let checksums = [1, 2, 3, 4, 5, 6];
+    let run =
+        |sequence| Run { first: place(2), version: version(sequence), position: Position(50), checksums: &checksums };
+    let mut index = Index::default();
+    index.apply(place(3), entry(77, 8), AtTie::NewcomerWins);
+    index.apply(place(5), entry(78, 4), AtTie::NewcomerWins);
+    index.apply(place(6), entry(79, 5), AtTie::NewcomerWins);
+    let mut told = Vec::new();
+    index.apply_run(run(5), AtTie::StandingWins, |number, applied| told.push((number, applied)));
+    let expected = [
+        (1, Applied::Superseded { by: version(8) }),
+        (3, Applied::Current { replaced: Some(entry(78, 4)) }),
+        (4, Applied::Superseded { by: version(5) }),
+    ];
+    assert_eq!(told, expected);
+    assert_eq!((index.blocks(), index.find(place(4)).version()), (6, version(5)));
+    index.apply_run(run(9), AtTie::NewcomerWins, |_, applied| assert!(matches!(applied, Applied::Current { .. })));
+    let found = index.find_range(place(2), 6);
+    assert!(found.iter().zip(1..).all(|(found, number)| found.entry().is_some_and(|e| e.checksum == number)));
+    index.clear(range(place(0).slice, 0, 4), version(10), &placement(), |_, _| {});
+    assert_eq!(index.blocks(), 4);
+    index.drop_volume(VOLUME, |_| {});
+    assert_eq!(index.blocks(), 0);
+}
+
 #[derive(Debug, Clone)]
 enum Step {
     Write(u64, u64),
@@ -146,6 +173,7 @@ proptest! {
         }
         let expected: BTreeMap<_, _> = model.iter().filter(|(_, found)| found.0 > above).map(|(b, f)| (*b, *f)).collect();
         prop_assert_eq!(described, expected);
+        prop_assert_eq!(index.blocks(), model.values().filter(|found| found.1.is_some()).count() as u64);
         for block in (0..EXTENTS * 1024).step_by(256).chain(model.keys().copied()) {
             let expected = match model.get(&block) {
                 None => Found::Never,

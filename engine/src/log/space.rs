@@ -169,6 +169,11 @@ impl Space {
         self.at(segment).stuck = true;
     }
 
+    /// What could not be read in it can be.
+    pub fn unstick(&mut self, segment: SegmentIndex) {
+        self.at(segment).stuck = false;
+    }
+
     pub fn sync_started(&mut self, number: SyncNumber) {
         self.sync_started = number;
     }

@@ -3,17 +3,19 @@
 //! The node's main thread reaches it by commands alone, for what happens once in a while: numbers, a deleted volume,
 //! the end. Nothing of the data path passes here.
 
-use crate::disk::direct::DirectDisk;
+use crate::disk::area::{AreaKind, BlockArea};
+use crate::disk::direct::{DirectDisk, DirectError};
 use crate::node::no_metadata::NoMetadata;
-use crate::shard::{Chunk, Shard, ShardIdentity, ShardStatistics};
+use crate::shard::supervisor::{Health, Media, Supervisor};
+use crate::shard::{Chunk, DamageReport, PeerTable, ScrubPass, ScrubReport, Shard, ShardIdentity};
 use bytes::Bytes;
 use futures::StreamExt;
 use futures::channel::{mpsc, oneshot};
 use std::cell::Cell;
 use std::net::TcpListener;
 use std::os::fd::{FromRawFd, IntoRawFd};
-use std::path::PathBuf;
 use std::rc::Rc;
+use std::sync::Arc;
 use thiserror::Error;
 use torus_rpc::message::{Envelope, Operation, Reply};
 use torus_rpc::runtime::Disk;
@@ -29,8 +31,7 @@ type DirectChunk = Chunk<<DirectDisk as Disk>::Bytes>;
 /// Everything a shard's thread needs to know.
 pub struct ShardOptions {
     pub identity: ShardIdentity,
-    pub block_file: PathBuf,
-    pub bytes: u64,
+    pub area: BlockArea,
     pub cpu: Option<usize>,
 }
 
@@ -50,39 +51,71 @@ pub enum ShardThreadError {
     Refused { shard: ShardIndex, because: String },
 }
 
-/// Makes the block file, in an executor that ends with it.
+/// Makes the shard, in an executor that ends with it. Its device, if it has one, was emptied.
 pub async fn format(options: ShardOptions) -> Result<(), ShardThreadError> {
+    in_own_thread(options, "formatted", async |options: &ShardOptions, runtime: &ShardRuntime| {
+        let disk = match options.area.kind {
+            AreaKind::File => DirectDisk::create(&options.area.path, options.area.bytes).await,
+            AreaKind::Device => DirectDisk::open_area(&options.area).await,
+        };
+        let disk = disk.map_err(text)?;
+        let formatted = Shard::format(runtime, &disk, options.identity, SEGMENT_BYTES).await;
+        formatted.map_err(|error| error.to_string())?;
+        disk.sync().await.map_err(|error| error.to_string())?;
+        disk.close().await.map_err(text)
+    })
+    .await
+}
+
+/// The area has become larger: the shard takes all of it.
+pub async fn grow(options: ShardOptions) -> Result<(), ShardThreadError> {
+    in_own_thread(options, "grown", async |options: &ShardOptions, _: &ShardRuntime| {
+        let disk = DirectDisk::open_area(&options.area).await.map_err(text)?;
+        Shard::<ShardRuntime>::grow(&disk, options.identity).await.map_err(|error| error.to_string())?;
+        disk.close().await.map_err(text)
+    })
+    .await
+}
+
+async fn in_own_thread<F>(options: ShardOptions, what: &'static str, task: F) -> Result<(), ShardThreadError>
+where
+    F: AsyncFnOnce(&ShardOptions, &ShardRuntime) -> Result<(), String> + Send + 'static,
+{
     let shard = options.identity.shard;
-    let failed = move |because| ShardThreadError::Start { shard, what: "formatted", because };
-    let (answer, formatted) = oneshot::channel();
+    let failed = move |because| ShardThreadError::Start { shard, what, because };
+    let (answer, answered) = oneshot::channel();
     let work = move || {
-        let result = executor::run(&options.thread_name(), options.cpu, format_here(&options));
+        let task = async {
+            let runtime = ShardRuntime::new(NoMetadata);
+            task(&options, &runtime).await
+        };
+        let result = executor::run(&options.thread_name(), options.cpu, task);
         // Nobody waits any more only if the node is being stopped.
         let _ = answer.send(result.map_err(|error| error.to_string()).and_then(|inner| inner));
     };
     std::thread::Builder::new().spawn(work).map_err(|error| failed(error.to_string()))?;
-    formatted.await.map_err(|_| ShardThreadError::Ended { shard })?.map_err(failed)
+    answered.await.map_err(|_| ShardThreadError::Ended { shard })?.map_err(failed)
 }
 
-async fn format_here(options: &ShardOptions) -> Result<(), String> {
-    let runtime = ShardRuntime::new(NoMetadata);
-    let disk = DirectDisk::create(&options.block_file, options.bytes).await.map_err(|error| error.to_string())?;
-    let formatted = Shard::format(&runtime, &disk, options.identity, SEGMENT_BYTES).await;
-    formatted.map_err(|error| error.to_string())?;
-    disk.sync().await.map_err(|error| error.to_string())?;
-    disk.close().await.map_err(|error| error.to_string())
+fn text(error: DirectError) -> String {
+    error.to_string()
 }
 
 /// A shard's numbers, with those of its port.
 #[derive(Clone, Debug)]
 pub struct Numbers {
-    pub shard: ShardStatistics,
+    pub health: Health,
+    pub scrub: ScrubReport,
     pub connections: u32,
 }
 
 enum Command {
     Numbers(oneshot::Sender<Numbers>),
     DropVolume(VolumeId, oneshot::Sender<Result<(), String>>),
+    Peers(Arc<PeerTable>),
+    StartScrub { pass: ScrubPass, rate_bytes_s: u64 },
+    StopScrub(oneshot::Sender<Option<ScrubPass>>),
+    Damage { limit: usize, answer: oneshot::Sender<DamageReport> },
     Close(oneshot::Sender<()>),
 }
 
@@ -136,6 +169,24 @@ impl ShardThread {
         dropped.map_err(|because| ShardThreadError::Refused { shard: self.index, because })
     }
 
+    /// Who else holds what, from now on. A thread that has ended needs no peers.
+    pub fn set_peers(&self, table: Arc<PeerTable>) {
+        let _ = self.commands.unbounded_send(Command::Peers(table));
+    }
+
+    /// Nothing if one runs, or the disk is away.
+    pub fn start_scrub(&self, pass: ScrubPass, rate_bytes_s: u64) {
+        let _ = self.commands.unbounded_send(Command::StartScrub { pass, rate_bytes_s });
+    }
+
+    pub async fn stop_scrub(&self) -> Result<Option<ScrubPass>, ShardThreadError> {
+        self.ask(Command::StopScrub).await
+    }
+
+    pub async fn damage(&self, limit: usize) -> Result<DamageReport, ShardThreadError> {
+        self.ask(|answer| Command::Damage { limit, answer }).await
+    }
+
     /// No connection is accepted any more, what is in flight ends, and everything is durable.
     pub async fn close(&self) -> Result<(), ShardThreadError> {
         self.ask(Command::Close).await
@@ -149,15 +200,26 @@ impl ShardThread {
     }
 }
 
-async fn open(options: &ShardOptions, key: ClusterKey) -> Result<Rc<Shard<ShardRuntime>>, String> {
-    let disk = DirectDisk::open(&options.block_file).await.map_err(|error| error.to_string())?;
+type SupervisedShard = Supervisor<ShardRuntime, Area>;
+
+/// Opened by its path each time: a device that came back is another one to the kernel.
+struct Area(BlockArea);
+
+impl Media<ShardRuntime> for Area {
+    async fn open(&self) -> Result<DirectDisk, String> {
+        DirectDisk::open_area(&self.0).await.map_err(text)
+    }
+}
+
+async fn open(options: &ShardOptions, key: ClusterKey) -> Result<Rc<SupervisedShard>, String> {
     let runtime = ShardRuntime::new(NoMetadata);
-    Shard::open(runtime, disk, options.identity, key).await.map_err(|error| error.to_string())
+    let media = Area(options.area.clone());
+    Supervisor::start(runtime, media, options.identity, key).await.map_err(|error| error.to_string())
 }
 
 /// Until it is told to close, or the main thread is gone.
 async fn serve(
-    shard: Rc<Shard<ShardRuntime>>,
+    shard: Rc<SupervisedShard>,
     identity: ShardIdentity,
     listener: TcpListener,
     mut commands: mpsc::UnboundedReceiver<Command>,
@@ -172,12 +234,21 @@ async fn serve(
     while let Some(command) = commands.next().await {
         match command {
             Command::Numbers(answer) => {
-                let numbers = Numbers { shard: shard.statistics(), connections: counts.open.get() };
+                let (health, scrub) = (shard.health(), shard.scrub_report());
+                let numbers = Numbers { health, scrub, connections: counts.open.get() };
                 let _ = answer.send(numbers);
             }
             Command::DropVolume(volume, answer) => {
                 let dropped = shard.drop_volume(volume).await.map_err(|error| error.to_string());
                 let _ = answer.send(dropped);
+            }
+            Command::Peers(table) => shard.set_peers(table),
+            Command::StartScrub { pass, rate_bytes_s } => shard.start_scrub(pass, rate_bytes_s),
+            Command::StopScrub(answer) => {
+                let _ = answer.send(shard.stop_scrub());
+            }
+            Command::Damage { limit, answer } => {
+                let _ = answer.send(shard.damage(limit));
             }
             Command::Close(answer) => {
                 accepting.cancel().await;
@@ -190,7 +261,7 @@ async fn serve(
 }
 
 /// Hands a connection's requests to the shard.
-struct ShardHandler(Rc<Shard<ShardRuntime>>);
+struct ShardHandler(Rc<SupervisedShard>);
 
 impl Clone for ShardHandler {
     fn clone(&self) -> Self {

@@ -1,31 +1,38 @@
 //! The life of a storage node: lock the data dir, find the cluster, format or check, open the shards, join, serve,
 //! leave.
 //!
+//! * `disks`        what is done with files and devices before they serve: format, growth
 //! * `executor`     a shard's thread
 //! * `no_metadata`  what a shard asks the metadata store for
 //! * `shards`       all of them, as the main thread sees them
 //! * `membership`   the node's record and heartbeat
 //! * `joining`      the node's place in the ring, for `--auto-join`
 //! * `deleting`     volumes that were deleted
+//! * `peers`        who else holds what, for the shards
+//! * `scrub`        when the shards are scrubbed
 //!
 //! The main thread runs tokio for the metadata store, the control port and signals; it never touches data. While the
 //! metadata store is away, the shards serve on.
 
 pub mod deleting;
+mod disks;
 pub mod executor;
 pub mod joining;
 pub mod membership;
 pub mod no_metadata;
+pub mod peers;
+pub mod scrub;
 pub mod shards;
 
 use crate::config::NodeArguments;
 use crate::control;
-use crate::datadir::{DataDir, DataDirError, Found, Identity};
-use crate::node::executor::{ShardOptions, ShardThread, ShardThreadError};
+use crate::datadir::{DataDir, DataDirError, Devices, Found, Identity};
+use crate::node::disks::Disks;
+use crate::node::executor::{ShardThread, ShardThreadError};
 use crate::node::joining::Joined;
 use crate::node::membership::{Membership, MembershipError};
+use crate::node::scrub::Scrubber;
 use crate::node::shards::{NodeReporter, Shards};
-use crate::shard::ShardIdentity;
 use std::convert::Infallible;
 use std::net::{SocketAddr, TcpListener};
 use std::rc::Rc;
@@ -35,7 +42,7 @@ use torus_rpc::metadata::any::AnyMetadata;
 use torus_rpc::metadata::embedded_server::EmbeddedServer;
 use torus_rpc::metadata::{Metadata, MetadataError, Revision, Watch};
 use torus_rpc::token::{ClusterKey, KeyError};
-use torus_schema::ids::{NodeId, ShardIndex};
+use torus_schema::ids::{ClusterId, NodeId, ShardIndex};
 use torus_schema::limits::{HEARTBEAT_INTERVAL, METADATA_RETRY_AFTER};
 use torus_schema::records::{self, ClusterRecord, NodeRecord, RecordError, ShardRecord, keys};
 
@@ -108,9 +115,14 @@ struct Node<'a> {
     id: NodeId,
     metadata: AnyMetadata,
     membership: Membership<'a, AnyMetadata>,
+    cluster: ClusterId,
+    dir: &'a DataDir,
     shards: Rc<Shards>,
+    scrubber: Rc<Scrubber>,
     control: tokio::net::TcpListener,
     reporter: Rc<NodeReporter>,
+    /// Held, so that nobody mounts or formats them meanwhile.
+    _devices: Devices,
     /// Ends with the node.
     _embedded: Option<EmbeddedServer>,
 }
@@ -121,25 +133,22 @@ impl<'a> Node<'a> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         // What is wrong with the settings is said before anybody is asked for anything.
         if !matches!(found, Found::Formatted(_)) {
-            dir.plan_format(arguments.size, arguments.shards_for_format(cores))?;
+            Disks { arguments, dir, cores }.plan_format()?;
         }
         let host = arguments.advertised_host().map_err(NodeError::Setting)?;
         let (embedded, url) = start_embedded(arguments, dir)?;
         let metadata = AnyMetadata::connect(&url, arguments.deadline)?;
         let cluster = find_cluster(&metadata, &url, embedded.is_some()).await?;
         let key = ClusterKey::from_hex(&cluster.key)?;
-        let identity = match found {
-            Found::Formatted(identity) => {
-                dir.check(&identity, cluster.id, arguments.size, arguments.shards)?;
-                dir.forget_format()?;
-                identity
-            }
-            Found::Empty | Found::InterruptedFormat => format(arguments, dir, &cluster, cores, &found).await?,
+        let disks = Disks { arguments, dir, cores };
+        let (identity, devices) = match found {
+            Found::Formatted(identity) => disks.take(identity, cluster.id).await?,
+            Found::Empty | Found::InterruptedFormat => disks.format(&cluster, &found).await?,
         };
         let listeners = Listeners::bind(arguments, identity.shards)?;
         let record = node_record(arguments, &identity, &host, &listeners)?;
         let mut threads = Vec::new();
-        let options = shard_options(arguments, dir, &identity, cores);
+        let options = disks.shard_options(&identity);
         for (options, listener) in options.into_iter().zip(listeners.shards) {
             threads.push(ShardThread::start(options, key.clone(), listener).await?);
         }
@@ -150,9 +159,23 @@ impl<'a> Node<'a> {
             join_ring(&metadata, &record).await;
         }
         tracing::info!(node = %identity.node, cluster = %cluster.id, control = record.control, "serving");
-        let reporter = Rc::new(NodeReporter { record, started_s: membership.started_s(), shards: shards.clone() });
-        let (id, control) = (identity.node, listeners.control);
-        Ok(Node { id, metadata, membership, shards, control, reporter, _embedded: embedded })
+        let size_bytes = identity.shard_bytes * u64::from(identity.shards);
+        let scrubber = Scrubber::new(shards.clone(), arguments.scrub_rate, size_bytes, dir.read_scrub_note()?);
+        let (scrubber, started_s) = (Rc::new(scrubber), membership.started_s());
+        let reporter = NodeReporter { record, started_s, shards: shards.clone(), scrubber: scrubber.clone() };
+        Ok(Node {
+            id: identity.node,
+            metadata,
+            membership,
+            cluster: cluster.id,
+            dir,
+            shards,
+            scrubber,
+            control: listeners.control,
+            reporter: Rc::new(reporter),
+            _devices: devices,
+            _embedded: embedded,
+        })
     }
 
     /// Until a signal, or until it cannot go on.
@@ -162,6 +185,8 @@ impl<'a> Node<'a> {
             _ = stop.wait() => Ok(()),
             error = beat(&mut self.membership, &self.shards) => Err(error),
             never = follow_deletions(&self.metadata, self.id, &self.shards) => match never {},
+            never = follow_peers(&self.metadata, self.cluster, &self.shards) => match never {},
+            error = self.scrubber.follow(|text| save_scrub(self.dir, text)) => Err(error.into()),
         };
         control.abort();
         let leave = async {
@@ -228,6 +253,20 @@ async fn follow_deletions(metadata: &AnyMetadata, node: NodeId, shards: &Shards)
     }
 }
 
+async fn follow_peers(metadata: &AnyMetadata, cluster: ClusterId, shards: &Shards) -> Infallible {
+    loop {
+        match peers::follow(metadata, cluster, shards).await {
+            Ok(never) => match never {},
+            Err(error) => tracing::warn!(%error, "the ring cannot be followed; repairs ask whom they know"),
+        }
+        tokio::time::sleep(METADATA_RETRY_AFTER).await;
+    }
+}
+
+fn save_scrub(dir: &DataDir, text: &str) -> Result<(), String> {
+    dir.write_scrub_note(text).map_err(|error| error.to_string())
+}
+
 /// The store inside this node, if asked for, and the URL under which the store is reached.
 fn start_embedded(arguments: &NodeArguments, dir: &DataDir) -> Result<(Option<EmbeddedServer>, String), NodeError> {
     if !arguments.is_metadata_embedded() {
@@ -256,48 +295,6 @@ async fn find_cluster(metadata: &AnyMetadata, url: &str, is_embedded: bool) -> R
         // A cluster made since the question shows in the watch, which starts before everything.
         metadata.watch(&key, Revision(1)).await?.next().await?;
     }
-}
-
-async fn format(
-    arguments: &NodeArguments,
-    dir: &DataDir,
-    cluster: &ClusterRecord,
-    cores: usize,
-    found: &Found,
-) -> Result<Identity, NodeError> {
-    let path = dir.path().display();
-    match found {
-        Found::InterruptedFormat => tracing::warn!("data dir {path}: a format was cut off; formatting it again"),
-        _ => tracing::info!("data dir {path} is empty: formatting it for cluster {}", cluster.id),
-    }
-    dir.begin_format()?;
-    let layout = dir.plan_format(arguments.size, arguments.shards_for_format(cores))?;
-    let node = NodeId::random();
-    let draft = Identity {
-        format_version: 0,
-        cluster: cluster.id,
-        node,
-        shards: layout.shards,
-        shard_bytes: layout.shard_bytes,
-        size: layout.size.to_string(),
-    };
-    for options in shard_options(arguments, dir, &draft, cores) {
-        executor::format(options).await?;
-    }
-    let identity = dir.finish_format(cluster.id, node, &layout)?;
-    tracing::info!(node = %node, shards = layout.shards, shard_bytes = layout.shard_bytes, "formatted");
-    Ok(identity)
-}
-
-fn shard_options(arguments: &NodeArguments, dir: &DataDir, identity: &Identity, cores: usize) -> Vec<ShardOptions> {
-    let pinning = arguments.pinning(identity.shards, cores);
-    let option = |shard: ShardIndex| ShardOptions {
-        identity: ShardIdentity { cluster: identity.cluster, node: identity.node, shard },
-        block_file: dir.block_file(shard),
-        bytes: identity.shard_bytes,
-        cpu: pinning.as_ref().map(|cpus| cpus[usize::from(shard.0)]),
-    };
-    (0..identity.shards).map(ShardIndex).map(option).collect()
 }
 
 /// Bound before anything is opened, without SO_REUSEPORT, so that a port that is taken is an error.

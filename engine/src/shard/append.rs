@@ -263,6 +263,7 @@ impl<R: Runtime> Shard<R> {
         };
         waiting.iter().for_each(|append| append.group.answer(Err(refusal.clone())));
         self.changed.notify();
+        self.background.notify();
         refusal
     }
 }

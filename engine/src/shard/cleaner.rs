@@ -5,6 +5,7 @@
 //! it is kept for a version above F. Whatever changes while a copy is on its way is settled when the copy is applied
 //! (`Contents::moved`). Versions and checksums stay as they were.
 
+use super::damage::FoundBy;
 use super::queue::{Need, Waiting};
 use super::{Shard, State};
 use crate::log::record::{Data, Record};
@@ -51,6 +52,8 @@ struct Copy {
 enum Trouble {
     /// Something in it cannot be read: it stays as it is.
     Unreadable,
+    /// What could not be read together can be read block by block: the next try may do better.
+    Passing,
     /// The shard fails or is full; somebody else says so.
     Refused,
 }
@@ -128,7 +131,7 @@ impl<R: Runtime> Shard<R> {
                     tracing::warn!(segment = victim.0, "a segment cannot be cleaned: not all of it can be read");
                     state.contents.space.set_stuck(victim);
                 }
-                Err(Trouble::Refused) => {}
+                Err(Trouble::Refused | Trouble::Passing) => {}
             }
             state.contents.space.remove_reader(victim);
         }
@@ -198,14 +201,17 @@ impl<R: Runtime> Shard<R> {
     async fn read_run(self: &Rc<Self>, data: &Data, run: std::ops::Range<usize>) -> Result<Copy, Trouble> {
         let from = Position(data.position.0 + run.start as u32);
         let bytes = self.disk.read(Geometry::offset(from), run.len() * BLOCK).await;
-        let bytes = bytes.map_err(|_| Trouble::Unreadable)?;
         let checksums = data.checksums[run.clone()].to_vec();
         // A damaged block must not be copied: at a start the copy could be taken for a torn tail and dropped, and an
         // older version would show.
-        if bytes.chunks(BLOCK).zip(&checksums).any(|(block, checksum)| crc32c::crc32c(block) != *checksum) {
-            self.state.borrow_mut().statistics.checksum_errors += 1;
-            return Err(Trouble::Unreadable);
-        }
+        let whole = |bytes: &<R::Disk as Disk>::Bytes| {
+            bytes.chunks(BLOCK).zip(&checksums).all(|(block, checksum)| crc32c::crc32c(block) == *checksum)
+        };
+        let Some(bytes) = bytes.ok().filter(whole) else {
+            // Repaired first; then the segment is a victim again.
+            let damaged = self.note_damage_in(data, run, FoundBy::Cleaner).await;
+            return Err(if damaged > 0 { Trouble::Unreadable } else { Trouble::Passing });
+        };
         let origins = (0..run.len() as u32).map(|number| Position(from.0 + number)).collect();
         let first = BlockIndex(data.first.0 + run.start as u64);
         let flush_point = self.state.borrow().flush_point(data.volume).max(data.flush_point);

@@ -88,6 +88,16 @@ pub struct DamageCounts {
     pub conflicts: u64,
 }
 
+/// Both lists, as far as they were asked for.
+#[derive(Clone, Default, Debug)]
+pub struct DamageReport {
+    pub counts: DamageCounts,
+    pub blocks: Vec<ListedDamage>,
+    pub conflicts: Vec<Conflict>,
+    /// For the age of what is listed.
+    pub now: Instant,
+}
+
 type Key = (VolumeId, BlockIndex, Version);
 
 #[derive(Default)]
@@ -178,12 +188,11 @@ impl Damage {
         self.conflicts.retain(|(of, _, _), _| *of != volume);
     }
 
-    pub fn listed(&self) -> impl Iterator<Item = &ListedDamage> {
-        self.listed.values()
-    }
-
-    pub fn conflicts(&self) -> impl Iterator<Item = &Conflict> {
-        self.conflicts.values()
+    /// At most `limit` of each list.
+    pub fn report(&self, limit: usize, now: Instant) -> DamageReport {
+        let blocks = self.listed.values().take(limit).copied().collect();
+        let conflicts = self.conflicts.values().take(limit).cloned().collect();
+        DamageReport { counts: self.counts(), blocks, conflicts, now }
     }
 
     pub fn counts(&self) -> DamageCounts {

@@ -7,39 +7,55 @@
 //! * `reads`     blocks from the disk, verified
 //! * `volumes`   instances, writers, flush points
 //! * `damage`    what cannot be read as it was written
+//! * `peers`     who else holds a slice
+//! * `repair`    what is damaged is fetched from them
 //! * `pins`      what is superseded and kept
 //! * `state`     what a record does to index, space and volumes
 //! * `queue`     appends gathered into batches (pure)
 //! * `append`    batches and syncs on their way to the disk
 //! * `cleaner`   gives space back
+//! * `scrub`     finds damage before anybody asks
 //! * `start`     format and recovery
+//! * `grow`      a disk that became larger
 //! * `replay`    which of several copies counts then
+//! * `supervisor` opens it anew when its disk failed
 
 mod append;
 mod cleaner;
 mod damage;
+mod grow;
+mod peers;
 mod pins;
 mod queue;
 mod reads;
+mod repair;
 mod replay;
 mod requests;
+mod scrub;
 mod start;
 mod state;
+pub mod supervisor;
 #[cfg(test)]
 mod tests;
 mod volumes;
 
 use crate::log::{BatchNumber, FormatError, Geometry};
 use bytes::Bytes;
+pub use damage::{Conflict, DamageReport, Damaged, FoundBy, ListedDamage};
+use futures::channel::oneshot;
+pub use peers::PeerTable;
+use peers::Peers;
 use queue::{Need, Queue, Syncs};
 pub use reads::Chunk;
+use scrub::Scrub;
+pub use scrub::{ScrubPass, ScrubReport};
 use state::Contents;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use thiserror::Error;
 use torus_rpc::message::{Answer, Envelope, Operation, Refusal, Reply};
 use torus_rpc::notify::Notify;
-use torus_rpc::runtime::{Disk, DiskError, Runtime};
+use torus_rpc::runtime::{Clock, Disk, DiskError, Runtime};
 use torus_rpc::token::ClusterKey;
 use torus_schema::ids::{ClusterId, Incarnation, NodeId, ShardIndex, VolumeId};
 use torus_schema::limits::BLOCK_BYTES;
@@ -95,6 +111,16 @@ pub struct ShardStatistics {
     pub segments_cleaned: u64,
     pub checksum_errors: u64,
     pub refused: u64,
+    /// Blocks with data that the index knows, and the memory it takes for them.
+    pub index_blocks: u64,
+    pub index_bytes: u64,
+    /// Blocks that cannot be read as they were written and are not repaired yet.
+    pub damaged: u64,
+    /// Such blocks found and repaired since the shard was opened.
+    pub damaged_found: u64,
+    pub repaired: u64,
+    /// Blocks of which a peer has another content under the same version.
+    pub conflicts: u64,
     pub full: bool,
     pub failed: bool,
     /// Something durable was lost in this shard's life: instances older than that are refused.
@@ -112,6 +138,8 @@ struct State {
     failed: Option<Refusal>,
     closing: bool,
     cleaner_stopped: bool,
+    repairer_stopped: bool,
+    scrub: Scrub,
     statistics: ShardStatistics,
 }
 
@@ -123,6 +151,11 @@ pub struct Shard<R: Runtime> {
     state: RefCell<State>,
     /// Told after every change of the state that anybody could wait for.
     changed: Notify,
+    /// Told when there is something to repair or to scrub, and when that has to stop.
+    background: Notify,
+    peers: Peers<R::Link>,
+    /// Dropped with the shard: who holds the other end learns that nothing of it is in flight.
+    gone: RefCell<Option<oneshot::Sender<()>>>,
     pump_planned: Cell<bool>,
 }
 
@@ -168,12 +201,19 @@ impl<R: Runtime> Shard<R> {
     pub fn statistics(&self) -> ShardStatistics {
         let state = self.state.borrow();
         let space = &state.contents.space;
+        let damage = state.contents.damage.counts();
         ShardStatistics {
             segments: self.geometry.segments,
             segments_free: space.free(),
             segment_bytes: u64::from(self.geometry.blocks) * BLOCK_BYTES,
             live_bytes: space.live() * BLOCK_BYTES,
             volumes: state.contents.volumes.values().filter(|volume| volume.layout.is_some()).count() as u32,
+            index_blocks: state.contents.index.blocks(),
+            index_bytes: state.contents.index.memory_bytes(),
+            damaged: damage.damaged,
+            damaged_found: damage.found,
+            repaired: damage.repaired,
+            conflicts: damage.conflicts,
             full: space.is_full(),
             failed: state.failed.is_some(),
             lost: state.lost_below > BatchNumber(0),
@@ -181,16 +221,40 @@ impl<R: Runtime> Shard<R> {
         }
     }
 
+    /// At most `limit` of each list.
+    pub fn damage(&self, limit: usize) -> DamageReport {
+        let now = self.runtime.clock().now();
+        self.state.borrow().contents.damage.report(limit, now)
+    }
+
+    /// Why it answers nothing any more.
+    pub fn failure(&self) -> Option<Refusal> {
+        self.state.borrow().failed.clone()
+    }
+
+    pub async fn wait_for_failure(&self) -> Refusal {
+        self.changed.until(|| self.failure()).await
+    }
+
+    /// Resolves when the last user of the shard is gone: requests, background work and everything in flight.
+    fn gone(&self) -> oneshot::Receiver<()> {
+        let (sender, receiver) = oneshot::channel();
+        *self.gone.borrow_mut() = Some(sender);
+        receiver
+    }
+
     /// Waits for what is in flight and leaves all of it durable, with a footer, so that the next start is short.
     /// New requests are refused from the moment it is called.
     pub async fn close(self: &Rc<Self>) {
         self.state.borrow_mut().closing = true;
         self.changed.notify();
+        self.background.notify();
         let idle = || {
             let state = self.state.borrow();
             let waits = state.queue.waits_for_space(state.contents.space.free());
             let idle = state.queue.in_flight == 0 && !state.queue.opening && (state.queue.is_empty() || waits);
-            (state.failed.is_some() || (state.cleaner_stopped && idle)).then_some(())
+            let stopped = state.cleaner_stopped && state.repairer_stopped && state.scrub.stopped;
+            (state.failed.is_some() || (stopped && idle)).then_some(())
         };
         self.changed.until(idle).await;
         let ready = {

@@ -55,6 +55,10 @@ impl Pins {
         found.map(|(_, position)| *position = to).is_some()
     }
 
+    pub fn position(&self, kept: Kept) -> Option<Position> {
+        self.kept.get(&kept).map(|(_, position)| *position)
+    }
+
     pub fn positions(&self) -> impl Iterator<Item = Position> + '_ {
         self.kept.values().map(|(_, position)| *position)
     }

@@ -1,8 +1,9 @@
 //! Blocks from the disk. Each is verified against the checksum in the index, which the client made; what does not
 //! match is read once more and then answered as damaged, never as zeros or as older data (rule 15).
 
+use super::damage::{Damaged, FoundBy};
 use super::{Chunks, Shard};
-use crate::index::{Found, Place};
+use crate::index::{Entry, Found, Place};
 use crate::log::{BLOCK, Geometry, Position, SegmentIndex};
 use std::ops::{Deref, Range};
 use std::rc::Rc;
@@ -32,7 +33,7 @@ struct Piece {
 }
 
 /// Keeps the segments from being reused while they are read, however the read ends.
-struct Readers<R: Runtime> {
+pub(super) struct Readers<R: Runtime> {
     shard: Rc<Shard<R>>,
     segments: Vec<SegmentIndex>,
 }
@@ -40,7 +41,10 @@ struct Readers<R: Runtime> {
 impl<R: Runtime> Readers<R> {
     fn new(shard: &Rc<Shard<R>>, pieces: &[Piece]) -> Self {
         let geometry = shard.geometry;
-        let segments: Vec<_> = pieces.iter().map(|piece| geometry.segment_of(piece.position)).collect();
+        Self::of(shard, pieces.iter().map(|piece| geometry.segment_of(piece.position)).collect())
+    }
+
+    pub fn of(shard: &Rc<Shard<R>>, segments: Vec<SegmentIndex>) -> Self {
         let space = &mut shard.state.borrow_mut().contents.space;
         segments.iter().for_each(|segment| space.add_reader(*segment));
         Self { shard: shard.clone(), segments }
@@ -74,43 +78,62 @@ impl<R: Runtime> Shard<R> {
         let readers = Readers::new(self, &pieces);
         // All at once: what is scattered on the disk costs one wait, not one each.
         let mut chunks = Vec::with_capacity(pieces.len());
+        let mut damaged = Vec::new();
         match &pieces[..] {
-            [piece] => self.read_piece(piece, &mut chunks).await?,
+            [piece] => damaged.extend(self.read_piece(piece, &mut chunks).await),
             _ => {
                 let reads = pieces.iter().map(|piece| async {
                     let mut chunks = Vec::with_capacity(1);
-                    self.read_piece(piece, &mut chunks).await.map(|()| chunks)
+                    let damaged = self.read_piece(piece, &mut chunks).await;
+                    (chunks, damaged)
                 });
-                for read in futures::future::join_all(reads).await {
-                    chunks.extend(read?);
+                for (read, found) in futures::future::join_all(reads).await {
+                    chunks.extend(read);
+                    damaged.extend(found);
                 }
             }
         }
         drop(readers);
+        if let Some(block) = damaged.first().copied() {
+            self.note_all(first, &found, &damaged);
+            return Err(Refusal::Damaged { block });
+        }
         let checksums = pieces.into_iter().flat_map(|piece| piece.checksums).collect();
         Ok((Answer::Read { runs: runs_of(&found), checksums }, chunks))
     }
 
-    async fn read_piece(&self, piece: &Piece, chunks: &mut Chunks<R>) -> Result<(), Refusal> {
+    /// Gives the blocks that cannot be read as they were written.
+    async fn read_piece(&self, piece: &Piece, chunks: &mut Chunks<R>) -> Vec<BlockIndex> {
         if let Some(bytes) = self.read_verified(piece.position, &piece.checksums).await {
             chunks.push(Chunk { range: 0..bytes.len(), bytes });
-            return Ok(());
+            return Vec::new();
         }
-        // Again, block by block: one may be all that is wrong, and the answer names it.
+        // Again, block by block: one may be all that is wrong, and it may have been the transfer.
+        let mut damaged = Vec::new();
         for (number, checksum) in (0u32..).zip(&piece.checksums) {
             let position = Position(piece.position.0 + number);
-            let Some(bytes) = self.read_verified(position, &[*checksum]).await else {
-                let block = BlockIndex(piece.block.0 + u64::from(number));
-                self.state.borrow_mut().statistics.checksum_errors += 1;
-                tracing::error!(%block, position = position.0, "a block cannot be read as it was written");
-                return Err(Refusal::Damaged { block });
-            };
-            chunks.push(Chunk { range: 0..bytes.len(), bytes });
+            match self.read_verified(position, &[*checksum]).await {
+                Some(bytes) => chunks.push(Chunk { range: 0..bytes.len(), bytes }),
+                None => damaged.push(BlockIndex(piece.block.0 + u64::from(number))),
+            }
         }
-        Ok(())
+        damaged
     }
 
-    async fn read_verified(&self, position: Position, checksums: &[u32]) -> Option<<R::Disk as Disk>::Bytes> {
+    fn note_all(&self, first: Place, found: &[Found], damaged: &[BlockIndex]) {
+        for block in damaged {
+            let Found::Data(entry) = found[(block.0 - first.block.0) as usize] else { continue };
+            let Entry { position, checksum, version } = entry;
+            let damaged = Damaged { volume: first.volume, block: *block, version, checksum, position };
+            self.note_damaged(damaged, FoundBy::Read);
+        }
+    }
+
+    pub(super) async fn read_verified(
+        &self,
+        position: Position,
+        checksums: &[u32],
+    ) -> Option<<R::Disk as Disk>::Bytes> {
         let bytes = self.disk.read(Geometry::offset(position), checksums.len() * BLOCK).await.ok()?;
         let good = bytes.chunks(BLOCK).zip(checksums).all(|(block, checksum)| crc32c::crc32c(block) == *checksum);
         good.then_some(bytes)
@@ -134,7 +157,7 @@ fn pieces_of(first: BlockIndex, found: &[Found]) -> Vec<Piece> {
     pieces
 }
 
-fn runs_of(found: &[Found]) -> Vec<Run> {
+pub(super) fn runs_of(found: &[Found]) -> Vec<Run> {
     let mut runs: Vec<Run> = Vec::new();
     for found in found {
         let (version, data) = (found.version(), matches!(found, Found::Data(_)));

@@ -20,7 +20,7 @@ const VOLUME_BLOCKS_MAX: u64 = VOLUME_BYTES_MAX / BLOCK_BYTES;
 /// Whose token creates instances: no writer, and no epoch.
 const CREATOR: &str = "create";
 
-fn malformed(because: impl Into<String>) -> Refusal {
+pub(super) fn malformed(because: impl Into<String>) -> Refusal {
     Refusal::Malformed { because: because.into() }
 }
 
@@ -62,7 +62,10 @@ impl<R: Runtime> Shard<R> {
                 Answer::Flushed
             }
             Operation::Describe { above, from } => self.describe(envelope, above, from)?,
-            Operation::Retain(_) | Operation::Revoke { .. } | Operation::Map { .. } | Operation::PeerRead { .. } => {
+            Operation::PeerRead { token, first, count, data } => {
+                return self.peer_read(envelope.volume, &token, (first, count), data).await;
+            }
+            Operation::Retain(_) | Operation::Revoke { .. } | Operation::Map { .. } => {
                 return Err(malformed("this shard does not know the operation"));
             }
         };
@@ -298,7 +301,7 @@ fn new_instances(
 }
 
 /// At least one block, at most a frame of them, all in one extent.
-fn check_range(first: BlockIndex, count: u64) -> Result<(), Refusal> {
+pub(super) fn check_range(first: BlockIndex, count: u64) -> Result<(), Refusal> {
     let sized = (1..=BLOCKS_PER_FRAME_MAX).contains(&count) && first.0 < VOLUME_BLOCKS_MAX;
     if sized && first.extent() == BlockIndex(first.0 + count - 1).extent() {
         return Ok(());

@@ -4,8 +4,10 @@
 //! record can be understood or freed without them; then all records, segment by segment; then a sync and footers for what had none, so that a decision
 //! about a torn tail is never made twice; only then is anything appended.
 
+use super::peers::Peers;
 use super::queue::{Queue, Syncs};
 use super::replay::{self, Notes};
+use super::scrub::Scrub;
 use super::state::Contents;
 use super::{Notify, Shard, ShardError, ShardIdentity, ShardStatistics, State};
 use crate::index::AtTie;
@@ -49,12 +51,7 @@ impl<R: Runtime> Shard<R> {
         }
         // What an earlier use of the disk left must not be taken for segments of ours.
         for segment in (0..geometry.segments).map(SegmentIndex) {
-            let first = geometry.first(segment).0;
-            for block in [first, first + geometry.blocks - 1].map(Position) {
-                if disk.read(Geometry::offset(block), BLOCK).await?.iter().any(|byte| *byte != 0) {
-                    write_block(disk, Geometry::offset(block), &[0; BLOCK]).await?;
-                }
-            }
+            clear_ends(disk, geometry, segment).await?;
         }
         disk.sync().await?;
         let ShardIdentity { cluster, node, shard } = identity;
@@ -88,6 +85,8 @@ impl<R: Runtime> Shard<R> {
             failed: None,
             closing: false,
             cleaner_stopped: false,
+            repairer_stopped: false,
+            scrub: Scrub::default(),
             statistics: ShardStatistics::default(),
         };
         let shard = Rc::new(Shard {
@@ -97,14 +96,30 @@ impl<R: Runtime> Shard<R> {
             geometry,
             state: RefCell::new(state),
             changed: Notify::default(),
+            background: Notify::default(),
+            peers: Peers::new(identity),
+            gone: RefCell::default(),
             pump_planned: Cell::new(false),
         });
         shard.runtime.spawn().spawn(Class::Background, shard.clone().clean_forever());
+        shard.runtime.spawn().spawn(Class::Background, shard.clone().repair_forever());
+        shard.runtime.spawn().spawn(Class::Background, shard.clone().scrub_forever());
         Ok(shard)
     }
 }
 
-fn check_owner(found: &Superblock, expected: ShardIdentity) -> Result<(), ShardError> {
+/// Of a segment that holds nothing of ours: an opening or a trailer there would be believed.
+pub(super) async fn clear_ends<D: Disk>(disk: &D, geometry: Geometry, segment: SegmentIndex) -> Result<(), DiskError> {
+    let first = geometry.first(segment).0;
+    for block in [first, first + geometry.blocks - 1].map(Position) {
+        if disk.read(Geometry::offset(block), BLOCK).await?.iter().any(|byte| *byte != 0) {
+            write_block(disk, Geometry::offset(block), &[0; BLOCK]).await?;
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn check_owner(found: &Superblock, expected: ShardIdentity) -> Result<(), ShardError> {
     let other = |field, found: String, expected: String| Err(ShardError::OtherOwner { field, found, expected });
     if found.cluster != expected.cluster {
         return other("cluster", found.cluster.to_string(), expected.cluster.to_string());
@@ -166,13 +181,15 @@ async fn seal_all<D: Disk>(disk: &D, geometry: Geometry, scan: &mut Scan) -> Res
     disk.sync().await
 }
 
-async fn read_superblock<D: Disk>(disk: &D) -> Result<Result<Superblock, crate::log::FormatError>, DiskError> {
+pub(super) async fn read_superblock<D: Disk>(
+    disk: &D,
+) -> Result<Result<Superblock, crate::log::FormatError>, DiskError> {
     let bytes = disk.read(0, (SUPERBLOCK_BLOCKS * BLOCK_BYTES) as usize).await?;
     Ok(decode_either(&bytes))
 }
 
 /// One copy after the other, so that one is always good.
-async fn write_superblock<D: Disk>(disk: &D, superblock: &Superblock) -> Result<(), DiskError> {
+pub(super) async fn write_superblock<D: Disk>(disk: &D, superblock: &Superblock) -> Result<(), DiskError> {
     for copy in 0..SUPERBLOCK_BLOCKS {
         write_block(disk, copy * BLOCK_BYTES, &superblock.encode()).await?;
         disk.sync().await?;

@@ -3,12 +3,13 @@
 use super::damage::Damage;
 use super::pins::Kept;
 use super::volumes::Volume;
-use crate::index::{Applied, AtTie, ClearRange, Entry, Found, Index, Place};
+use crate::index::{Applied, AtTie, ClearRange, Entry, Found, Index, Place, Run};
 use crate::log::record::{Clear, Data, Instances, Record};
 use crate::log::space::Space;
 use crate::log::{Position, SegmentIndex};
 use ahash::{AHashMap, AHashSet};
 use torus_schema::ids::{BlockIndex, ExtentIndex, SliceId, Version, VolumeId};
+use torus_schema::limits::BLOCKS_PER_EXTENT;
 
 /// Of an extent of a volume whose layout is not known (its instance record was lost): nobody can ask for it.
 const UNKNOWN_SLICE: SliceId = SliceId(u32::MAX);
@@ -93,17 +94,34 @@ impl Contents {
             return;
         }
         self.settle(data.volume, data.flush_point);
-        for (number, checksum) in (0u32..).zip(&data.checksums) {
-            let block = BlockIndex(data.first.0 + u64::from(number));
-            let place = Place { volume: data.volume, slice: self.slice_of(data.volume, block.extent()), block };
-            let position = Position(data.position.0 + number);
-            self.space.add_live(position);
-            let entry = Entry { position, checksum: *checksum, version: data.version };
-            match self.index.apply(place, entry, at_tie) {
-                Applied::Current { replaced: Some(replaced) } => self.supersede(place, replaced, data.version, at_tie),
-                Applied::Current { replaced: None } => {}
-                Applied::Superseded { by } => self.supersede(place, entry, by, at_tie),
+        let mut number = 0;
+        while number < data.checksums.len() {
+            let block = BlockIndex(data.first.0 + number as u64);
+            let count = (BLOCKS_PER_EXTENT - block.in_extent()).min((data.checksums.len() - number) as u64) as usize;
+            let first = Place { volume: data.volume, slice: self.slice_of(data.volume, block.extent()), block };
+            let position = Position(data.position.0 + number as u32);
+            let checksums = &data.checksums[number..number + count];
+            self.data_run(Run { first, version: data.version, position, checksums }, at_tie);
+            number += count;
+        }
+    }
+
+    fn data_run(&mut self, run: Run<'_>, at_tie: AtTie) {
+        let entry = |number: usize| {
+            let position = Position(run.position.0 + number as u32);
+            Entry { position, checksum: run.checksums[number], version: run.version }
+        };
+        (0..run.checksums.len()).for_each(|number| self.space.add_live(entry(number).position));
+        let mut superseded = Vec::new();
+        self.index.apply_run(run, at_tie, |number, applied| match applied {
+            Applied::Current { replaced } => {
+                superseded.extend(replaced.map(|replaced| (number, replaced, run.version)));
             }
+            Applied::Superseded { by } => superseded.push((number, entry(number), by)),
+        });
+        for (number, old, by) in superseded {
+            let block = BlockIndex(run.first.block.0 + number as u64);
+            self.supersede(Place { block, ..run.first }, old, by, at_tie);
         }
     }
 

@@ -3,8 +3,10 @@
 use super::metadata::DistantStore;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
+use std::sync::Arc;
 use torus_engine::disk::simulated::SimulatedDisk;
-use torus_engine::shard::{Shard, ShardIdentity};
+use torus_engine::shard::supervisor::{Media, Supervisor};
+use torus_engine::shard::{PeerTable, Shard, ShardIdentity};
 use torus_frontends::volume::{Attacher, VolumeExports};
 use torus_rpc::message::{Answer, Envelope, Operation, Reply};
 use torus_rpc::metadata::memory::MemoryStore;
@@ -23,7 +25,16 @@ use torus_schema::ring::table::Ring;
 
 pub type Disk = SimulatedDisk<Here>;
 pub type Runtime = SimulatedRuntime<Disk, DistantStore>;
-pub type SimulatedShard = Rc<Shard<Runtime>>;
+pub type SimulatedShard = Rc<Supervisor<Runtime, Plugged>>;
+
+/// The node's disk: the same one each time it is opened.
+pub struct Plugged(Disk);
+
+impl Media<Runtime> for Plugged {
+    async fn open(&self) -> Result<Disk, String> {
+        Ok(self.0.clone())
+    }
+}
 
 /// Small, so that segments fill, are cleaned and used again within a run.
 pub const SEGMENT_BYTES: u64 = 256 * 1024;
@@ -149,8 +160,9 @@ impl Cluster {
         let process = self.world.start_process();
         let key = ClusterKey::from_hex(KEY).expect("32 bytes");
         let runtime = self.runtime(process);
-        let opened = Shard::open(runtime, node.disk.clone(), self.identity(number), key).await;
+        let opened = Supervisor::start(runtime, Plugged(node.disk.clone()), self.identity(number), key).await;
         let shard = opened.expect("a shard opens after any crash");
+        shard.set_peers(self.peers().await);
         let serving = shard.clone();
         self.world.listen(process, &node.address, move |envelope, operation, payload| {
             let shard = serving.clone();
@@ -164,6 +176,18 @@ impl Cluster {
         });
         node.process.set(Some(process));
         *node.shard.borrow_mut() = Some(shard);
+    }
+
+    /// As a node reads it from the metadata store.
+    async fn peers(&self) -> Arc<PeerTable> {
+        let records = self.nodes.iter().map(|node| (node.id, self.node_record(node))).collect();
+        Arc::new(PeerTable::from_ring(self.id, &self.ring().await, &records))
+    }
+
+    async fn ring(&self) -> Ring {
+        let ring = self.store.get(&keys::ring()).await.expect("available").expect("written at start");
+        let ring: RingRecord = torus_schema::records::decode("ring", &ring.value).expect("ours");
+        Ring::from_record(ring).expect("ours")
     }
 
     /// kill -9: the machine and what it was told to write live on.
@@ -204,9 +228,7 @@ impl Cluster {
     /// A volume with its instances on every replica.
     pub async fn create_volume(&self, name: &str, size_bytes: u64, replicas: u8, min_replicas: u8) -> VolumeId {
         let id = VolumeId::from_bytes(seeded_uuid(&self.world));
-        let ring = self.store.get(&keys::ring()).await.expect("available").expect("written at start");
-        let ring: RingRecord = torus_schema::records::decode("ring", &ring.value).expect("ours");
-        let ring = Ring::from_record(ring).expect("ours");
+        let ring = self.ring().await;
         let record = VolumeRecord {
             id,
             name: name.to_string(),

@@ -30,6 +30,8 @@ pub enum Trouble {
     PowerFailures,
     /// The client and a node, or the client and the metadata store, cannot reach each other for a while.
     Cuts,
+    /// Writes, syncs or reads of a node's disk fail, or the disk vanishes for a while.
+    Disks,
     /// Anything of the above.
     Mixed,
 }
@@ -142,14 +144,16 @@ impl Run {
                 Trouble::Kills => 0,
                 Trouble::PowerFailures => 1,
                 Trouble::Cuts => 2 + self.world.random_below(2),
-                Trouble::Mixed => self.world.random_below(4),
+                Trouble::Disks => 4,
+                Trouble::Mixed => self.world.random_below(5),
             };
             let node = self.world.random_below(3) as usize;
             match event {
                 0 => self.kill(node, false).await,
                 1 => self.kill(node, true).await,
                 2 => self.cut(client, node).await,
-                _ => self.metadata_outage(client).await,
+                3 => self.metadata_outage(client).await,
+                _ => self.fail_disk(node).await,
             }
         }
     }
@@ -176,6 +180,28 @@ impl Run {
         self.world.cut(client.process, process);
         self.world.sleep(Duration::from_millis(self.world.random_below(12_000))).await;
         self.world.heal(client.process, process);
+    }
+
+    /// The node lives on; its shard is opened anew by itself.
+    async fn fail_disk(&self, node: usize) {
+        let disk = &self.cluster.nodes[node].disk;
+        let kind = self.world.random_below(4);
+        tracing::info!(now = ?self.world.now().0, node, kind, "the disk fails");
+        match kind {
+            0 => disk.fail_writes(1 + self.world.random_below(4)),
+            1 => disk.fail_syncs(1),
+            2 => disk.fail_reads(1 + self.world.random_below(8)),
+            _ => {
+                disk.vanish();
+                self.world.sleep(Duration::from_millis(self.world.random_below(20_000))).await;
+                disk.reappear();
+            }
+        }
+        self.world.sleep(Duration::from_millis(self.world.random_below(1000))).await;
+        // What did not come up yet shall not come up while another trouble is on.
+        disk.fail_writes(0);
+        disk.fail_syncs(0);
+        disk.fail_reads(0);
     }
 
     async fn metadata_outage(&self, client: &Client) {

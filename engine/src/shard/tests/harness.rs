@@ -57,7 +57,12 @@ impl metadata::Watch for NoMetadata {
 }
 
 pub fn identity() -> ShardIdentity {
-    let (cluster, node) = (ClusterId::from_bytes([1; 16]), NodeId::from_bytes([2; 16]));
+    identity_of(2)
+}
+
+/// Of another node of the same cluster.
+pub fn identity_of(node: u8) -> ShardIdentity {
+    let (cluster, node) = (ClusterId::from_bytes([1; 16]), NodeId::from_bytes([node; 16]));
     ShardIdentity { cluster, node, shard: ShardIndex(0) }
 }
 
@@ -88,18 +93,24 @@ pub struct Machine {
     pub world: World,
     pub disk: SimulatedDisk<Here>,
     pub process: Rc<Cell<ProcessId>>,
+    identity: ShardIdentity,
     shard: Rc<RefCell<Option<Rc<TestShard>>>>,
 }
 
 impl Machine {
     /// Formatted and open.
     pub async fn new(world: &World, segments: u64, segment_blocks: u64) -> Self {
+        Self::of(world, identity(), segments, segment_blocks).await
+    }
+
+    pub async fn of(world: &World, identity: ShardIdentity, segments: u64, segment_blocks: u64) -> Self {
         let process = world.start_process();
         let here = Here { world: world.clone(), process };
         let segment_bytes = segment_blocks * BLOCK_BYTES;
         let disk = SimulatedDisk::new(here, world.seed(), 16 * BLOCK_BYTES + segments * segment_bytes);
-        let machine = Self { world: world.clone(), disk, process: Rc::new(Cell::new(process)), shard: Rc::default() };
-        TestShard::format(&machine.runtime(), &machine.disk, identity(), segment_bytes).await.unwrap();
+        let (process, shard) = (Rc::new(Cell::new(process)), Rc::default());
+        let machine = Self { world: world.clone(), disk, process, identity, shard };
+        TestShard::format(&machine.runtime(), &machine.disk, identity, segment_bytes).await.unwrap();
         machine.start().await.unwrap();
         machine
     }
@@ -112,9 +123,13 @@ impl Machine {
         self.shard.borrow().clone().unwrap()
     }
 
+    pub fn is_up(&self) -> bool {
+        self.shard.borrow().is_some()
+    }
+
     pub async fn start(&self) -> Result<(), ShardError> {
         self.process.set(self.world.start_process());
-        let shard = TestShard::open(self.runtime(), self.disk.clone(), identity(), key()).await?;
+        let shard = TestShard::open(self.runtime(), self.disk.clone(), self.identity, key()).await?;
         *self.shard.borrow_mut() = Some(shard);
         Ok(())
     }
@@ -154,6 +169,10 @@ pub struct Client {
 impl Client {
     /// Creates all its instances; does not open.
     pub async fn create(machine: &Machine, number: u8) -> Self {
+        Self::try_create(machine, number).await.unwrap()
+    }
+
+    pub async fn try_create(machine: &Machine, number: u8) -> Result<Self, Refusal> {
         let volume = volume(number);
         let envelope = Envelope { volume, generation: GENERATION, ..Envelope::NONE };
         let client = Self {
@@ -162,8 +181,8 @@ impl Client {
             envelope: Rc::new(Cell::new(envelope)),
             sequence: Rc::new(Cell::new(0)),
         };
-        assert_eq!(client.call(client.creation()).await, Ok(Answer::Created));
-        client
+        assert_eq!(client.call(client.creation()).await?, Answer::Created);
+        Ok(client)
     }
 
     pub fn creation(&self) -> Operation {

@@ -3,11 +3,17 @@
 //! * `harness`   a client of one shard, that knows what it wrote
 //! * `requests`  what is refused, and with what
 //! * `recovery`  row by row
+//! * `repair`    damage, and peers that mend it
+//! * `scrub`     passes over everything
+//! * `supervisor` disks that fail under a shard
 //! * `space`     cleaning, full, dropping
 //! * `model`     seeded sequences of everything, with crashes, against a plain map
 
 mod harness;
 mod model;
 mod recovery;
+mod repair;
 mod requests;
+mod scrub;
 mod space;
+mod supervisor;

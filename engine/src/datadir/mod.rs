@@ -4,9 +4,10 @@
 //! |------------------|----------------------------------------------------------------------------------|
 //! | `lock`           | locked (flock) by the process that uses the directory; holds its pid             |
 //! | `formatting`     | present from the first moment of a format until after `torus.json` is durable    |
-//! | `shard-N.blocks` | the block file of shard N, of exactly `shard_bytes`                              |
+//! | `shard-N.blocks` | the block file of shard N, of exactly `shard_bytes`; none where shards are on devices |
 //! | `torus.json`     | [`Identity`], written last: with it the directory is formatted, without it not   |
 //! | `lease.json`     | the lease of the last heartbeat (`node::membership`)                             |
+//! | `scrub.json`     | what is remembered of scrubs (`node::scrub`)                                     |
 //! | `metadata/`      | the store of `--metadata embedded`                                               |
 //!
 //! | found at a start                     | done                                                                |
@@ -15,25 +16,37 @@
 //! | `formatting`, no `torus.json`        | a format was cut off: nobody ever wrote to these block files, so they are removed and the format starts over |
 //! | `torus.json` (and `formatting`)      | checked against what is asked for; a leftover `formatting` is removed |
 //! | anything else                        | refused: it is somebody's data                                      |
+//!
+//! * `layout`   how much each shard takes, at a format and when asked for more
+//! * `growth`   the steps from one size to a larger one
+//! * `devices`  raw devices: which is whose
+//! * `error`    what is refused
 
-use crate::config::NodeSize;
+mod devices;
+mod error;
+mod growth;
+mod layout;
+
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
 use std::path::{Path, PathBuf};
-use thiserror::Error;
 use torus_schema::ids::{ClusterId, NodeId, ShardIndex};
-use torus_schema::limits;
 use torus_schema::records::decimal;
 
+pub use devices::{Devices, attach};
+pub use error::DataDirError;
+pub use layout::Layout;
+
 /// Layout of the directory and of `torus.json`.
-const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 2;
 const LOCK: &str = "lock";
 const FORMATTING: &str = "formatting";
 const IDENTITY: &str = "torus.json";
 const LEASE: &str = "lease.json";
+const SCRUB: &str = "scrub.json";
 const METADATA: &str = "metadata";
 
 /// What was fixed when the directory was formatted.
@@ -45,7 +58,20 @@ pub struct Identity {
     pub shards: u16,
     #[serde(with = "decimal")]
     pub shard_bytes: u64,
-    /// `--size` as it was given: a share of the disk is compared as such.
+    /// `--size` as it was given when the shards got this size; empty: whole devices.
+    pub size: String,
+    /// Decided, and not finished on every shard (`growth`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub growing: Option<Growing>,
+    /// Where the shards lie, if not in files of this directory: shard i on device i mod n.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub devices: Vec<PathBuf>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Growing {
+    #[serde(with = "decimal")]
+    pub shard_bytes: u64,
     pub size: String,
 }
 
@@ -66,14 +92,6 @@ pub enum Found {
     Empty,
     InterruptedFormat,
     Formatted(Identity),
-}
-
-/// The size of each shard, and the setting it came from.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Layout {
-    pub shards: u16,
-    pub shard_bytes: u64,
-    pub size: NodeSize,
 }
 
 impl DataDir {
@@ -144,28 +162,11 @@ impl DataDir {
         read().map_err(|error| io_error(&self.path, "list", error))
     }
 
-    /// The sizes for a new format, checked against the disk's free space.
-    pub fn plan_format(&self, size: Option<NodeSize>, shards: u16) -> Result<Layout, DataDirError> {
-        let size = size.ok_or_else(|| DataDirError::SizeMissing { path: self.path.clone() })?;
-        let disk = nix::sys::statvfs::statvfs(&self.path)
-            .map_err(|errno| io_error(&self.path, "ask for the free space of", errno.into()))?;
-        let unit = disk.fragment_size();
-        let wanted = match size {
-            NodeSize::Bytes(bytes) => bytes,
-            NodeSize::Percent(percent) => disk.blocks() * unit / 100 * u64::from(percent),
-        };
-        let layout = layout_of(size, wanted, shards)?;
-        let needed = layout.shard_bytes * u64::from(shards);
-        let found = disk.blocks_available() * unit;
-        if found < needed {
-            return Err(DataDirError::DiskTooSmall { path: self.path.clone(), found, needed });
-        }
-        Ok(layout)
-    }
-
-    /// From here until `finish_format` a crash leaves a directory that is formatted anew.
-    pub fn begin_format(&self) -> Result<(), DataDirError> {
-        self.write_durably(FORMATTING, b"a format is under way or was cut off; the next start begins it again\n")?;
+    /// From here until `finish_format` a crash leaves a directory that is formatted anew. The draft's node id stands in
+    /// the marker, so that what the cut-off format left on devices is known to be its own.
+    pub fn begin_format(&self, node: NodeId) -> Result<(), DataDirError> {
+        let text = format!("a format of node {node} is under way or was cut off; the next start begins it again\n");
+        self.write_durably(FORMATTING, text.as_bytes())?;
         for name in self.names()?.iter().filter(|name| is_left_by_a_format(name)) {
             let path = self.path.join(name);
             fs::remove_file(&path).map_err(|error| io_error(&path, "remove", error))?;
@@ -173,15 +174,16 @@ impl DataDir {
         Ok(())
     }
 
-    /// The block files are durable; this makes the directory a node's.
-    pub fn finish_format(&self, cluster: ClusterId, node: NodeId, layout: &Layout) -> Result<Identity, DataDirError> {
-        let Layout { shards, shard_bytes, size } = layout.clone();
-        let size = size.to_string();
-        let identity = Identity { format_version: FORMAT_VERSION, cluster, node, shards, shard_bytes, size };
-        let text = serde_json::to_vec_pretty(&identity).expect("an identity is strings and numbers");
-        self.write_durably(IDENTITY, &text)?;
-        self.forget_format()?;
-        Ok(identity)
+    /// The shards are durable; this makes the directory a node's.
+    pub fn finish_format(&self, identity: &Identity) -> Result<(), DataDirError> {
+        self.write_identity(identity)?;
+        self.forget_format()
+    }
+
+    /// Whose format was cut off, where the marker can be read: a crash may have left it empty.
+    pub fn draft(&self) -> Option<NodeId> {
+        let text = fs::read_to_string(self.path.join(FORMATTING)).ok()?;
+        text.split_whitespace().find_map(|word| word.parse().ok())
     }
 
     /// `torus.json` is there: the marker no longer means anything.
@@ -193,14 +195,8 @@ impl DataDir {
         }
     }
 
-    /// Is this the node that is asked for, and is its disk whole?
-    pub fn check(
-        &self,
-        identity: &Identity,
-        cluster: ClusterId,
-        size: Option<NodeSize>,
-        shards: Option<u16>,
-    ) -> Result<(), DataDirError> {
+    /// Is this the node that is asked for?
+    pub fn check(&self, identity: &Identity, cluster: ClusterId, shards: Option<u16>) -> Result<(), DataDirError> {
         let path = || self.path.clone();
         if identity.cluster != cluster {
             return Err(DataDirError::OtherCluster { path: path(), found: identity.cluster, expected: cluster });
@@ -208,18 +204,30 @@ impl DataDir {
         if let Some(asked) = shards.filter(|asked| *asked != identity.shards) {
             return Err(DataDirError::OtherShards { path: path(), found: identity.shards, asked });
         }
-        if let Some(asked) = size.map(|size| size.to_string()).filter(|asked| *asked != identity.size) {
-            return Err(DataDirError::OtherSize { path: path(), found: identity.size.clone(), asked });
-        }
-        for shard in (0..identity.shards).map(ShardIndex) {
-            check_length(&self.block_file(shard), identity.shard_bytes)?;
-        }
         Ok(())
+    }
+
+    /// Whole or not at all: what a start decides by.
+    pub fn write_identity(&self, identity: &Identity) -> Result<(), DataDirError> {
+        let text = serde_json::to_vec_pretty(identity).expect("an identity is strings and numbers");
+        self.write_durably(IDENTITY, &text)
     }
 
     /// The lease note, if it was written in this very directory.
     pub fn read_lease_note(&self) -> Result<Option<String>, DataDirError> {
-        let path = self.path.join(LEASE);
+        self.read_note(LEASE)
+    }
+
+    pub fn read_scrub_note(&self) -> Result<Option<String>, DataDirError> {
+        self.read_note(SCRUB)
+    }
+
+    pub fn write_scrub_note(&self, text: &str) -> Result<(), DataDirError> {
+        self.write_durably(SCRUB, text.as_bytes())
+    }
+
+    fn read_note(&self, name: &str) -> Result<Option<String>, DataDirError> {
+        let path = self.path.join(name);
         match fs::read_to_string(&path) {
             Ok(text) => Ok(Some(text)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -258,21 +266,6 @@ fn is_left_by_a_format(name: &str) -> bool {
         || name.strip_suffix(".new").is_some_and(|name| matches!(name, IDENTITY | FORMATTING))
 }
 
-/// Each shard takes an equal part, in whole segments.
-fn layout_of(size: NodeSize, wanted: u64, shards: u16) -> Result<Layout, DataDirError> {
-    let part = wanted / u64::from(shards);
-    let shard_bytes = part - part % limits::SEGMENT_BYTES;
-    if shard_bytes < limits::SHARD_BYTES_MIN {
-        let needed = limits::SHARD_BYTES_MIN * u64::from(shards);
-        return Err(DataDirError::SizeTooSmall { size: size.to_string(), found: wanted, needed, shards });
-    }
-    if shard_bytes > limits::SHARD_BYTES_MAX {
-        let at_most = limits::SHARD_BYTES_MAX * u64::from(shards);
-        return Err(DataDirError::SizeTooLarge { size: size.to_string(), found: wanted, at_most, shards });
-    }
-    Ok(Layout { shards, shard_bytes, size })
-}
-
 fn parse_identity(path: &Path, bytes: &[u8]) -> Result<Identity, DataDirError> {
     let damaged = |error: serde_json::Error| DataDirError::DamagedIdentity {
         path: path.to_path_buf(),
@@ -285,71 +278,32 @@ fn parse_identity(path: &Path, bytes: &[u8]) -> Result<Identity, DataDirError> {
     serde_json::from_slice(bytes).map_err(damaged)
 }
 
-fn check_length(path: &Path, expected: u64) -> Result<(), DataDirError> {
-    let metadata = fs::metadata(path).map_err(|error| io_error(path, "find the block file", error))?;
-    let found = metadata.len();
-    if found != expected {
-        return Err(DataDirError::BlockFileLength { path: path.to_path_buf(), found, expected });
-    }
-    Ok(())
-}
-
 fn io_error(path: &Path, operation: &'static str, error: io::Error) -> DataDirError {
     DataDirError::Io { path: path.to_path_buf(), operation, because: error.to_string() }
-}
-
-#[derive(Debug, Error, PartialEq, Eq)]
-pub enum DataDirError {
-    #[error("cannot {operation} {path}: {because}")]
-    Io { path: PathBuf, operation: &'static str, because: String },
-    #[error("data dir {path} is in use by process {pid}; stop it first, or give this node another --data-dir")]
-    Locked { path: PathBuf, pid: String },
-    #[error(
-        "data dir {path} holds {found:?}, which is no node's: only an empty directory is formatted; choose another or empty it"
-    )]
-    UnknownContent { path: PathBuf, found: String },
-    #[error("{path} has format version {found}, expected {expected}; run the program that wrote it")]
-    OtherFormat { path: PathBuf, found: u32, expected: u32 },
-    #[error(
-        "{path} cannot be read ({because}); restore it, or start over in an empty directory and let the cluster copy the data"
-    )]
-    DamagedIdentity { path: PathBuf, because: String },
-    #[error("data dir {path} belongs to cluster {found}, expected {expected}; is --metadata or --data-dir wrong?")]
-    OtherCluster { path: PathBuf, found: ClusterId, expected: ClusterId },
-    #[error("data dir {path} was formatted with {found} shards, --shards asks for {asked}; it is fixed at format")]
-    OtherShards { path: PathBuf, found: u16, asked: u16 },
-    #[error(
-        "data dir {path} was formatted with --size {found}, now --size {asked}; it is fixed at format: leave --size out"
-    )]
-    OtherSize { path: PathBuf, found: String, asked: String },
-    #[error(
-        "block file {path} has {found} bytes, expected {expected}: it was truncated or replaced; restore it, or start over in an empty data dir"
-    )]
-    BlockFileLength { path: PathBuf, found: u64, expected: u64 },
-    #[error("data dir {path} is empty and will be formatted: say how much of the disk to take with --size")]
-    SizeMissing { path: PathBuf },
-    #[error(
-        "disk too small: found {found} bytes free at {path}, needed {needed}; choose a smaller --size or free space"
-    )]
-    DiskTooSmall { path: PathBuf, found: u64, needed: u64 },
-    #[error("--size {size} is {found} bytes, {shards} shards need at least {needed}; choose more, or fewer --shards")]
-    SizeTooSmall { size: String, found: u64, needed: u64, shards: u16 },
-    #[error("--size {size} is {found} bytes, {shards} shards hold at most {at_most}; choose more --shards")]
-    SizeTooLarge { size: String, found: u64, at_most: u64, shards: u16 },
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use torus_schema::limits;
 
-    const LAYOUT: Layout =
-        Layout { shards: 1, shard_bytes: limits::SHARD_BYTES_MIN, size: NodeSize::Bytes(limits::SHARD_BYTES_MIN) };
-
-    fn formatted(path: &Path) -> (DataDir, Identity) {
+    /// One shard of the smallest size, whose file has nothing in it.
+    pub fn formatted(path: &Path) -> (DataDir, Identity) {
         let dir = DataDir::lock(path).unwrap();
-        dir.begin_format().unwrap();
-        File::create(dir.block_file(ShardIndex(0))).unwrap().set_len(LAYOUT.shard_bytes).unwrap();
-        let identity = dir.finish_format(ClusterId::random(), NodeId::random(), &LAYOUT).unwrap();
+        let identity = Identity {
+            format_version: FORMAT_VERSION,
+            cluster: ClusterId::random(),
+            node: NodeId::random(),
+            shards: 1,
+            shard_bytes: limits::SHARD_BYTES_MIN,
+            size: limits::SHARD_BYTES_MIN.to_string(),
+            growing: None,
+            devices: Vec::new(),
+        };
+        dir.begin_format(identity.node).unwrap();
+        assert_eq!(dir.draft(), Some(identity.node));
+        File::create(dir.block_file(ShardIndex(0))).unwrap().set_len(identity.shard_bytes).unwrap();
+        dir.finish_format(&identity).unwrap();
         (dir, identity)
     }
 
@@ -360,7 +314,7 @@ mod tests {
         assert_eq!(DataDir::lock(&path).unwrap().inspect(), Ok(Found::Empty));
         let (dir, identity) = formatted(&path);
         assert_eq!(dir.inspect(), Ok(Found::Formatted(identity.clone())));
-        assert_eq!(dir.check(&identity, identity.cluster, None, None), Ok(()));
+        assert_eq!(dir.check(&identity, identity.cluster, None), Ok(()));
         assert!(!path.join(FORMATTING).exists());
     }
 
@@ -389,7 +343,7 @@ mod tests {
         assert!(matches!(dir.inspect(), Err(DataDirError::UnknownContent { .. })));
         fs::write(temporary.path().join(FORMATTING), "").unwrap();
         assert_eq!(dir.inspect(), Ok(Found::InterruptedFormat));
-        dir.begin_format().unwrap();
+        dir.begin_format(NodeId::random()).unwrap();
         assert!(!file.exists());
     }
 
@@ -399,12 +353,10 @@ mod tests {
         let (dir, identity) = formatted(temporary.path());
         let cluster = identity.cluster;
         let other = ClusterId::random();
-        let error = dir.check(&identity, other, None, None).unwrap_err().to_string();
+        let error = dir.check(&identity, other, None).unwrap_err().to_string();
         assert!(error.contains(&cluster.to_string()) && error.contains(&other.to_string()), "{error}");
-        let error = dir.check(&identity, cluster, None, Some(3)).unwrap_err().to_string();
+        let error = dir.check(&identity, cluster, Some(3)).unwrap_err().to_string();
         assert!(error.contains("1 shards") && error.contains("asks for 3"), "{error}");
-        let error = dir.check(&identity, cluster, Some(NodeSize::Percent(10)), None).unwrap_err().to_string();
-        assert!(error.contains("536870912") && error.contains("10%"), "{error}");
     }
 
     #[test]
@@ -412,7 +364,7 @@ mod tests {
         let temporary = tempfile::tempdir().unwrap();
         let (dir, identity) = formatted(temporary.path());
         File::options().write(true).open(dir.block_file(ShardIndex(0))).unwrap().set_len(4096).unwrap();
-        let error = dir.check(&identity, identity.cluster, None, None).unwrap_err().to_string();
+        let error = dir.check_files(&identity).unwrap_err().to_string();
         assert!(error.contains("4096") && error.contains("536870912"), "{error}");
     }
 
@@ -421,32 +373,32 @@ mod tests {
         let temporary = tempfile::tempdir().unwrap();
         fs::write(temporary.path().join(IDENTITY), "{\"format_version\":9,\"new\":true}").unwrap();
         let error = DataDir::lock(temporary.path()).unwrap().inspect().unwrap_err().to_string();
-        assert!(error.contains("version 9") && error.contains("expected 1"), "{error}");
-    }
-
-    #[test]
-    fn a_size_that_no_shard_can_work_with_is_refused() {
-        let temporary = tempfile::tempdir().unwrap();
-        let dir = DataDir::lock(temporary.path()).unwrap();
-        assert!(matches!(dir.plan_format(None, 1), Err(DataDirError::SizeMissing { .. })));
-        let small = Some(NodeSize::Bytes(limits::MIB));
-        assert!(matches!(dir.plan_format(small, 1), Err(DataDirError::SizeTooSmall { .. })));
-        let huge = Some(NodeSize::Bytes(15 * limits::TIB));
-        assert!(matches!(dir.plan_format(huge, 1), Err(DataDirError::DiskTooSmall { .. })));
+        assert!(error.contains("version 9") && error.contains("expected 2"), "{error}");
     }
 
     #[test]
     fn the_identity_keeps_its_form() {
         let identity = Identity {
-            format_version: 1,
+            format_version: 2,
             cluster: ClusterId::from_bytes([1; 16]),
             node: NodeId::from_bytes([2; 16]),
             shards: 2,
             shard_bytes: 1 << 30,
             size: "80%".to_string(),
+            growing: None,
+            devices: Vec::new(),
         };
-        let golden = "{\"format_version\":1,\"cluster\":\"01010101-0101-0101-0101-010101010101\",\
+        let golden = "{\"format_version\":2,\"cluster\":\"01010101-0101-0101-0101-010101010101\",\
              \"node\":\"02020202-0202-0202-0202-020202020202\",\"shards\":2,\"shard_bytes\":\"1073741824\",\"size\":\"80%\"}";
         assert_eq!(serde_json::to_string(&identity).unwrap(), golden);
+        let growing = Some(Growing { shard_bytes: 2 << 30, size: "4GiB".to_string() });
+        let more = Identity { growing, devices: vec!["/dev/sdb".into()], ..identity };
+        let text = serde_json::to_string(&more).unwrap();
+        let golden = golden.replace(
+            "\"80%\"}",
+            "\"80%\",\"growing\":{\"shard_bytes\":\"2147483648\",\"size\":\"4GiB\"},\"devices\":[\"/dev/sdb\"]}",
+        );
+        assert_eq!(text, golden);
+        assert_eq!(serde_json::from_str::<Identity>(&text).unwrap(), more);
     }
 }

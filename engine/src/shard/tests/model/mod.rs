@@ -1,0 +1,224 @@
+//! Goal: nothing flushed is ever lost, torn, or replaced by something older, whatever comes between; what was not
+//! flushed is, block by block, as it was written or not there at all. A damaged disk makes the shard answer `Damaged`
+//! or refuse instances it lost, and nothing worse.
+//!
+//! Method: a seed draws rounds of concurrent writes, clears, reads and flushes over few blocks, on a shard of few and
+//! tiny segments (so that cleaning and reuse happen all the time), with power failures and kills in the middle of a
+//! round. A plain map (`known`) knows every version ever sent for each block, and which is the least that must be there.
+//! Another volume is made, filled and dropped meanwhile.
+//!
+//! * `known`       the map
+//! * `operations`  what a client does
+//! * `restart`     crashes and starts, and what must hold after them
+//! * `profile`     what a seed draws first: size of the disk, and what it does wrong
+//!
+//! `SEED=7` runs one seed, `SEEDS=1000..2000` a range, `RUST_LOG=debug` tells its story; `scripts/mutants` shows what the model catches.
+
+mod known;
+mod operations;
+mod profile;
+mod restart;
+
+use super::harness::*;
+use known::Blocks;
+use profile::{Profile, Trouble};
+use std::cell::{Cell, RefCell};
+use std::ops::Range;
+use std::rc::Rc;
+use std::time::Duration;
+use torus_rpc::message::Refusal;
+use torus_rpc::runtime::simulated::World;
+use torus_schema::ids::*;
+
+const EXTENTS: u64 = 5;
+const BLOCKS_USED: u64 = 40;
+const ROUNDS: u64 = 25;
+/// Of each of the tests below, four in all.
+const SEEDS: u64 = 100;
+
+struct Test {
+    world: World,
+    profile: Profile,
+    machine: Machine,
+    /// Another one after a loss.
+    client: RefCell<Client>,
+    blocks: RefCell<Blocks>,
+    /// Of volumes.
+    last_number: Cell<u8>,
+    /// The shard answers nothing any more until it is started again.
+    failed: Cell<bool>,
+}
+
+fn block_at(number: u64) -> u64 {
+    (number / BLOCKS_USED) * 1024 + number % BLOCKS_USED
+}
+
+impl Test {
+    fn client(&self) -> Client {
+        self.client.borrow().clone()
+    }
+
+    fn seed(&self) -> u64 {
+        self.world.seed()
+    }
+
+    /// How often the disk damaged anything so far: with none, nothing may be damaged or lost.
+    fn damages(&self) -> u64 {
+        self.machine.disk.damages()
+    }
+
+    /// Concurrent operations; true if the machine went down in the middle, or the shard failed.
+    async fn round(self: &Rc<Self>) -> bool {
+        let running = Rc::new(RefCell::new(0u64));
+        let operations = 1 + self.world.random_below(12);
+        for _ in 0..operations {
+            *running.borrow_mut() += 1;
+            let (test, running, kind) = (self.clone(), running.clone(), self.world.random_below(20));
+            self.world.spawn(self.machine.process.get(), async move {
+                match kind {
+                    0..12 => test.write().await,
+                    12..14 => test.clear().await,
+                    14..17 => test.flush().await,
+                    _ => test.read().await,
+                }
+                *running.borrow_mut() -= 1;
+            });
+        }
+        self.profile.hurt(&self.world, &self.machine.disk);
+        let goes_down = self.world.one_in(6);
+        let at_opening = goes_down && self.world.one_in(3);
+        let patience = if goes_down && !at_opening { self.world.random_below(1500) } else { u64::MAX };
+        let step = if goes_down { 20 } else { 200 };
+        let opened = self.profile.is_opening(self.machine.disk.last_written());
+        let mut waited = 0;
+        while *running.borrow() > 0 && waited < patience && !self.failed.get() {
+            self.world.sleep(Duration::from_micros(step)).await;
+            waited += step;
+            assert!(waited < 60_000_000, "seed {}: an operation never ends", self.seed());
+            // A segment is being taken into use: what must have been durable before?
+            if at_opening && !opened && self.profile.is_opening(self.machine.disk.last_written()) {
+                return true;
+            }
+        }
+        goes_down || self.failed.get()
+    }
+
+    /// All is answered: what is there is the highest version of each block. Then F moves.
+    async fn settle(self: &Rc<Self>) {
+        for extent in 0..EXTENTS {
+            let Ok(found) = self.read_extent(extent * 1024).await else { return };
+            for (block, found) in (extent * 1024..).zip(found) {
+                let Some(found) = found else { continue };
+                let highest = self.blocks.borrow().get(block).acknowledged;
+                assert_eq!(found.0, highest, "seed {}: block {block}", self.seed());
+                self.check(block, found, highest);
+            }
+        }
+        if self.world.one_in(2) {
+            let covered = self.blocks.borrow().covered();
+            let flushed = self.client().flush().await;
+            if self.is_answered(flushed) {
+                self.blocks.borrow_mut().flushed(covered);
+            }
+        }
+    }
+
+    /// Another volume comes, is filled and goes; nothing of it may stay or come back.
+    async fn other_volume(self: &Rc<Self>) {
+        let result = async {
+            let other = Client::try_create(&self.machine, self.next_number()).await?;
+            other.open().await?;
+            other.write(0, 30).await?;
+            let dropped = self.machine.shard().drop_volume(other.volume).await;
+            dropped.map_err(|error| Refusal::Disk { because: error.to_string() })?;
+            assert_eq!(other.read(0, 1).await, Err(Refusal::NotOpen));
+            Ok(())
+        };
+        let result = result.await;
+        self.is_answered(result);
+    }
+
+    fn next_number(&self) -> u8 {
+        self.last_number.set(self.last_number.get() + 1);
+        self.last_number.get()
+    }
+}
+
+async fn run(world: World, damaged: bool) {
+    let profile = Profile::draw(&world, damaged);
+    let machine = Machine::new(&world, profile.segments, profile.segment_blocks).await;
+    let client = Client::create(&machine, 1).await;
+    client.open().await.unwrap();
+    let test = Rc::new(Test {
+        world: world.clone(),
+        profile,
+        machine,
+        client: RefCell::new(client),
+        blocks: RefCell::default(),
+        last_number: Cell::new(1),
+        failed: Cell::default(),
+    });
+    test.profile.begin(&test.machine.disk);
+    for _ in 0..ROUNDS {
+        let mut down = test.round().await;
+        if !down {
+            test.settle().await;
+            if world.one_in(10) {
+                test.other_volume().await;
+            }
+            down = test.failed.get();
+        }
+        if (down || world.one_in(12)) && !test.restart(down).await {
+            break;
+        }
+    }
+    let lost = test.machine.is_up() && test.machine.shard().statistics().lost;
+    assert!(!lost || test.damages() > 0, "seed {}", world.seed());
+    // Tasks hold the world that holds them.
+    test.machine.crash();
+}
+
+fn run_seeds(default: Range<u64>, damaged: bool) {
+    // Fails if the other tests have done it.
+    let filter = tracing_subscriber::EnvFilter::from_default_env();
+    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().try_init();
+    let number = |text: &str| text.parse::<u64>().unwrap();
+    let only = std::env::var("SEED").ok().map(|seed| number(&seed)..number(&seed) + 1);
+    let range = std::env::var("SEEDS").ok().map(|range| {
+        let (first, end) = range.split_once("..").unwrap_or(("0", &range));
+        let (first, end) = (number(first), number(end));
+        // Each of the two tests of a kind takes half.
+        let half = first + (end - first) / 2;
+        if default.start == 0 { first..half } else { half..end }
+    });
+    for seed in only.or(range).unwrap_or(default) {
+        let name = if damaged { "damaged disk" } else { "sound disk" };
+        let done = std::panic::catch_unwind(|| simulate(seed, move |world| run(world, damaged)));
+        if let Err(panic) = done {
+            eprintln!("{name}: seed {seed} fails");
+            std::panic::resume_unwind(panic);
+        }
+    }
+}
+
+// Two tests of each kind, so that several cores have work.
+
+#[test]
+fn on_a_sound_disk_nothing_flushed_is_ever_lost_torn_or_replaced_by_something_older() {
+    run_seeds(0..SEEDS, false);
+}
+
+#[test]
+fn on_a_sound_disk_nothing_flushed_is_lost_with_other_seeds_either() {
+    run_seeds(SEEDS..2 * SEEDS, false);
+}
+
+#[test]
+fn on_a_damaged_disk_what_is_not_there_is_answered_as_damaged_or_lost_and_never_as_something_else() {
+    run_seeds(0..SEEDS, true);
+}
+
+#[test]
+fn on_a_damaged_disk_nothing_else_is_answered_with_other_seeds_either() {
+    run_seeds(SEEDS..2 * SEEDS, true);
+}
