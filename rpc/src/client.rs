@@ -146,7 +146,11 @@ impl TcpLink {
     fn start(stream: TcpStream, address: String) -> Result<TcpLink, LinkError> {
         let closed = |error: std::io::Error| {
             let (address, because) = (address.clone(), error.to_string());
-            if is_local(&error) { LinkError::Local { address, because } } else { LinkError::Closed { address, because } }
+            if is_local(&error) {
+                LinkError::Local { address, because }
+            } else {
+                LinkError::Closed { address, because }
+            }
         };
         stream.set_nodelay(true).map_err(|error| closed(error.into()))?;
         let receiving = duplicate(&stream).map_err(closed)?;

@@ -174,7 +174,8 @@ const _: () = assert!(PAYLOAD_BYTES_MAX <= EXTENT_BYTES);
 const _: () = assert!(CONNECTION_BYTES_MAX >= 8 * (PAYLOAD_BYTES_MAX + HEADER_BYTES_MAX));
 const _: () = assert!(REPLAY_BYTES_PER_VOLUME_MAX >= 4 * PAYLOAD_BYTES_MAX);
 const _: () = assert!(REPLAY_BYTES_PER_PROCESS_MAX >= REPLAY_BYTES_PER_VOLUME_MAX);
-const _: () = assert!(2 * REPLAYS_IN_FLIGHT_MAX as u64 * (PAYLOAD_BYTES_MAX + HEADER_BYTES_MAX) <= CONNECTION_BYTES_MAX);
+const _: () =
+    assert!(2 * REPLAYS_IN_FLIGHT_MAX as u64 * (PAYLOAD_BYTES_MAX + HEADER_BYTES_MAX) <= CONNECTION_BYTES_MAX);
 const _: () = assert!(SEGMENT_BYTES.is_multiple_of(BLOCK_BYTES));
 const _: () = assert!(SEGMENT_BYTES >= 8 * PAYLOAD_BYTES_MAX);
 const _: () = assert!(VOLUME_BYTES_MAX.is_multiple_of(EXTENT_BYTES));

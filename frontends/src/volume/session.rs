@@ -128,10 +128,7 @@ pub(super) fn verdict(failure: &Failure) -> Verdict {
         Failure::Refused(Refusal::Corrupt { .. }) => Verdict::Busy,
         Failure::Refused(Refusal::OtherIncarnation | Refusal::NotOpen | Refusal::Disk { .. }) => Verdict::Restarted,
         Failure::Refused(
-            Refusal::NotOwner { .. }
-            | Refusal::Damaged { .. }
-            | Refusal::Malformed { .. }
-            | Refusal::WrongPeer { .. },
+            Refusal::NotOwner { .. } | Refusal::Damaged { .. } | Refusal::Malformed { .. } | Refusal::WrongPeer { .. },
         ) => Verdict::Lost,
         Failure::Link(LinkError::Local { .. }) => Verdict::Local,
         Failure::Link(_) => Verdict::Unreachable,
