@@ -1,6 +1,6 @@
 # The commands of this repository. Each installs what is missing and says what it needs.
 
-.PHONY: setup build test run bench
+.PHONY: setup build test run bench bench-store bench-fill
 
 # Packages, and whether this machine can run a node at all. Does nothing where nothing is missing.
 setup:
@@ -21,3 +21,13 @@ run: setup
 bench: setup
 	cargo build --release --workspace
 	cargo run --release -p torus-bench -- $(ARGS)
+
+# One shard alone beside the raw file: traffic, index, start, cleaning. ARGS="--quick", ARGS="--part start"; see bench/README.md
+bench-store: setup
+	cargo build --release -p torus-bench
+	cargo run --release -p torus-bench -- store $(ARGS)
+
+# A node filled to its end, overwritten ten times, trimmed, deleted, filled again. ARGS="--quick", ARGS="--times 3"
+bench-fill: setup
+	cargo build --release --workspace
+	cargo run --release -p torus-bench -- fill $(ARGS)

@@ -98,6 +98,32 @@ pub fn measure(command: Command, name: &str) -> Result<Measured> {
     parse(&text).map_err(|because| BenchError::Failed { what: format!("what fio {name} printed"), because })
 }
 
+/// 4 KiB at random on a file, without a profile: `clients` of them side by side, each with `depth` requests in flight.
+#[derive(Clone, Copy, Debug)]
+pub struct Plain {
+    pub is_write: bool,
+    pub clients: usize,
+    pub depth: usize,
+    /// fdatasync behind each write, by the client that wrote.
+    pub flushes: bool,
+    pub size: Size,
+}
+
+pub fn run_plain(plain: Plain, file: &Path) -> Result<Measured> {
+    let mut command = Command::new("fio");
+    command.args(["--output-format=json", "--name=plain", "--ioengine=io_uring", "--bs=4k", "--direct=1", "--thread"]);
+    command.args(["--norandommap", "--randrepeat=0", "--time_based", "--group_reporting", "--lat_percentiles=1"]);
+    command.args(["--clat_percentiles=0", "--percentile_list=50:99:99.9"]);
+    command.arg(format!("--rw={}", if plain.is_write { "randwrite" } else { "randread" }));
+    command.arg(format!("--iodepth={}", plain.depth)).arg(format!("--numjobs={}", plain.clients));
+    command.arg(format!("--size={}", plain.size.bytes)).arg(format!("--runtime={}ms", plain.size.run.as_millis()));
+    command.arg(format!("--filename={}", file.display())).stdin(Stdio::null());
+    if plain.flushes {
+        command.arg("--fdatasync=1");
+    }
+    measure(command, "plain")
+}
+
 fn run_to_end(mut command: Command, name: &str) -> Result<String> {
     let output = command.output().map_err(|because| BenchError::Missing { program: "fio", package: "fio", because })?;
     let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));

@@ -6,7 +6,10 @@
 //! * `fio`         the profiles of `fio-profiles/`
 //! * `library`     a volume without NBD
 //! * `spike`       what our seams cost on the disk
+//! * `fill`        the life of a small node, filled to its end
+//! * `store`       one shard on the disk: log, index, start, cleaning
 //! * `count`       system calls and allocations per operation
+//! * `random`      offsets that nothing foresees
 //! * `processes`   CPU time and memory of others
 //! * `statistics`  medians and spreads
 //! * `report`      tables and JSON
@@ -14,16 +17,19 @@
 
 mod count;
 mod error;
+mod fill;
 mod fio;
 mod library;
 mod machine;
 mod options;
 mod processes;
+mod random;
 mod report;
 mod rounds;
 mod spike;
 mod stand;
 mod statistics;
+mod store;
 
 use clap::Parser;
 use options::{Command, CommandLine};
@@ -39,6 +45,8 @@ fn main() -> ExitCode {
         Some(Command::Compare(compare)) => rounds::compare(&compare),
         Some(Command::Spike(effort)) => spike::run(&effort),
         Some(Command::Library(effort)) => library::run(&effort),
+        Some(Command::Store(options)) => store::run(&options),
+        Some(Command::Fill(options)) => fill::run(&options),
         Some(Command::Count(effort)) => count::run(&effort),
     };
     match done {

@@ -1,6 +1,7 @@
 //! The command line of `torus-bench`.
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// Measures Torus beside the raw disk and its peers: one machine, one run
@@ -27,6 +28,10 @@ pub enum Command {
     Spike(Effort),
     /// A volume with 3 replicas through the client library, without NBD
     Library(Effort),
+    /// One shard on a file, without network: log, index, start, cleaning, beside the raw file
+    Store(StoreOptions),
+    /// A node filled to its end, overwritten, trimmed, deleted and filled again: write amplification and latencies
+    Fill(FillOptions),
     /// System calls and context switches (needs `perf` and root), and allocations, per 4 KiB operation
     Count(Effort),
 }
@@ -73,6 +78,49 @@ impl Compare {
 
     pub fn wants(&self, profile: &str) -> bool {
         self.profile.as_ref().is_none_or(|text| profile.contains(text.as_str()))
+    }
+}
+
+/// What `store` consists of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum StorePart {
+    /// Append, append + flush and random read at depth 1, 8 and 32, beside fio; group commit
+    Traffic,
+    /// Insert and look-up, bytes for each block
+    Index,
+    /// Shards that hold 1 to 64 GiB
+    Start,
+    /// Write amplification under random overwriting
+    Cleaning,
+    /// Reads while segments are cleaned
+    Reads,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct StoreOptions {
+    #[command(flatten)]
+    pub effort: Effort,
+    /// Only these parts; all by default
+    #[arg(long = "part", value_name = "PART")]
+    parts: Vec<StorePart>,
+    /// Where the block files are made and removed again, on the disk that is measured [default: the build folder]
+    #[arg(long, value_name = "DIR")]
+    pub dir: Option<PathBuf>,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct FillOptions {
+    /// How many times its size the full node is overwritten
+    #[arg(long, value_name = "N", default_value_t = 10)]
+    pub times: u64,
+    /// A node of 512 MiB instead of 2 GiB
+    #[arg(long)]
+    pub quick: bool,
+}
+
+impl StoreOptions {
+    pub fn wants(&self, part: StorePart) -> bool {
+        self.parts.is_empty() || self.parts.contains(&part)
     }
 }
 

@@ -32,6 +32,15 @@ impl Watched {
         Ok(Duration::from_secs_f64(ticks as f64 / per_second as f64))
     }
 
+    /// What it had the disk write so far.
+    pub fn written_bytes(&self) -> Result<u64> {
+        let path = format!("/proc/{}/io", self.pid);
+        let wrap = BenchError::wrap(format!("bytes written by {} from {path}", self.name));
+        let text = fs::read_to_string(path).map_err(|error| error.to_string());
+        let found = text.and_then(|text| io_written(&text).ok_or_else(|| "no write_bytes line".to_string()));
+        found.map_err(wrap)
+    }
+
     pub fn resident_bytes(&self) -> Result<u64> {
         let path = format!("/proc/{}/status", self.pid);
         let wrap = BenchError::wrap(format!("memory of {} from {path}", self.name));
@@ -48,6 +57,10 @@ fn cpu_ticks(stat: &str) -> Option<u64> {
     let user: u64 = fields.next()?.parse().ok()?;
     let system: u64 = fields.next()?.parse().ok()?;
     Some(user + system)
+}
+
+fn io_written(io: &str) -> Option<u64> {
+    io.lines().find_map(|line| line.strip_prefix("write_bytes: "))?.trim().parse().ok()
 }
 
 fn resident_kib(status: &str) -> Option<u64> {
@@ -112,6 +125,7 @@ mod tests {
     fn our_own_numbers_can_be_read() {
         let own = Watched::new("this test", std::process::id());
         assert!(own.resident_bytes().unwrap() > 100 * 1024);
+        own.written_bytes().unwrap();
         own.cpu().unwrap();
     }
 }

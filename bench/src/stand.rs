@@ -128,15 +128,19 @@ fn raw(folder: &Path) -> Result<System> {
     Ok(System { name: RAW, target: Target::File(path), processes: vec![] })
 }
 
+pub fn written_file(folder: &Path, name: &str) -> Result<PathBuf> {
+    written_file_of(folder, name, REGION_BYTES)
+}
+
 /// Preallocated in one piece, and every block of it really written: a read of an extent that was never written needs
 /// no disk, and the first write to one is not like the others.
-pub fn written_file(folder: &Path, name: &str) -> Result<PathBuf> {
+pub fn written_file_of(folder: &Path, name: &str, bytes: u64) -> Result<PathBuf> {
     let path = folder.join(name);
     let wrap = |because: String| BenchError::Failed { what: format!("preallocation of {}", path.display()), because };
     let file = File::create_new(&path).map_err(|error| wrap(error.to_string()))?;
-    nix::fcntl::posix_fallocate(&file, 0, REGION_BYTES as i64).map_err(|error| wrap(error.to_string()))?;
+    nix::fcntl::posix_fallocate(&file, 0, bytes as i64).map_err(|error| wrap(error.to_string()))?;
     drop(file);
-    fio::fill(&Target::File(path.clone()), REGION_BYTES, 1)?;
+    fio::fill(&Target::File(path.clone()), bytes, 1)?;
     Ok(path)
 }
 

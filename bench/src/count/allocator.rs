@@ -1,11 +1,17 @@
-//! An allocator that counts, when asked to, what this process allocates, and how much of that is this thread's.
+//! An allocator that counts, when asked to, what this process allocates, and how much of that is this thread's; or how
+//! many bytes are taken.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 
 static IS_COUNTING: AtomicBool = AtomicBool::new(false);
 static ALL: AtomicU64 = AtomicU64::new(0);
+static IS_WEIGHING: AtomicBool = AtomicBool::new(false);
+/// Taken since `start_bytes`, less what was given back.
+static BYTES: AtomicI64 = AtomicI64::new(0);
+/// glibc keeps the length in front of each piece.
+const OVERHEAD_BYTES: i64 = 8;
 
 thread_local! {
     // Const and without a destructor: reaching it allocates nothing.
@@ -22,27 +28,45 @@ fn count() {
     }
 }
 
+/// `sign`: taken or given back. The piece is what the system made of the request, rounding and its own word included.
+fn weigh(pointer: *mut u8, sign: i64) {
+    if IS_WEIGHING.load(Ordering::Relaxed) && !pointer.is_null() {
+        // SAFETY: the system's allocator gave it and has not got it back yet.
+        let usable = unsafe { libc::malloc_usable_size(pointer.cast()) };
+        BYTES.fetch_add(sign * (usable as i64 + OVERHEAD_BYTES), Ordering::Relaxed);
+    }
+}
+
 // SAFETY: everything is left to the system's allocator; counting allocates nothing.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         count();
         // SAFETY: as the caller of this function promises.
-        unsafe { System.alloc(layout) }
+        let pointer = unsafe { System.alloc(layout) };
+        weigh(pointer, 1);
+        pointer
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
         count();
         // SAFETY: as the caller of this function promises.
-        unsafe { System.alloc_zeroed(layout) }
+        let pointer = unsafe { System.alloc_zeroed(layout) };
+        weigh(pointer, 1);
+        pointer
     }
 
     unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
         count();
+        weigh(pointer, -1);
         // SAFETY: as the caller of this function promises.
-        unsafe { System.realloc(pointer, layout, size) }
+        let moved = unsafe { System.realloc(pointer, layout, size) };
+        // A failed one has left the old piece where it was.
+        weigh(if moved.is_null() { pointer } else { moved }, 1);
+        moved
     }
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        weigh(pointer, -1);
         // SAFETY: as the caller of this function promises.
         unsafe { System.dealloc(pointer, layout) }
     }
@@ -68,6 +92,17 @@ pub fn stop() -> Counted {
     Counted { own, others: ALL.load(Ordering::SeqCst).saturating_sub(own) }
 }
 
+/// Bytes of this process taken from now on and not given back, until `weighed` tells.
+pub fn start_weighing() {
+    BYTES.store(0, Ordering::SeqCst);
+    IS_WEIGHING.store(true, Ordering::SeqCst);
+}
+
+pub fn weighed() -> u64 {
+    IS_WEIGHING.store(false, Ordering::SeqCst);
+    u64::try_from(BYTES.load(Ordering::SeqCst)).unwrap_or(0)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -81,5 +116,17 @@ mod tests {
         assert!(counted.own >= 10, "{counted:?} of {}", kept.len());
         assert!(counted.others >= 100, "{counted:?}");
         assert!(counted.own < 100, "{counted:?}");
+    }
+
+    #[test]
+    fn what_is_given_back_weighs_nothing() {
+        start_weighing();
+        let kept = vec![0u8; 10 << 20];
+        drop(vec![0u8; 30 << 20]);
+        let mut grown = Vec::with_capacity(1 << 20);
+        grown.resize(5 << 20, 1u8);
+        let weighed = weighed();
+        // Other tests run beside this one.
+        assert!((15 << 20..25 << 20).contains(&weighed), "{weighed} with {} and {}", kept.len(), grown.len());
     }
 }

@@ -8,6 +8,7 @@ use crate::error::{BenchError, Result};
 use crate::machine::Machine;
 use crate::options::Effort;
 use crate::processes::own_cpu;
+use crate::random::Random;
 use crate::report::{table, write_json};
 use crate::stand::{REGION_BYTES, written_file};
 use crate::statistics::{Spread, ratio};
@@ -45,20 +46,16 @@ pub struct Load {
     pub seed: u64,
 }
 
-/// Offsets that no read-ahead or elevator can foresee (splitmix64).
-pub struct Offsets(u64);
+/// Offsets of blocks within the region.
+pub struct Offsets(Random);
 
 impl Offsets {
     pub fn new(seed: u64) -> Self {
-        Self(seed)
+        Self(Random::new(seed))
     }
 
     pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (mixed ^ (mixed >> 31)) % (REGION_BYTES / BLOCK_BYTES) * BLOCK_BYTES
+        self.0.below(REGION_BYTES / BLOCK_BYTES) * BLOCK_BYTES
     }
 }
 

@@ -14,8 +14,9 @@
 //! | 56     | 4     | bytes of records                                                                 |
 //! | 60     | 4     | payload blocks                                                                   |
 //! | 64     | 4     | CRC32C of the records                                                            |
-//! | 68     | 4     | CRC32C of bytes 0 to 67: before a length is believed                             |
-//! | 72     | …     | records (`record`), zeros up to the next block, then the payload                 |
+//! | 68     | 8     | number of the first batch in this segment                                        |
+//! | 76     | 4     | CRC32C of bytes 0 to 75: before a length is believed                             |
+//! | 80     | …     | records (`record`), zeros up to the next block, then the payload                 |
 //!
 //! The payload is covered by the checksums in the records.
 
@@ -23,7 +24,7 @@ use super::bytes::{Reader, check_seal, put_u32, put_u64, seal};
 use super::record::{Record, decode_all};
 use super::{BLOCK, BatchNumber, FormatError, Position, SegmentIdentity, SegmentIndex};
 
-pub const FIXED_BYTES: usize = 72;
+pub const FIXED_BYTES: usize = 80;
 const MAGIC: &[u8; 8] = b"TORUSBAT";
 const WHAT: &str = "batch header";
 
@@ -32,6 +33,8 @@ pub struct BatchHeader {
     pub identity: SegmentIdentity,
     pub number: BatchNumber,
     pub durable: BatchNumber,
+    /// Of the segment: an opening that is made ahead does not know it yet.
+    pub first_batch: BatchNumber,
     pub position: Position,
     pub records: Vec<Record>,
 }
@@ -58,6 +61,7 @@ impl BatchHeader {
         put_u32(&mut out, records.len() as u32);
         put_u32(&mut out, self.records.iter().map(Record::payload_blocks).sum());
         put_u32(&mut out, crc32c::crc32c(&records));
+        put_u64(&mut out, self.first_batch.0);
         seal(&mut out);
         assert_eq!(out.len(), FIXED_BYTES);
         out.extend_from_slice(&records);
@@ -72,6 +76,7 @@ pub struct UncheckedHeader {
     pub identity: SegmentIdentity,
     pub number: BatchNumber,
     pub durable: BatchNumber,
+    pub first_batch: BatchNumber,
     pub position: Position,
     pub payload_blocks: u32,
     record_count: u32,
@@ -90,7 +95,18 @@ impl UncheckedHeader {
         let position = Position(reader.u32()?);
         let (record_count, record_bytes) = (reader.u32()?, reader.u32()?);
         let (payload_blocks, record_checksum) = (reader.u32()?, reader.u32()?);
-        Ok(Self { identity, number, durable, position, payload_blocks, record_count, record_bytes, record_checksum })
+        let first_batch = BatchNumber(reader.u64()?);
+        Ok(Self {
+            identity,
+            number,
+            durable,
+            first_batch,
+            position,
+            payload_blocks,
+            record_count,
+            record_bytes,
+            record_checksum,
+        })
     }
 
     pub fn header_blocks(&self) -> u32 {
@@ -110,8 +126,8 @@ impl UncheckedHeader {
         let records = decode_all(body, self.record_count)?;
         let blocks: u64 = records.iter().map(|record| u64::from(record.payload_blocks())).sum();
         Reader::new(WHAT, &[]).expect("payload blocks", u64::from(self.payload_blocks), blocks)?;
-        let Self { identity, number, durable, position, .. } = self;
-        Ok(BatchHeader { identity, number, durable, position, records })
+        let Self { identity, number, durable, first_batch, position, .. } = self;
+        Ok(BatchHeader { identity, number, durable, first_batch, position, records })
     }
 }
 
@@ -122,8 +138,8 @@ mod tests {
 
     fn example() -> BatchHeader {
         let identity = SegmentIdentity { segment: SegmentIndex(2), nonce: 0x0102030405060708, sequence: 9 };
-        let (number, durable) = (BatchNumber(11), BatchNumber(10));
-        BatchHeader { identity, number, durable, position: Position(33), records: examples() }
+        let (number, durable, first_batch) = (BatchNumber(11), BatchNumber(10), BatchNumber(8));
+        BatchHeader { identity, number, durable, first_batch, position: Position(33), records: examples() }
     }
 
     #[test]
@@ -132,9 +148,10 @@ mod tests {
         let mut records = Vec::new();
         examples().iter().for_each(|record| record.encode(&mut records));
         let mut golden = [
-            &b"TORUSBAT\x01\0\0\0\x02\0\0\0\x08\x07\x06\x05\x04\x03\x02\x01\x09\0\0\0\0\0\0\0"[..],
+            &b"TORUSBAT\x02\0\0\0\x02\0\0\0\x08\x07\x06\x05\x04\x03\x02\x01\x09\0\0\0\0\0\0\0"[..],
             b"\x0b\0\0\0\0\0\0\0\x0a\0\0\0\0\0\0\0\x21\0\0\0\x05\0\0\0\x38\x01\0\0\x02\0\0\0",
             &crc32c::crc32c(&records).to_le_bytes(),
+            b"\x08\0\0\0\0\0\0\0",
         ]
         .concat();
         golden.extend_from_slice(&crc32c::crc32c(&golden).to_le_bytes());

@@ -15,14 +15,20 @@
 //! * `superblock`  whose disk it is
 //! * `record`      what a batch and a footer list
 //! * `batch`       header of one write
-//! * `segment`     opening and footer
+//! * `segment`     its opening, which names this use of it
+//! * `footer`      its records once more
 //! * `space`       which segment is free, full, being cleaned, and how much of it lives
 //! * `recovery`    what a start believes, as a table
+//! * `search`      batches of a segment without a footer
+//! * `numbers`     which batches were durable and are gone
 
 pub mod batch;
 mod bytes;
+pub mod footer;
+mod numbers;
 pub mod record;
 pub mod recovery;
+pub mod search;
 pub mod segment;
 pub mod space;
 pub mod superblock;
@@ -31,7 +37,7 @@ use thiserror::Error;
 use torus_schema::limits::BLOCK_BYTES;
 
 /// Of every structure below; a program that finds another refuses.
-pub const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 2;
 /// First block of the first segment; aligned for devices that like it.
 pub const SEGMENTS_START_BLOCK: u64 = 16;
 /// A block in bytes, as a length in memory.
@@ -103,6 +109,12 @@ impl Geometry {
         u64::from(position.0) * BLOCK_BYTES
     }
 
+    /// So many blocks from `position` on lie in the segment, behind its opening.
+    pub fn holds_payload(&self, segment: SegmentIndex, position: Position, blocks: u64) -> bool {
+        let (first, start) = (u64::from(self.first(segment).0), u64::from(position.0));
+        start > first && start + blocks <= first + u64::from(self.blocks)
+    }
+
     /// Blocks of data that surely fit into one segment, each a record of its own, when written in batches of some
     /// size: what cleaning can count on.
     pub fn payload_blocks(&self) -> u32 {
@@ -110,7 +122,7 @@ impl Geometry {
         let fits = |data: usize| {
             let batches = data.div_ceil(64).max(1);
             let headers = batches * (batch::FIXED_BYTES + 64 * record).div_ceil(BLOCK);
-            let footer = segment::footer_blocks(data * record);
+            let footer = footer::footer_blocks(data * record);
             1 + data + headers + footer <= self.blocks as usize
         };
         (0..self.blocks as usize).rev().find(|data| fits(*data)).unwrap_or(0) as u32

@@ -182,12 +182,12 @@ impl Record {
     }
 }
 
-fn put_version(out: &mut Vec<u8>, version: Version) {
+pub(super) fn put_version(out: &mut Vec<u8>, version: Version) {
     put_u32(out, version.epoch.0);
     put_u64(out, version.sequence);
 }
 
-fn version(reader: &mut Reader) -> Result<Version, FormatError> {
+pub(super) fn version(reader: &mut Reader) -> Result<Version, FormatError> {
     let (epoch, sequence) = (Epoch(reader.u32()?), reader.u64()?);
     reader.expect("sequence", sequence, sequence & SEQUENCE_MAX)?;
     Ok(Version { epoch, sequence })

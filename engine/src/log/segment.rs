@@ -1,8 +1,13 @@
-//! The two ends of a segment: its opening, which names this use of it, and its footer, which lists all its records.
+//! The opening of a segment, its first block, which names this use of it.
 //!
-//! Opening, the segment's first block. It is written and synced before any batch of the segment is submitted: so an old
-//! opening and a footer that fits it are never seen above newer batches. All of it lies in one sector: it is old or
-//! new, never torn.
+//! It is written and synced before any batch of the segment is submitted: so an old opening and a footer that fits it
+//! are never seen above newer batches. It may be written while batches go to another segment yet, so that these never
+//! wait for it: then the number of its first batch is not known, only that it is not below the next one.
+//!
+//! Such a segment may take the place of one from which that number would follow. So the opening says too where those
+//! began whose footers may not be there after a crash, and where those behind them.
+//!
+//! All of it lies in one sector: it is old or new, never torn.
 //!
 //! | offset | bytes | what                                                                             |
 //! |--------|-------|----------------------------------------------------------------------------------|
@@ -11,209 +16,129 @@
 //! | 12     | 4     | segment index                                                                    |
 //! | 16     | 8     | nonce                                                                            |
 //! | 24     | 8     | sequence                                                                         |
-//! | 32     | 8     | number of the first batch in it                                                  |
+//! | 32     | 8     | number of the first batch in it, at least                                        |
 //! | 40     | 8     | durable: every batch up to this number was synced when this was written          |
-//! | 48     | 4     | CRC32C of the bytes before                                                       |
-//!
-//! Footer: records (`record`), from the start of a block; the last bytes of the segment are its trailer. It is written
-//! after a sync over all batches of the segment, so that what it lists was whole once.
-//!
-//! | offset | bytes | what (trailer)                                                                   |
-//! |--------|-------|----------------------------------------------------------------------------------|
-//! | 0      | 8     | `TORUSFTR`                                                                       |
-//! | 8      | 4     | format version                                                                   |
-//! | 12     | 4     | segment index                                                                    |
-//! | 16     | 16    | nonce, sequence                                                                  |
-//! | 32     | 16    | numbers of the first batch and of the one behind the last                        |
-//! | 48     | 8     | durable: every batch up to this number was synced when this was written          |
-//! | 56     | 4     | count of records                                                                 |
-//! | 60     | 4     | bytes of records                                                                 |
-//! | 64     | 4     | CRC32C of the records                                                            |
-//! | 68     | 4     | CRC32C of the bytes before: the footer's length is believed only then            |
+//! | 48     | 8     | second, since 1970, in which this was written                                    |
+//! | 56     | 4     | count of segments from the first without a durable footer on                     |
+//! | 60     | 4     | bit 2^i: that number i of them has one                                           |
+//! | 64     | 256   | of each of them: sequence (8), number of its first batch (8); zeros behind       |
+//! | 320    | 4     | CRC32C of the bytes before                                                       |
 
 use super::bytes::{Reader, check_seal, put_u32, put_u64, seal};
-use super::record::{Record, decode_all};
 use super::{BLOCK, BatchNumber, FormatError, SegmentIdentity, SegmentIndex};
 
-const OPENING_MAGIC: &[u8; 8] = b"TORUSSEG";
-const FOOTER_MAGIC: &[u8; 8] = b"TORUSFTR";
-const OPENING_BYTES: usize = 52;
-pub const TRAILER_BYTES: usize = 72;
-const OPENING: &str = "segment opening";
-const FOOTER: &str = "segment footer";
+const MAGIC: &[u8; 8] = b"TORUSSEG";
+const WHAT: &str = "segment opening";
+const BYTES: usize = 324;
+/// From the first segment without a durable footer on; no other is opened while there are so many.
+pub const RECENT_MAX: usize = 16;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Opening {
     pub identity: SegmentIdentity,
+    /// The first batch is not below it.
     pub first_batch: BatchNumber,
     pub durable: BatchNumber,
+    /// Since 1970.
+    pub opened_s: u64,
+    /// From the first without a durable footer on.
+    pub recent: Vec<Recent>,
+}
+
+/// A segment that was in use when another was opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Recent {
+    pub sequence: u64,
+    pub first_batch: BatchNumber,
+    /// It has a durable footer, and its place may be taken.
+    pub sealed: bool,
 }
 
 impl Opening {
     pub fn encode(&self) -> Vec<u8> {
+        assert!(self.recent.len() <= RECENT_MAX, "no segment is opened while there are so many");
         let mut out = Vec::with_capacity(BLOCK);
-        out.extend_from_slice(OPENING_MAGIC);
+        out.extend_from_slice(MAGIC);
         put_u32(&mut out, super::FORMAT_VERSION);
         put_identity(&mut out, self.identity);
         put_u64(&mut out, self.first_batch.0);
         put_u64(&mut out, self.durable.0);
+        put_u64(&mut out, self.opened_s);
+        put_u32(&mut out, self.recent.len() as u32);
+        put_u32(&mut out, (0..).zip(&self.recent).map(|(place, recent)| u32::from(recent.sealed) << place).sum());
+        for recent in &self.recent {
+            put_u64(&mut out, recent.sequence);
+            put_u64(&mut out, recent.first_batch.0);
+        }
+        out.resize(BYTES - 4, 0);
         seal(&mut out);
-        assert_eq!(out.len(), OPENING_BYTES);
         out.resize(BLOCK, 0);
         out
     }
 
     pub fn decode(bytes: &[u8]) -> Result<Self, FormatError> {
-        let mut reader = Reader::new(OPENING, bytes);
-        reader.magic_and_version(OPENING_MAGIC)?;
-        check_seal(OPENING, bytes, OPENING_BYTES)?;
+        let mut reader = Reader::new(WHAT, bytes);
+        reader.magic_and_version(MAGIC)?;
+        check_seal(WHAT, bytes, BYTES)?;
         let identity = identity(&mut reader)?;
-        Ok(Self { identity, first_batch: BatchNumber(reader.u64()?), durable: BatchNumber(reader.u64()?) })
+        let (first_batch, durable) = (BatchNumber(reader.u64()?), BatchNumber(reader.u64()?));
+        let (opened_s, count) = (reader.u64()?, reader.u32()?);
+        reader.expect("count of segments beyond the most", u64::from(count as usize > RECENT_MAX), 0)?;
+        let sealed = reader.u32()?;
+        let mut recent = Vec::with_capacity(count as usize);
+        for place in 0..count {
+            let (sequence, first_batch) = (reader.u64()?, BatchNumber(reader.u64()?));
+            recent.push(Recent { sequence, first_batch, sealed: sealed >> place & 1 == 1 });
+        }
+        Ok(Self { identity, first_batch, durable, opened_s, recent })
     }
 }
 
-fn put_identity(out: &mut Vec<u8>, identity: SegmentIdentity) {
+pub(super) fn put_identity(out: &mut Vec<u8>, identity: SegmentIdentity) {
     put_u32(out, identity.segment.0);
     put_u64(out, identity.nonce);
     put_u64(out, identity.sequence);
 }
 
-fn identity(reader: &mut Reader) -> Result<SegmentIdentity, FormatError> {
+pub(super) fn identity(reader: &mut Reader) -> Result<SegmentIdentity, FormatError> {
     Ok(SegmentIdentity { segment: SegmentIndex(reader.u32()?), nonce: reader.u64()?, sequence: reader.u64()? })
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Footer {
-    pub identity: SegmentIdentity,
-    pub first_batch: BatchNumber,
-    pub end_batch: BatchNumber,
-    pub durable: BatchNumber,
-    pub records: Vec<Record>,
-}
-
-pub fn footer_blocks(record_bytes: usize) -> usize {
-    (record_bytes + TRAILER_BYTES).div_ceil(BLOCK)
-}
-
-impl Footer {
-    /// Whole blocks, to be written so that they end where the segment ends.
-    pub fn encode(&self) -> Vec<u8> {
-        let mut out = Vec::new();
-        self.records.iter().for_each(|record| record.encode(&mut out));
-        let bytes = out.len();
-        let checksum = crc32c::crc32c(&out);
-        let mut trailer = Vec::with_capacity(TRAILER_BYTES);
-        trailer.extend_from_slice(FOOTER_MAGIC);
-        put_u32(&mut trailer, super::FORMAT_VERSION);
-        put_identity(&mut trailer, self.identity);
-        put_u64(&mut trailer, self.first_batch.0);
-        put_u64(&mut trailer, self.end_batch.0);
-        put_u64(&mut trailer, self.durable.0);
-        put_u32(&mut trailer, self.records.len() as u32);
-        put_u32(&mut trailer, bytes as u32);
-        put_u32(&mut trailer, checksum);
-        seal(&mut trailer);
-        assert_eq!(trailer.len(), TRAILER_BYTES);
-        out.resize(footer_blocks(bytes) * BLOCK - TRAILER_BYTES, 0);
-        out.extend_from_slice(&trailer);
-        out
-    }
-}
-
-/// A trailer whose own checksum holds; the records are not looked at yet.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct UncheckedFooter {
-    pub identity: SegmentIdentity,
-    pub first_batch: BatchNumber,
-    pub end_batch: BatchNumber,
-    pub durable: BatchNumber,
-    record_count: u32,
-    record_bytes: u32,
-    record_checksum: u32,
-}
-
-impl UncheckedFooter {
-    /// `last_block` of the segment.
-    pub fn decode(last_block: &[u8]) -> Result<Self, FormatError> {
-        let start = last_block.len().saturating_sub(TRAILER_BYTES);
-        let trailer = &last_block[start..];
-        let mut reader = Reader::new(FOOTER, trailer);
-        reader.magic_and_version(FOOTER_MAGIC)?;
-        check_seal(FOOTER, trailer, TRAILER_BYTES)?;
-        let identity = identity(&mut reader)?;
-        let (first_batch, end_batch) = (BatchNumber(reader.u64()?), BatchNumber(reader.u64()?));
-        let durable = BatchNumber(reader.u64()?);
-        let (record_count, record_bytes, record_checksum) = (reader.u32()?, reader.u32()?, reader.u32()?);
-        Ok(Self { identity, first_batch, end_batch, durable, record_count, record_bytes, record_checksum })
-    }
-
-    /// Of the whole footer.
-    pub fn blocks(&self) -> u64 {
-        footer_blocks(self.record_bytes as usize) as u64
-    }
-
-    /// `bytes` are the footer's blocks.
-    pub fn finalize(self, bytes: &[u8]) -> Result<Footer, FormatError> {
-        let length = self.record_bytes as usize;
-        let short = FormatError::Short { what: FOOTER, found: bytes.len(), expected: length };
-        let body = bytes.get(..length).ok_or(short)?;
-        let expected = crc32c::crc32c(body);
-        if self.record_checksum != expected {
-            return Err(FormatError::Checksum { what: FOOTER, found: self.record_checksum, expected });
-        }
-        let records = decode_all(body, self.record_count)?;
-        let Self { identity, first_batch, end_batch, durable, .. } = self;
-        Ok(Footer { identity, first_batch, end_batch, durable, records })
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::log::record::tests::examples;
 
-    const IDENTITY: SegmentIdentity = SegmentIdentity { segment: SegmentIndex(2), nonce: 0xabcdef, sequence: 9 };
-    const IDENTITY_BYTES: &[u8] = b"\x02\0\0\0\xef\xcd\xab\0\0\0\0\0\x09\0\0\0\0\0\0\0";
+    fn example() -> Opening {
+        let identity = SegmentIdentity { segment: SegmentIndex(2), nonce: 0xabcdef, sequence: 9 };
+        let recent = vec![
+            Recent { sequence: 7, first_batch: BatchNumber(1), sealed: false },
+            Recent { sequence: 8, first_batch: BatchNumber(2), sealed: true },
+        ];
+        Opening { identity, first_batch: BatchNumber(4), durable: BatchNumber(3), opened_s: 5, recent }
+    }
 
     #[test]
     fn the_bytes_of_an_opening_never_change() {
-        let opening = Opening { identity: IDENTITY, first_batch: BatchNumber(4), durable: BatchNumber(3) };
-        let golden = [b"TORUSSEG\x01\0\0\0", IDENTITY_BYTES, b"\x04\0\0\0\0\0\0\0\x03\0\0\0\0\0\0\0"].concat();
-        assert_eq!(opening.encode()[..48], golden);
-        assert_eq!(opening.encode()[48..52], crc32c::crc32c(&golden).to_le_bytes());
-        assert_eq!(Opening::decode(&opening.encode()), Ok(opening));
-    }
-
-    #[test]
-    fn the_bytes_of_a_footer_never_change() {
-        let (first_batch, end_batch, durable) = (BatchNumber(4), BatchNumber(6), BatchNumber(5));
-        let footer = Footer { identity: IDENTITY, first_batch, end_batch, durable, records: examples() };
-        let bytes = footer.encode();
-        let mut records = Vec::new();
-        examples().iter().for_each(|record| record.encode(&mut records));
         let mut golden = [
-            b"TORUSFTR\x01\0\0\0",
-            IDENTITY_BYTES,
-            b"\x04\0\0\0\0\0\0\0\x06\0\0\0\0\0\0\0\x05\0\0\0\0\0\0\0\x05\0\0\0\x38\x01\0\0",
-            &crc32c::crc32c(&records).to_le_bytes(),
+            &b"TORUSSEG\x02\0\0\0\x02\0\0\0\xef\xcd\xab\0\0\0\0\0\x09\0\0\0\0\0\0\0"[..],
+            b"\x04\0\0\0\0\0\0\0\x03\0\0\0\0\0\0\0\x05\0\0\0\0\0\0\0\x02\0\0\0\x02\0\0\0",
+            b"\x07\0\0\0\0\0\0\0\x01\0\0\0\0\0\0\0\x08\0\0\0\0\0\0\0\x02\0\0\0\0\0\0\0",
         ]
         .concat();
-        golden.extend_from_slice(&crc32c::crc32c(&golden).to_le_bytes());
-        assert_eq!(bytes[BLOCK - TRAILER_BYTES..], golden);
-        assert_eq!(bytes[..records.len()], records);
-        assert_eq!(UncheckedFooter::decode(&bytes).unwrap().finalize(&bytes), Ok(footer));
+        golden.resize(320, 0);
+        assert_eq!(example().encode()[..320], golden);
+        assert_eq!(example().encode()[320..324], crc32c::crc32c(&golden).to_le_bytes());
+        assert_eq!(Opening::decode(&example().encode()), Ok(example()));
     }
 
     #[test]
-    fn a_footer_of_several_blocks_keeps_its_trailer_at_the_very_end() {
-        let records: Vec<Record> = (0..40).flat_map(|_| examples()).collect();
-        let (first_batch, end_batch, durable) = (BatchNumber(4), BatchNumber(6), BatchNumber(5));
-        let footer = Footer { identity: IDENTITY, first_batch, end_batch, durable, records };
-        let mut bytes = footer.encode();
-        let trailer = UncheckedFooter::decode(&bytes[bytes.len() - BLOCK..]).unwrap();
-        assert_eq!(trailer.blocks() as usize * BLOCK, bytes.len());
-        assert_eq!(trailer.clone().finalize(&bytes), Ok(footer));
-        bytes[0] ^= 1;
-        assert!(trailer.finalize(&bytes).is_err());
+    fn an_opening_lies_in_one_sector_and_with_any_bit_of_it_inverted_is_refused() {
+        let bytes = example().encode();
+        assert!(BYTES <= 512 && bytes.len() == BLOCK);
+        for at in 0..BYTES {
+            let mut bad = bytes.clone();
+            bad[at] ^= 1 << (at % 8);
+            assert!(Opening::decode(&bad).is_err(), "byte {at}");
+        }
     }
 }

@@ -1,10 +1,10 @@
 //! Which segment is used for what, and how much of it is still needed.
 //!
 //! ```text
-//!            open                full               footer written       nothing needed
-//!  Free ───────────► Open ───────────► Sealing ───────────► Sealed ───────────► Emptied
-//!    ▲                                                                             │
-//!    └──────────── a sync that started later is done, nobody reads from it ────────┘
+//!       opening made           batches         full             footer written      nothing needed
+//!  Free ───────────► Prepared ────────► Open ────────► Sealing ───────────► Sealed ───────────► Emptied
+//!    ▲                                                                                             │
+//!    └──────────────────── a sync that started later is done, nobody reads from it ────────────────┘
 //! ```
 //! Emptied is not Free: what made the last of its records superfluous (a newer record, a copy by the cleaner) has to be
 //! durable before its place is taken, or a crash would lose both.
@@ -29,10 +29,14 @@ pub struct SyncNumber(pub u64);
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Usage {
     Free,
+    /// As good as free, but its opening names its next use.
+    Prepared,
     Open,
     Sealing,
     Sealed,
-    Emptied { needs: SyncNumber },
+    Emptied {
+        needs: SyncNumber,
+    },
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -101,12 +105,18 @@ impl Space {
         self.live + note_blocks(self.note_bytes) > capacity
     }
 
-    /// The free segment to write to next.
-    pub fn open_one(&mut self) -> Option<SegmentIndex> {
+    /// The free segment to write to next. It is counted as free until it is begun.
+    pub fn prepare_one(&mut self) -> Option<SegmentIndex> {
         let at = self.segments.iter().position(|segment| segment.usage == Usage::Free)?;
-        self.segments[at].usage = Usage::Open;
-        self.free -= 1;
+        self.segments[at].usage = Usage::Prepared;
         Some(SegmentIndex(at as u32))
+    }
+
+    /// From now on batches go there.
+    pub fn begin(&mut self, segment: SegmentIndex) {
+        assert_eq!(self.at(segment).usage, Usage::Prepared);
+        self.at(segment).usage = Usage::Open;
+        self.free -= 1;
     }
 
     /// At a start: it holds records. `sealed` follows when all records of all segments are accounted for; until then
@@ -253,7 +263,8 @@ mod tests {
     #[test]
     fn an_emptied_segment_is_free_only_after_a_sync_that_started_later_and_without_readers() {
         let mut space = space();
-        let segment = space.open_one().unwrap();
+        let segment = space.prepare_one().unwrap();
+        space.begin(segment);
         let position = space.geometry().first(segment);
         space.add_live(position);
         space.sealing(segment);
@@ -275,7 +286,8 @@ mod tests {
     fn the_victim_is_the_sealed_segment_with_the_fewest_needed_blocks() {
         let mut space = space();
         for live in [20, 5, 9] {
-            let segment = space.open_one().unwrap();
+            let segment = space.prepare_one().unwrap();
+            space.begin(segment);
             (0..live).for_each(|block| space.add_live(Position(space.geometry().first(segment).0 + block)));
             if live != 5 {
                 space.sealing(segment);

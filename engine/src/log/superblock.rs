@@ -70,11 +70,13 @@ impl Superblock {
     }
 }
 
-/// The newer of the two copies that can be read, or why the first cannot.
+/// The newer of the two copies that can be read, or why the first cannot. If one is of another format version, a
+/// program that knows that version was at work here: it is not ours to say that the other copy counts.
 pub fn decode_either(bytes: &[u8]) -> Result<Superblock, FormatError> {
     let first = Superblock::decode(bytes);
     let second = Superblock::decode(bytes.get(BLOCK..).unwrap_or_default());
     match (first, second) {
+        (Err(other @ FormatError::Version { .. }), _) | (_, Err(other @ FormatError::Version { .. })) => Err(other),
         (Ok(first), Ok(second)) => Ok(if second.revision > first.revision { second } else { first }),
         (Ok(good), Err(_)) | (Err(_), Ok(good)) => Ok(good),
         (Err(because), Err(_)) => Err(because),
@@ -102,7 +104,7 @@ mod tests {
     fn the_bytes_of_a_superblock_never_change() {
         let bytes = example(1 << 20).encode();
         let golden = [
-            &b"TORUSSUP\x01\0\0\0\x03\0\0\0"[..],
+            &b"TORUSSUP\x02\0\0\0\x03\0\0\0"[..],
             &[1; 16],
             &[2; 16],
             b"\0\0\x10\0\0\0\0\0\0\0\x01\0\0\0\0\0\x04\0\0\0\0\0\0\0\x05\0\0\0\0\0\0\0",
@@ -122,6 +124,16 @@ mod tests {
         assert_eq!(decode_either(&[good.clone(), bad.clone()].concat()), Ok(example(1 << 20)));
         assert_eq!(decode_either(&[bad.clone(), good].concat()), Ok(example(1 << 20)));
         assert!(matches!(decode_either(&[bad.clone(), bad].concat()), Err(FormatError::Checksum { .. })));
+    }
+
+    #[test]
+    fn a_copy_of_another_format_version_is_not_passed_over() {
+        let good = example(1 << 20).encode();
+        let mut newer = good.clone();
+        newer[8] += 1;
+        for bytes in [[good.clone(), newer.clone()], [newer, good]] {
+            assert!(matches!(decode_either(&bytes.concat()), Err(FormatError::Version { .. })));
+        }
     }
 
     #[test]

@@ -2,17 +2,18 @@
 //!
 //! Everything submitted runs in a task of its own: a caller that goes away abandons the waiting, nothing else.
 
-use super::queue::{Append, Batch, Filling, Need, Next, Waiting};
+use super::queue::{Ahead, Append, Batch, Filling, Need, Next, Waiting};
 use super::{Shard, State};
+use crate::log::footer::Footer;
 use crate::log::record::Record;
 use crate::log::recovery::write_footer;
-use crate::log::segment::{Footer, Opening};
+use crate::log::segment::{Opening, RECENT_MAX, Recent};
 use crate::log::space::SyncNumber;
 use crate::log::{BLOCK, BatchNumber, Geometry, Position, SegmentIdentity};
 use bytes::Bytes;
 use std::rc::Rc;
 use torus_rpc::message::Refusal;
-use torus_rpc::runtime::{Class, Disk, DiskError, Random, Runtime, Spawn};
+use torus_rpc::runtime::{Class, Clock, Disk, DiskError, Random, Runtime, Spawn};
 use torus_schema::limits::BATCHES_IN_FLIGHT_MAX;
 
 impl<R: Runtime> Shard<R> {
@@ -58,9 +59,9 @@ impl<R: Runtime> Shard<R> {
         loop {
             let (next, waits) = {
                 let state = &mut *self.state.borrow_mut();
-                let busy = state.queue.in_flight >= BATCHES_IN_FLIGHT_MAX || state.queue.opening;
+                let busy = state.queue.in_flight >= BATCHES_IN_FLIGHT_MAX;
                 if busy || state.failed.is_some() {
-                    return;
+                    break;
                 }
                 let free = state.contents.space.free();
                 let next = state.queue.next(state.contents.space.geometry(), free);
@@ -70,11 +71,13 @@ impl<R: Runtime> Shard<R> {
                 self.changed.notify();
             }
             match next {
-                Next::Nothing => return,
+                Next::Nothing => break,
                 Next::Batch(batch) => self.start_batch(batch),
-                Next::NeedSegment => return self.open_segment(),
+                Next::NeedSegment if self.next_segment() => {}
+                Next::NeedSegment => break,
             }
         }
+        self.open_ahead();
     }
 
     fn start_batch(self: &Rc<Self>, batch: Batch) {
@@ -108,6 +111,7 @@ impl<R: Runtime> Shard<R> {
             let segment = batch.header.identity.segment;
             for append in &batch.appends {
                 state.contents.apply(&append.record, segment, append.origins.as_deref());
+                state.statistics.blocks_moved += append.origins.as_ref().map_or(0, |origins| origins.len() as u64);
                 state.append_done(append);
             }
             state.queue.batch_done(batch.header.identity, batch.header.number)
@@ -116,43 +120,85 @@ impl<R: Runtime> Shard<R> {
         self.changed.notify();
     }
 
-    /// The opening is durable before any batch of the segment is written; see `log::segment`.
-    fn open_segment(self: &Rc<Self>) {
-        let (opening, ready) = {
+    /// The open segment is full: goes on with the one that was opened ahead. False if none is ready yet.
+    fn next_segment(self: &Rc<Self>) -> bool {
+        let (ready, begun, changed) = {
             let state = &mut *self.state.borrow_mut();
-            if let Some(retired) = state.queue.retire_head() {
-                state.contents.space.sealing(retired.segment);
+            let retired = state.queue.retire_head();
+            retired.into_iter().for_each(|retired| state.contents.space.sealing(retired.segment));
+            let waited = state.queue.wants_segment;
+            let begun = state.queue.begin_ahead(state.syncs.completed);
+            match begun {
+                Some(identity) => {
+                    state.contents.space.begin(identity.segment);
+                    state.statistics.segments_opened += 1;
+                    state.statistics.segments_waited_for += u64::from(waited);
+                }
+                None => {
+                    state.queue.wants_segment = true;
+                    state.want_opening_synced();
+                }
             }
-            let ready = state.queue.take_ready();
-            let opening = state.contents.space.open_one().map(|segment| {
-                state.queue.opening = true;
-                let sequence = state.queue.next_sequence;
-                state.queue.next_sequence += 1;
-                let identity = SegmentIdentity { segment, nonce: self.runtime.random().u64(), sequence };
-                Opening { identity, first_batch: state.queue.next_batch, durable: state.queue.durable }
-            });
-            (opening, ready)
+            (state.queue.take_ready(), begun.is_some(), begun.is_some() || retired.is_some())
         };
         ready.into_iter().for_each(|filling| self.seal(filling));
-        self.changed.notify();
+        self.start_sync();
+        if changed {
+            self.changed.notify();
+        }
+        begun
+    }
+
+    /// While one segment fills the opening of the next is written; a sync that comes along makes it durable, and if
+    /// none does until it is needed, one is asked for then. It is durable before any batch of the segment is written;
+    /// see `log::segment`.
+    fn open_ahead(self: &Rc<Self>) {
+        let opening = {
+            let state = &mut *self.state.borrow_mut();
+            let is_over = state.failed.is_some() || (state.closing && !state.queue.wants_segment);
+            if is_over || !state.queue.wants_ahead(self.geometry) {
+                return;
+            }
+            if state.queue.unsealed.len() >= RECENT_MAX {
+                // Only a sync over the oldest footer makes room to say where all of them begin.
+                state.syncs.wanted = state.syncs.wanted.max(state.queue.unsealed[0].needs.unwrap_or_default());
+                None
+            } else {
+                state.contents.space.prepare_one().map(|segment| {
+                    let sequence = state.queue.next_sequence;
+                    state.queue.next_sequence += 1;
+                    let identity = SegmentIdentity { segment, nonce: self.runtime.random().u64(), sequence };
+                    state.queue.ahead = Some(Ahead { identity, needs: None });
+                    state.opening(identity, self.runtime.clock().unix_seconds())
+                })
+            }
+        };
+        self.start_sync();
         let Some(opening) = opening else { return };
         let shard = self.clone();
         self.runtime.spawn().spawn(Class::Foreground, async move {
-            if let Err(error) = shard.write_opening(&opening).await {
-                shard.fail(error);
-                return;
-            }
-            // The shard has failed otherwise, and nothing is appended any more.
-            if shard.sync_after_now().await.is_ok() {
-                {
-                    let state = &mut *shard.state.borrow_mut();
-                    state.queue.opening = false;
-                    state.queue.head = Some(Filling::new(opening.identity, opening.first_batch));
+            match shard.write_opening(&opening).await {
+                Ok(()) => shard.opening_written(),
+                Err(error) => {
+                    shard.fail(error);
                 }
-                shard.changed.notify();
-                shard.pump();
             }
         });
+    }
+
+    fn opening_written(self: &Rc<Self>) {
+        {
+            let state = &mut *self.state.borrow_mut();
+            let needs = SyncNumber(state.syncs.started.0 + 1);
+            if let Some(ahead) = &mut state.queue.ahead {
+                ahead.needs = Some(needs);
+            }
+            if state.queue.wants_segment {
+                state.want_opening_synced();
+            }
+        }
+        self.start_sync();
+        self.changed.notify();
     }
 
     async fn write_opening(&self, opening: &Opening) -> Result<(), DiskError> {
@@ -172,11 +218,14 @@ impl<R: Runtime> Shard<R> {
             }
             let durable = shard.state.borrow().queue.durable;
             let Filling { identity, first_batch, end_batch, records, .. } = filling;
-            let footer = Footer { identity, first_batch, end_batch, durable, records };
+            let sealed_s = shard.runtime.clock().unix_seconds();
+            let batches = (end_batch.0 - first_batch.0) as u32;
+            let footer = Footer { identity, first_batch, end_batch, durable, batches, sealed_s, records };
             match write_footer(&shard.disk, shard.geometry, &footer).await {
                 Ok(()) => {
                     let state = &mut *shard.state.borrow_mut();
                     state.contents.space.sealed(identity.segment);
+                    state.queue.footer_written(identity, SyncNumber(state.syncs.started.0 + 1));
                     state.seals_in_flight -= 1;
                 }
                 Err(error) => {
@@ -184,6 +233,7 @@ impl<R: Runtime> Shard<R> {
                 }
             }
             shard.changed.notify();
+            shard.pump();
         });
     }
 
@@ -242,6 +292,7 @@ impl<R: Runtime> Shard<R> {
             state.syncs.completed = state.syncs.started;
             state.queue.durable = state.queue.durable.max(covers);
             state.contents.space.sync_completed(state.syncs.completed);
+            state.queue.forget_sealed(state.syncs.completed);
         }
         self.start_sync();
         self.changed.notify();
@@ -269,6 +320,22 @@ impl<R: Runtime> Shard<R> {
 }
 
 impl State {
+    fn want_opening_synced(&mut self) {
+        let needs = self.queue.ahead.as_ref().and_then(|ahead| ahead.needs);
+        self.syncs.wanted = self.syncs.wanted.max(needs.unwrap_or_default());
+    }
+
+    fn opening(&self, identity: SegmentIdentity, opened_s: u64) -> Opening {
+        let completed = self.syncs.completed;
+        let recent = self.queue.unsealed.iter().map(|segment| Recent {
+            sequence: segment.sequence,
+            first_batch: segment.first_batch,
+            sealed: segment.needs.is_some_and(|needs| needs <= completed),
+        });
+        let (first_batch, durable) = (self.queue.next_batch, self.queue.durable);
+        Opening { identity, first_batch, durable, opened_s, recent: recent.collect() }
+    }
+
     pub(super) fn check_alive(&self) -> Result<(), Refusal> {
         self.failed.clone().map_or(Ok(()), Err)
     }

@@ -249,7 +249,7 @@ impl State {
         }
         // A segment on its way to its footer may be the next victim, and a reader may be all that holds one back.
         let hope =
-            self.seals_in_flight > 0 || self.queue.in_flight > 0 || self.queue.opening || space.reader_holds_one();
+            self.seals_in_flight > 0 || self.queue.in_flight > 0 || self.queue.is_opening() || space.reader_holds_one();
         (waits && !hope).then_some(Chore::Refuse)
     }
 

@@ -10,7 +10,7 @@ use torus_rpc::runtime::{Disk, Runtime};
 impl<R: Runtime> Shard<R> {
     /// Takes all of the disk. May be cut off anywhere and be called again; a shard that has its size is left alone.
     pub async fn grow(disk: &R::Disk, identity: ShardIdentity) -> Result<(), ShardError> {
-        let old = read_superblock(disk).await?.map_err(ShardError::Superblock)?;
+        let old = read_superblock(disk).await?.map_err(ShardError::Superblock)?.superblock;
         check_owner(&old, identity)?;
         let size_bytes = disk.size_bytes();
         if size_bytes < old.size_bytes {

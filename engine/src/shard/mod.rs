@@ -108,7 +108,13 @@ pub struct ShardStatistics {
     pub batches: u64,
     pub syncs: u64,
     pub bytes_appended: u64,
+    /// That batches were written to.
+    pub segments_opened: u64,
+    /// Of those, for how many a batch had to wait: their opening was not durable when it was needed.
+    pub segments_waited_for: u64,
     pub segments_cleaned: u64,
+    /// Copied out of them.
+    pub blocks_moved: u64,
     pub checksum_errors: u64,
     pub refused: u64,
     /// Blocks with data that the index knows, and the memory it takes for them.
@@ -252,7 +258,8 @@ impl<R: Runtime> Shard<R> {
         let idle = || {
             let state = self.state.borrow();
             let waits = state.queue.waits_for_space(state.contents.space.free());
-            let idle = state.queue.in_flight == 0 && !state.queue.opening && (state.queue.is_empty() || waits);
+            let opening = state.queue.ahead.as_ref().is_some_and(|ahead| ahead.needs.is_none());
+            let idle = state.queue.in_flight == 0 && !opening && (state.queue.is_empty() || waits);
             let stopped = state.cleaner_stopped && state.repairer_stopped && state.scrub.stopped;
             (state.failed.is_some() || (stopped && idle)).then_some(())
         };
@@ -263,7 +270,12 @@ impl<R: Runtime> Shard<R> {
             if let Some(retired) = state.queue.retire_head() {
                 state.contents.space.sealing(retired.segment);
             }
-            state.queue.take_ready()
+            // Without a footer the next start would look for batches in it.
+            if let Some(unused) = state.queue.retire_ahead() {
+                state.contents.space.begin(unused.segment);
+                state.contents.space.sealing(unused.segment);
+            }
+            std::iter::from_fn(|| state.queue.take_ready()).collect::<Vec<_>>()
         };
         ready.into_iter().for_each(|filling| self.seal(filling));
         let sealed = || {

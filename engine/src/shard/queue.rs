@@ -4,17 +4,19 @@
 //! where the segment ends, so that no segment is left with a hole at its end.
 
 use crate::log::batch::{BatchHeader, header_blocks};
+use crate::log::footer::bytes_in_footer;
 use crate::log::record::{Data, Record};
 use crate::log::recovery::footer_room;
 use crate::log::space::{CLEANER_SEGMENTS, NOTE_SEGMENTS, SyncNumber};
 use crate::log::{BatchNumber, Geometry, Position, SegmentIdentity};
+use ahash::AHashSet;
 use bytes::Bytes;
 use futures::channel::oneshot;
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeSet, VecDeque};
 use std::rc::Rc;
 use torus_rpc::message::Refusal;
-use torus_schema::ids::BlockIndex;
+use torus_schema::ids::{BlockIndex, VolumeId};
 use torus_schema::limits::{BLOCK_BYTES, PAYLOAD_BYTES_MAX};
 
 /// Payload of one batch at most, in blocks: two frames of the largest size, so that a batch does not hold up the next
@@ -115,7 +117,9 @@ pub struct Filling {
     pub end_batch: BatchNumber,
     /// Within the segment.
     next_block: u32,
-    record_bytes: usize,
+    /// Of volumes, data and notes in the footer.
+    footer_bytes: usize,
+    volumes: AHashSet<VolumeId>,
     /// Batches that are not applied yet; the footer waits for them.
     pub in_flight: u32,
     /// For the footer.
@@ -124,15 +128,39 @@ pub struct Filling {
 
 impl Filling {
     pub fn new(identity: SegmentIdentity, first_batch: BatchNumber) -> Self {
-        let (next_block, record_bytes, in_flight) = (1, 0, 0);
-        Self { identity, first_batch, end_batch: first_batch, next_block, record_bytes, in_flight, records: Vec::new() }
+        Self {
+            identity,
+            first_batch,
+            end_batch: first_batch,
+            next_block: 1,
+            footer_bytes: 0,
+            volumes: AHashSet::new(),
+            in_flight: 0,
+            records: Vec::new(),
+        }
     }
 
     /// Room for a batch of these records and so many blocks, and for the footer after it.
     fn fits(&self, geometry: Geometry, record_bytes: usize, payload: u32) -> bool {
-        let footer = footer_room(self.record_bytes + record_bytes);
+        // No record takes more room in a footer than in a header.
+        let footer = footer_room(self.footer_bytes + record_bytes);
         self.next_block + header_blocks(record_bytes) + payload + footer <= geometry.blocks
     }
+}
+
+/// A segment whose opening is being made.
+pub struct Ahead {
+    pub identity: SegmentIdentity,
+    /// The sync that makes the opening durable; `None` while it is being written.
+    pub needs: Option<SyncNumber>,
+}
+
+/// A segment that a start might find without a footer.
+pub struct Unsealed {
+    pub sequence: u64,
+    pub first_batch: BatchNumber,
+    /// The sync that makes the footer durable; `None` until it is written.
+    pub needs: Option<SyncNumber>,
 }
 
 pub enum Next {
@@ -150,8 +178,12 @@ pub struct Queue {
     data: VecDeque<Append>,
     pub head: Option<Filling>,
     pub sealing: Vec<Filling>,
-    /// A segment is being opened.
-    pub opening: bool,
+    /// The segment to go on with; its opening is made while the one before it fills.
+    pub ahead: Option<Ahead>,
+    /// Something waits for a segment to be written to.
+    pub wants_segment: bool,
+    /// Whose footers are not durable: by sequence, without a gap.
+    pub unsealed: VecDeque<Unsealed>,
     pub in_flight: usize,
     pub next_batch: BatchNumber,
     pub next_sequence: u64,
@@ -286,12 +318,22 @@ impl Queue {
         self.next_batch = BatchNumber(number.0 + 1);
         let records: Vec<Record> = appends.iter().map(|append| append.record.clone()).collect();
         head.next_block += header + payload;
-        head.record_bytes += record_bytes;
+        for record in &records {
+            let is_first = record.payload_blocks() > 0 && head.volumes.insert(record.volume());
+            head.footer_bytes += bytes_in_footer(record, is_first);
+        }
         head.records.extend(records.iter().cloned());
         head.end_batch = self.next_batch;
         head.in_flight += 1;
         self.in_flight += 1;
-        let header_record = BatchHeader { identity: head.identity, number, durable: self.durable, position, records };
+        let header_record = BatchHeader {
+            identity: head.identity,
+            number,
+            durable: self.durable,
+            first_batch: head.first_batch,
+            position,
+            records,
+        };
         Batch { header: header_record, appends, bytes: ((header + payload) as u64 * BLOCK_BYTES) as usize }
     }
 
@@ -309,6 +351,49 @@ impl Queue {
         let filling = self.sealing.iter_mut().find(|filling| filling.identity == identity);
         filling.expect("a segment stays until its batches are done").in_flight -= 1;
         self.take_ready()
+    }
+
+    /// Batches wait for a segment that is on its way.
+    pub fn is_opening(&self) -> bool {
+        self.wants_segment && self.ahead.is_some()
+    }
+
+    /// The open segment is half full, or there is none, and nothing is made ready yet to follow it.
+    pub fn wants_ahead(&self, geometry: Geometry) -> bool {
+        let soon = self.head.as_ref().map_or(self.wants_segment, |head| 2 * head.next_block >= geometry.blocks);
+        self.ahead.is_none() && soon
+    }
+
+    /// The segment that is ready, if one is: batches go there from now on.
+    pub fn begin_ahead(&mut self, completed: SyncNumber) -> Option<SegmentIdentity> {
+        let ready = |ahead: &&mut Ahead| ahead.needs.is_some_and(|needs| needs <= completed);
+        let identity = self.ahead.as_mut().filter(ready)?.identity;
+        self.ahead = None;
+        self.wants_segment = false;
+        let first_batch = self.next_batch;
+        self.unsealed.push_back(Unsealed { sequence: identity.sequence, first_batch, needs: None });
+        self.head = Some(Filling::new(identity, first_batch));
+        Some(identity)
+    }
+
+    /// It gets a footer that says it holds nothing.
+    pub fn retire_ahead(&mut self) -> Option<SegmentIdentity> {
+        let identity = self.ahead.take()?.identity;
+        self.sealing.push(Filling::new(identity, self.next_batch));
+        Some(identity)
+    }
+
+    /// Its footer is written.
+    pub fn footer_written(&mut self, identity: SegmentIdentity, needs: SyncNumber) {
+        let unsealed = self.unsealed.iter_mut().find(|unsealed| unsealed.sequence == identity.sequence);
+        unsealed.into_iter().for_each(|unsealed| unsealed.needs = Some(needs));
+    }
+
+    /// In order: where one without a footer ends is known by where the next begins.
+    pub fn forget_sealed(&mut self, completed: SyncNumber) {
+        while self.unsealed.front().is_some_and(|first| first.needs.is_some_and(|needs| needs <= completed)) {
+            self.unsealed.pop_front();
+        }
     }
 
     /// Nothing more is appended to the open segment; gives it if it is ready for its footer.

@@ -6,14 +6,63 @@
 //! was cut short. If it counted, a shard that dies again and again while it cleans would eat the last free segments,
 //! and with none left nothing could ever be cleaned.
 
+use super::damage::{Damaged, FoundBy};
 use super::state::Contents;
 use super::volumes::Instance;
-use crate::index::AtTie;
-use crate::log::SegmentIndex;
-use crate::log::record::Record;
+use crate::index::{AtTie, Place, Run};
+use crate::log::footer::{Entries, FlushPoint};
+use crate::log::record::{Data, Record};
 use crate::log::recovery::FoundSegment;
+use crate::log::{Position, SegmentIndex};
 use ahash::{AHashMap, AHashSet};
+use torus_rpc::runtime::Instant;
 use torus_schema::ids::{BlockIndex, SliceId, Version, VolumeId};
+use torus_schema::limits::BLOCKS_PER_EXTENT;
+
+/// Applies the data that a footer lists. Its flush points and notes are known.
+pub fn replay_entries(volumes: &[FlushPoint], entries: Entries, contents: &mut Contents) {
+    let mut checksums = Vec::new();
+    for entry in entries {
+        let volume = volumes[entry.volume as usize].volume;
+        if contents.dropped.contains(&volume) {
+            continue;
+        }
+        checksums.clear();
+        checksums.extend(entry.checksums());
+        let mut done = 0;
+        while done < checksums.len() {
+            let block = BlockIndex(entry.first.0 + done as u64);
+            let in_extent = (BLOCKS_PER_EXTENT - block.in_extent()) as usize;
+            let part = &checksums[done..checksums.len().min(done + in_extent)];
+            let first = Place { volume, slice: contents.slice_of(volume, block.extent()), block };
+            let position = Position(entry.position.0 + done as u32);
+            contents.data_run(Run { first, version: entry.version, position, checksums: part }, AtTie::NewcomerWins);
+            done += part.len();
+        }
+    }
+}
+
+/// Of a segment without a footer: blocks that were durable, are not as they were, and are still needed.
+pub fn list_damage(found: &FoundSegment, contents: &mut Contents, now: Instant) {
+    if found.damaged.is_empty() {
+        return;
+    }
+    let damaged: AHashSet<Position> = found.damaged.iter().copied().collect();
+    let pinned = contents.pinned_in(found.identity.segment);
+    for record in found.unsealed.iter().flatten() {
+        let Record::Data(data) = record else { continue };
+        for (number, checksum) in data.checksums.iter().enumerate() {
+            let position = Position(data.position.0 + number as u32);
+            if damaged.contains(&position) && contents.needs(data, number, &pinned) {
+                let Data { volume, version, .. } = *data;
+                let block = BlockIndex(data.first.0 + number as u64);
+                tracing::warn!(%volume, %block, %version, "a block that was durable is damaged");
+                let damaged = Damaged { volume, block, version, checksum: *checksum, position };
+                contents.damage.found(damaged, FoundBy::Start, now);
+            }
+        }
+    }
+}
 
 /// Applies what stands in segments without a footer, after all others. Those that turn out to hold nothing that is not
 /// elsewhere are left without records, for good: that is what their footer will say.

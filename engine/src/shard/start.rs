@@ -11,19 +11,23 @@ use super::scrub::Scrub;
 use super::state::Contents;
 use super::{Notify, Shard, ShardError, ShardIdentity, ShardStatistics, State};
 use crate::index::AtTie;
-use crate::log::record::Record;
-use crate::log::recovery::{self, FoundSegment, Scan};
-use crate::log::segment::Footer;
+use crate::log::footer::Footer;
+use crate::log::recovery::{self, FoundSegment, ReadFooter, Scan};
+use crate::log::search::read_twice;
 use crate::log::space::Space;
 use crate::log::superblock::{SUPERBLOCK_BLOCKS, Superblock, decode_either};
-use crate::log::{BLOCK, BatchNumber, Geometry, Position, SegmentIndex};
+use crate::log::{BLOCK, BatchNumber, FormatError, Geometry, Position, SegmentIndex};
+use futures::StreamExt;
+use futures::stream;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
-use torus_rpc::runtime::{Class, Disk, DiskError, Random, Runtime, Spawn};
+use torus_rpc::runtime::{Class, Clock, Disk, DiskError, Instant, Random, Runtime, Spawn};
 use torus_rpc::token::ClusterKey;
 use torus_schema::ids::Incarnation;
 use torus_schema::limits::BLOCK_BYTES;
 
+/// Footers read at once: the disk is busy while one is applied, and little memory is held.
+const FOOTERS_IN_FLIGHT: usize = 6;
 /// The reserve, and something to use.
 const SEGMENTS_MIN: u32 = 6;
 /// Opening, header, footer, and blocks to speak of.
@@ -47,7 +51,8 @@ impl<R: Runtime> Shard<R> {
             return Err(ShardError::TooSmall { found: size_bytes, expected });
         }
         if let Ok(found) = read_superblock(disk).await? {
-            return Err(ShardError::Formatted { node: found.node, shard: found.shard });
+            let Superblock { node, shard, .. } = found.superblock;
+            return Err(ShardError::Formatted { node, shard });
         }
         // What an earlier use of the disk left must not be taken for segments of ours.
         for segment in (0..geometry.segments).map(SegmentIndex) {
@@ -68,13 +73,15 @@ impl<R: Runtime> Shard<R> {
         identity: ShardIdentity,
         cluster_key: ClusterKey,
     ) -> Result<Rc<Shard<R>>, ShardError> {
-        let mut superblock = read_superblock(&disk).await?.map_err(ShardError::Superblock)?;
-        check_owner(&superblock, identity)?;
-        if superblock.size_bytes != disk.size_bytes() {
-            return Err(ShardError::Size { found: disk.size_bytes(), expected: superblock.size_bytes });
+        let found = read_superblock(&disk).await?.map_err(ShardError::Superblock)?;
+        check_owner(&found.superblock, identity)?;
+        if found.superblock.size_bytes != disk.size_bytes() {
+            return Err(ShardError::Size { found: disk.size_bytes(), expected: found.superblock.size_bytes });
         }
+        mend_superblock(&disk, &found).await?;
+        let mut superblock = found.superblock;
         let geometry = Geometry::new(superblock.size_bytes, superblock.segment_bytes);
-        let (contents, scan) = recover(&disk, geometry, &mut superblock).await?;
+        let (contents, scan) = recover(&disk, geometry, &mut superblock, Now::of(&runtime)).await?;
         let state = State {
             contents,
             queue: Queue::new(scan.next_batch, scan.next_sequence),
@@ -111,7 +118,7 @@ impl<R: Runtime> Shard<R> {
 /// Of a segment that holds nothing of ours: an opening or a trailer there would be believed.
 pub(super) async fn clear_ends<D: Disk>(disk: &D, geometry: Geometry, segment: SegmentIndex) -> Result<(), DiskError> {
     let first = geometry.first(segment).0;
-    for block in [first, first + geometry.blocks - 1].map(Position) {
+    for block in [first, first + 1, first + geometry.blocks - 1].map(Position) {
         if disk.read(Geometry::offset(block), BLOCK).await?.iter().any(|byte| *byte != 0) {
             write_block(disk, Geometry::offset(block), &[0; BLOCK]).await?;
         }
@@ -133,20 +140,32 @@ pub(super) fn check_owner(found: &Superblock, expected: ShardIdentity) -> Result
     Ok(())
 }
 
+/// What a start goes by besides the disk.
+struct Now {
+    now: Instant,
+    unix_s: u64,
+}
+
+impl Now {
+    fn of<R: Runtime>(runtime: &R) -> Self {
+        Self { now: runtime.clock().now(), unix_s: runtime.clock().unix_seconds() }
+    }
+}
+
 async fn recover<D: Disk>(
     disk: &D,
     geometry: Geometry,
     superblock: &mut Superblock,
+    now: Now,
 ) -> Result<(Contents, Scan), ShardError> {
     let mut contents = Contents::new(Space::new(geometry));
     let mut notes = Notes::default();
-    let mut see = |segment: SegmentIndex, records: &[Record]| {
-        records.iter().for_each(|record| contents.foresee(record));
-        notes.see(segment, records);
-    };
-    let mut scan = recovery::scan(disk, geometry, &mut see).await?;
-    for found in &scan.segments {
-        see(found.identity.segment, found.unsealed.as_deref().unwrap_or_default());
+    let mut scan = recovery::scan(disk, geometry).await?;
+    scan.segments.iter().for_each(|found| foresee(found, &mut contents, &mut notes));
+    scan.segments.iter().for_each(|found| contents.space.found(found.identity.segment));
+    for damaged in replay_sealed(disk, geometry, &scan, &mut contents).await {
+        scan.unseal(disk, geometry, damaged).await;
+        foresee(&scan.segments[damaged], &mut contents, &mut notes);
     }
     if scan.lost {
         // Before the footers: they make what is missing look as if it had never been.
@@ -154,38 +173,110 @@ async fn recover<D: Disk>(
         superblock.revision += 1;
         write_superblock(disk, superblock).await?;
     }
-    scan.segments.iter().for_each(|found| contents.space.found(found.identity.segment));
-    for segment in scan.segments.iter().filter(|found| found.unsealed.is_none()).map(|found| found.identity.segment) {
-        let footer = recovery::footer_of(disk, geometry, segment).await?;
-        let footer = footer.ok_or(ShardError::Unsteady { segment: segment.0 })?;
-        footer.records.iter().for_each(|record| contents.replay(record, AtTie::NewcomerWins));
-    }
     replay::replay_unsealed(&mut scan.segments, &notes, &mut contents);
     notes.count(&scan.segments, &mut contents);
-    seal_all(disk, geometry, &mut scan).await?;
+    scan.segments.iter().for_each(|found| replay::list_damage(found, &mut contents, now.now));
+    seal_all(disk, geometry, &mut scan, now.unix_s).await?;
     scan.segments.iter().for_each(|found| contents.space.sealed(found.identity.segment));
     Ok((contents, scan))
 }
 
-async fn seal_all<D: Disk>(disk: &D, geometry: Geometry, scan: &mut Scan) -> Result<(), DiskError> {
+fn foresee(found: &FoundSegment, contents: &mut Contents, notes: &mut Notes) {
+    let segment = found.identity.segment;
+    if let Some(ReadFooter { tail, .. }) = &found.footer {
+        tail.volumes.iter().for_each(|said| contents.foresee_flush_point(said.volume, said.flush_point));
+        tail.notes.iter().for_each(|note| contents.foresee(note));
+        notes.see(segment, &tail.notes);
+    }
+    let unsealed = found.unsealed.as_deref().unwrap_or_default();
+    unsealed.iter().for_each(|record| contents.foresee(record));
+    notes.see(segment, unsealed);
+}
+
+/// Applies what footers list, in the order of the segments. Gives the places of those whose footer is damaged.
+async fn replay_sealed<D: Disk>(disk: &D, geometry: Geometry, scan: &Scan, contents: &mut Contents) -> Vec<usize> {
+    let sealed = scan.segments.iter().enumerate().filter_map(|(at, found)| Some((at, found.footer.as_ref()?)));
+    let read = |(at, footer)| async move { (at, footer, recovery::read_data(disk, geometry, footer).await) };
+    let mut all = stream::iter(sealed).map(read).buffered(FOOTERS_IN_FLIGHT);
+    let mut damaged = Vec::new();
+    while let Some((at, footer, data)) = all.next().await {
+        let entries = data.as_ref().and_then(|data| footer.entries(geometry, data));
+        match entries {
+            Some(entries) => {
+                footer.tail.notes.iter().for_each(|note| contents.replay(note, AtTie::NewcomerWins));
+                replay::replay_entries(&footer.tail.volumes, entries, contents);
+            }
+            None => damaged.push(at),
+        }
+    }
+    damaged
+}
+
+async fn seal_all<D: Disk>(disk: &D, geometry: Geometry, scan: &mut Scan, sealed_s: u64) -> Result<(), DiskError> {
     // What was read may have come from a cache that loses it yet.
     disk.sync().await?;
     // Not a number higher than what was decided by: a crash before the last footer is durable decides again.
     let durable = scan.durable;
+    for header in scan.segments.iter().flat_map(|found| &found.mended) {
+        write_block(disk, Geometry::offset(header.position), &header.encode()).await?;
+    }
     for found in &mut scan.segments {
         let Some(records) = found.unsealed.take() else { continue };
-        let FoundSegment { identity, first_batch, end_batch, .. } = *found;
-        let footer = Footer { identity, first_batch, end_batch, durable, records };
+        let FoundSegment { identity, first_batch, end_batch, batches, .. } = *found;
+        let footer = Footer { identity, first_batch, end_batch, durable, batches, sealed_s, records };
         recovery::write_footer(disk, geometry, &footer).await?;
+    }
+    for segment in &scan.unreadable {
+        empty(disk, geometry, *segment).await?;
     }
     disk.sync().await
 }
 
-pub(super) async fn read_superblock<D: Disk>(
-    disk: &D,
-) -> Result<Result<Superblock, crate::log::FormatError>, DiskError> {
-    let bytes = disk.read(0, (SUPERBLOCK_BLOCKS * BLOCK_BYTES) as usize).await?;
-    Ok(decode_either(&bytes))
+/// What a segment held is lost, and that is said where it lasts: the next start must not find it lost once more.
+async fn empty<D: Disk>(disk: &D, geometry: Geometry, segment: SegmentIndex) -> Result<(), DiskError> {
+    let first = geometry.first(segment).0;
+    // Each is synced before the next: cut short, it is still lost or already empty, never something else.
+    for block in [first + geometry.blocks - 1, first + 1, first].map(Position) {
+        write_block(disk, Geometry::offset(block), &[0; BLOCK]).await?;
+        disk.sync().await?;
+    }
+    Ok(())
+}
+
+/// The copy that counts, and which of the two are not like it.
+pub(super) struct FoundSuperblock {
+    pub superblock: Superblock,
+    stale: Vec<u64>,
+}
+
+pub(super) async fn read_superblock<D: Disk>(disk: &D) -> Result<Result<FoundSuperblock, FormatError>, DiskError> {
+    let mut bytes = vec![0; SUPERBLOCK_BLOCKS as usize * BLOCK];
+    let mut failed = None;
+    for (copy, block) in (0u32..).zip(bytes.chunks_mut(BLOCK)) {
+        match read_twice(disk, Position(copy), 1).await {
+            Ok(read) => block.copy_from_slice(&read),
+            Err(error) => failed = Some(error),
+        }
+    }
+    let superblock = match (decode_either(&bytes), failed) {
+        // That one could not be read may be all that is wrong.
+        (Err(_), Some(error)) => return Err(error),
+        (Err(because), None) => return Ok(Err(because)),
+        (Ok(superblock), _) => superblock,
+    };
+    let good = superblock.encode();
+    let stale = (0u64..).zip(bytes.chunks(BLOCK)).filter(|(_, block)| **block != good).map(|(copy, _)| copy).collect();
+    Ok(Ok(FoundSuperblock { superblock, stale }))
+}
+
+/// With one copy there is nothing to make up for the next damage.
+async fn mend_superblock<D: Disk>(disk: &D, found: &FoundSuperblock) -> Result<(), DiskError> {
+    for copy in &found.stale {
+        tracing::warn!(copy, "a copy of the superblock is damaged or old: it is written anew from the other");
+        write_block(disk, copy * BLOCK_BYTES, &found.superblock.encode()).await?;
+        disk.sync().await?;
+    }
+    Ok(())
 }
 
 /// One copy after the other, so that one is always good.

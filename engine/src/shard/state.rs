@@ -75,6 +75,13 @@ impl Contents {
         }
     }
 
+    /// What a footer says of all its data of that volume.
+    pub fn foresee_flush_point(&mut self, volume: VolumeId, flush_point: Version) {
+        if !self.dropped.contains(&volume) {
+            self.settle(volume, flush_point);
+        }
+    }
+
     pub fn slice_of(&self, volume: VolumeId, extent: ExtentIndex) -> SliceId {
         let layout = self.volumes.get(&volume).and_then(|volume| volume.layout.as_ref());
         layout.map_or(UNKNOWN_SLICE, |layout| layout.placement.slice_of(extent))
@@ -106,7 +113,8 @@ impl Contents {
         }
     }
 
-    fn data_run(&mut self, run: Run<'_>, at_tie: AtTie) {
+    /// Part of a record whose F is known, within one extent.
+    pub fn data_run(&mut self, run: Run<'_>, at_tie: AtTie) {
         let entry = |number: usize| {
             let position = Position(run.position.0 + number as u32);
             Entry { position, checksum: run.checksums[number], version: run.version }

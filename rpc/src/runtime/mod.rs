@@ -48,6 +48,11 @@ impl Instant {
 
 pub trait Clock: Clone + 'static {
     fn now(&self) -> Instant;
+    /// Since 1970, as the host's clock says: for people to read and for ages, never for a decision about data.
+    fn unix_seconds(&self) -> u64 {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        now.map_or(0, |since| since.as_secs())
+    }
     fn sleep(&self, wait: Duration) -> impl Future<Output = ()> + 'static;
 }
 

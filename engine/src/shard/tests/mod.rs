@@ -12,8 +12,10 @@
 mod harness;
 mod model;
 mod recovery;
+mod recovery_table;
 mod repair;
 mod requests;
 mod scrub;
+mod segments_ahead;
 mod space;
 mod supervisor;

@@ -73,6 +73,9 @@ impl<D: Disk, M: Metadata> Runtime for SimulatedRuntime<D, M> {
     }
 }
 
+/// When every world begins.
+const WORLD_BEGAN_UNIX_S: u64 = 1_700_000_000;
+
 /// A place in the world: clock, tasks and chance of one process.
 #[derive(Clone)]
 pub struct Here {
@@ -83,6 +86,10 @@ pub struct Here {
 impl Clock for Here {
     fn now(&self) -> Instant {
         self.world.now()
+    }
+    /// The same in every run of a seed.
+    fn unix_seconds(&self) -> u64 {
+        WORLD_BEGAN_UNIX_S + self.world.now().0.as_secs()
     }
     fn sleep(&self, wait: Duration) -> impl Future<Output = ()> + 'static {
         self.world.sleep(wait)
