@@ -141,6 +141,7 @@ async fn build<R: Runtime>(
         locks: Default::default(),
         flush_point: Cell::new(owned.flush_point),
         replay: RefCell::new(ReplayBuffer::new(budget, this.clone())),
+        short_of_room: Cell::new(0),
         flushing_itself: Cell::new(false),
         open,
         waiting: Cell::new(0),

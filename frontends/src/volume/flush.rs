@@ -33,7 +33,9 @@ impl<R: Runtime> Session<R> {
     pub fn relieve(self: &Rc<Self>) {
         let budget = {
             let replay = self.replay.borrow();
-            if replay.is_half_full() && self.oldest_releasable().is_some() {
+            // However many others are stuck in a flush: who waits for room here needs this one.
+            let needed = replay.is_half_full() || self.short_of_room.get() > 0;
+            if needed && self.oldest_releasable().is_some() {
                 drop(replay);
                 return self.clone().flush_by_itself();
             }
@@ -78,11 +80,11 @@ impl<R: Runtime> Flushable for Session<R> {
             let flushed = self.flush().await;
             self.flushing_itself.set(false);
             budget.flushing.set(budget.flushing.get() - 1);
-            match flushed {
-                // What was written meanwhile may be too much again.
-                Ok(()) => self.relieve(),
-                Err(error) => tracing::warn!(volume = %self.record.name, %error, "flush of its own failed"),
+            if let Err(error) = flushed {
+                tracing::warn!(volume = %self.record.name, %error, "flush of its own failed");
             }
+            // What was written meanwhile, here or elsewhere, may be too much again.
+            self.relieve();
         });
     }
 }

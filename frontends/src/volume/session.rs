@@ -46,6 +46,8 @@ pub(super) struct Session<R: Runtime> {
     pub flush_point: Cell<Version>,
     /// Every record above F (protocol rule 9).
     pub replay: RefCell<ReplayBuffer>,
+    /// Records that wait for room among what is kept.
+    pub short_of_room: Cell<usize>,
     /// A flush of its own accord is under way.
     pub flushing_itself: Cell<bool>,
     /// How each shard is asked to open, at the attach and when it restarted.

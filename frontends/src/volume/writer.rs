@@ -199,6 +199,7 @@ impl<R: Runtime> Session<R> {
         if self.replay.borrow().has_room(cost) {
             return;
         }
+        let _short = CountedDown::count(&self.short_of_room);
         self.relieve();
         let budget = self.replay.borrow().budget();
         let ready = || (self.ended.borrow().is_some() || self.replay.borrow().has_room(cost)).then_some(());
@@ -242,6 +243,22 @@ impl<R: Runtime> Session<R> {
         touched.sort_unstable();
         touched.dedup();
         touched
+    }
+}
+
+/// Counts down however the caller ends.
+struct CountedDown<'a>(&'a Cell<usize>);
+
+impl<'a> CountedDown<'a> {
+    fn count(count: &'a Cell<usize>) -> Self {
+        count.set(count.get() + 1);
+        Self(count)
+    }
+}
+
+impl Drop for CountedDown<'_> {
+    fn drop(&mut self) {
+        self.0.set(self.0.get() - 1);
     }
 }
 
