@@ -108,6 +108,15 @@ impl Cluster {
         self.await_node(node);
     }
 
+    /// With more on its command line.
+    pub fn start_node_with(&mut self, node: usize, arguments: &[&str]) {
+        assert!(self.nodes[node].is_none(), "node {node} runs already");
+        let mut command = self.node_command(node);
+        command.args(arguments);
+        self.nodes[node] = Some(Process::spawn(&format!("node-{}", node + 1), &mut command, self.folder.path()));
+        self.await_node(node);
+    }
+
     /// Several at once, as after a power cut.
     pub fn start_nodes(&mut self, nodes: &[usize]) {
         nodes.iter().for_each(|node| self.spawn_node(*node));

@@ -245,6 +245,11 @@ impl Trailer {
         u64::from(self.volume_count) * VOLUME_BYTES as u64 + u64::from(self.note_bytes) + TRAILER_BYTES as u64
     }
 
+    /// Of the data.
+    pub fn data_bytes(&self) -> usize {
+        self.data_bytes as usize
+    }
+
     /// Of the whole footer.
     pub fn blocks(&self) -> u64 {
         let bytes = TRAILER_BYTES as u64 + u64::from(self.data_bytes) + self.behind_data();
@@ -289,7 +294,7 @@ impl Trailer {
     pub fn entries<'a>(&self, geometry: Geometry, bytes: &'a [u8]) -> Result<Entries<'a>, FormatError> {
         if self.data_bytes == 0 {
             Reader::new(WHAT, &[]).expect("records in no bytes", u64::from(self.data_count), 0)?;
-            return Ok(Entries { bytes: &[] });
+            return Ok(Entries { bytes: &[], at: 0 });
         }
         let end = self.blocks() as usize * BLOCK - self.behind_data() as usize;
         let start = end - self.data_bytes as usize;
@@ -306,7 +311,21 @@ impl Trailer {
             count += 1;
         }
         reader.expect("count of records", count, u64::from(self.data_count))?;
-        Ok(Entries { bytes: body })
+        Ok(Entries { bytes: body, at: 0 })
+    }
+
+    /// The same of bytes for which `entries` gave some before.
+    pub fn entries_again<'a>(&self, bytes: &'a [u8]) -> Entries<'a> {
+        Entries { bytes: self.body(bytes).expect("they were there before"), at: 0 }
+    }
+
+    fn body<'a>(&self, bytes: &'a [u8]) -> Result<&'a [u8], FormatError> {
+        if self.data_bytes == 0 {
+            return Ok(&[]);
+        }
+        let end = self.blocks() as usize * BLOCK - self.behind_data() as usize;
+        let start = end - self.data_bytes as usize;
+        bytes.get(start..end).ok_or(FormatError::Short { what: WHAT, found: bytes.len(), expected: end })
     }
 
     /// All records; `bytes` are the whole footer.
@@ -368,18 +387,30 @@ impl<'a> Entry<'a> {
 #[derive(Clone, Debug)]
 pub struct Entries<'a> {
     bytes: &'a [u8],
+    at: usize,
+}
+
+impl<'a> Entries<'a> {
+    /// In bytes: where the next one starts.
+    pub fn offset(&self) -> usize {
+        self.at
+    }
+
+    /// The one that starts there.
+    pub fn at(&self, offset: usize) -> Entry<'a> {
+        Entry::decode(&mut Reader::new(WHAT, &self.bytes[offset..])).expect("it was looked at")
+    }
 }
 
 impl<'a> Iterator for Entries<'a> {
     type Item = Entry<'a>;
 
     fn next(&mut self) -> Option<Entry<'a>> {
-        if self.bytes.is_empty() {
+        if self.at == self.bytes.len() {
             return None;
         }
-        let mut reader = Reader::new(WHAT, self.bytes);
-        let entry = Entry::decode(&mut reader).expect("it was looked at");
-        self.bytes = &self.bytes[ENTRY_BYTES + entry.checksums.len()..];
+        let entry = self.at(self.at);
+        self.at += ENTRY_BYTES + entry.checksums.len();
         Some(entry)
     }
 }

@@ -5,6 +5,7 @@ use super::NodeError;
 use crate::config::NodeArguments;
 use crate::datadir::{self, DataDir, Devices, FORMAT_VERSION, Found, Identity, Layout};
 use crate::disk::area::BlockArea;
+use crate::disk::faulty::FaultFile;
 use crate::node::executor::{self, ShardOptions};
 use crate::shard::ShardIdentity;
 use torus_schema::ids::{ClusterId, NodeId, ShardIndex};
@@ -101,6 +102,7 @@ impl Disks<'_> {
         let option = |(shard, area): (ShardIndex, BlockArea)| ShardOptions {
             identity: ShardIdentity { cluster: identity.cluster, node: identity.node, shard },
             area,
+            faults: FaultFile::new(self.arguments.fault_file.as_deref()),
             cpu: pinning.as_ref().map(|cpus| cpus[usize::from(shard.0)]),
         };
         (0..identity.shards).map(ShardIndex).zip(areas).map(option).collect()

@@ -5,6 +5,7 @@
 
 use crate::disk::area::{AreaKind, BlockArea};
 use crate::disk::direct::{DirectDisk, DirectError};
+use crate::disk::faulty::{FaultFile, FaultyDisk};
 use crate::node::no_metadata::NoMetadata;
 use crate::shard::supervisor::{Health, Media, Supervisor};
 use crate::shard::{Chunk, DamageReport, PeerTable, ScrubPass, ScrubReport, Shard, ShardIdentity};
@@ -25,13 +26,16 @@ use torus_rpc::token::ClusterKey;
 use torus_schema::ids::{ShardIndex, VolumeId};
 use torus_schema::limits::SEGMENT_BYTES;
 
-type ShardRuntime = GlommioRuntime<NoMetadata, DirectDisk>;
-type DirectChunk = Chunk<<DirectDisk as Disk>::Bytes>;
+type ShardDisk = FaultyDisk<DirectDisk>;
+type ShardRuntime = GlommioRuntime<NoMetadata, ShardDisk>;
+type DirectChunk = Chunk<<ShardDisk as Disk>::Bytes>;
 
 /// Everything a shard's thread needs to know.
 pub struct ShardOptions {
     pub identity: ShardIdentity,
     pub area: BlockArea,
+    /// For tests.
+    pub faults: FaultFile,
     pub cpu: Option<usize>,
 }
 
@@ -58,11 +62,11 @@ pub async fn format(options: ShardOptions) -> Result<(), ShardThreadError> {
             AreaKind::File => DirectDisk::create(&options.area.path, options.area.bytes).await,
             AreaKind::Device => DirectDisk::open_area(&options.area).await,
         };
-        let disk = disk.map_err(text)?;
+        let disk = FaultyDisk::new(disk.map_err(text)?, FaultFile::default());
         let formatted = Shard::format(runtime, &disk, options.identity, SEGMENT_BYTES).await;
         formatted.map_err(|error| error.to_string())?;
         disk.sync().await.map_err(|error| error.to_string())?;
-        disk.close().await.map_err(text)
+        disk.into_inner().close().await.map_err(text)
     })
     .await
 }
@@ -71,8 +75,9 @@ pub async fn format(options: ShardOptions) -> Result<(), ShardThreadError> {
 pub async fn grow(options: ShardOptions) -> Result<(), ShardThreadError> {
     in_own_thread(options, "grown", async |options: &ShardOptions, _: &ShardRuntime| {
         let disk = DirectDisk::open_area(&options.area).await.map_err(text)?;
+        let disk = FaultyDisk::new(disk, FaultFile::default());
         Shard::<ShardRuntime>::grow(&disk, options.identity).await.map_err(|error| error.to_string())?;
-        disk.close().await.map_err(text)
+        disk.into_inner().close().await.map_err(text)
     })
     .await
 }
@@ -203,17 +208,19 @@ impl ShardThread {
 type SupervisedShard = Supervisor<ShardRuntime, Area>;
 
 /// Opened by its path each time: a device that came back is another one to the kernel.
-struct Area(BlockArea);
+struct Area(BlockArea, FaultFile);
 
 impl Media<ShardRuntime> for Area {
-    async fn open(&self) -> Result<DirectDisk, String> {
-        DirectDisk::open_area(&self.0).await.map_err(text)
+    async fn open(&self) -> Result<ShardDisk, String> {
+        self.1.check("open")?;
+        let disk = DirectDisk::open_area(&self.0).await.map_err(text)?;
+        Ok(FaultyDisk::new(disk, self.1.clone()))
     }
 }
 
 async fn open(options: &ShardOptions, key: ClusterKey) -> Result<Rc<SupervisedShard>, String> {
     let runtime = ShardRuntime::new(NoMetadata);
-    let media = Area(options.area.clone());
+    let media = Area(options.area.clone(), options.faults.clone());
     Supervisor::start(runtime, media, options.identity, key).await.map_err(|error| error.to_string())
 }
 

@@ -129,7 +129,7 @@ fn damage_of(index: ShardIndex, report: &DamageReport) -> ShardDamage {
     ShardDamage {
         index,
         damaged: report.counts.damaged,
-        conflicts: report.counts.conflicts,
+        conflicts: report.counts.conflicting,
         blocks: report.blocks.iter().map(block).collect(),
         conflict_list: report.conflicts.iter().map(conflict).collect(),
     }

@@ -86,6 +86,8 @@ pub struct DamageCounts {
     pub unlisted: u64,
     /// Conflicts found.
     pub conflicts: u64,
+    /// Conflicts listed now.
+    pub conflicting: u64,
 }
 
 /// Both lists, as far as they were asked for.
@@ -183,6 +185,15 @@ impl Damage {
         true
     }
 
+    pub fn conflicts(&self) -> impl Iterator<Item = &Conflict> {
+        self.conflicts.values()
+    }
+
+    /// Something newer stands there now.
+    pub fn settled(&mut self, conflict: &Conflict) {
+        self.conflicts.remove(&(conflict.volume, conflict.block, conflict.version));
+    }
+
     pub fn drop_volume(&mut self, volume: VolumeId) {
         self.listed.retain(|(of, _, _), _| *of != volume);
         self.conflicts.retain(|(of, _, _), _| *of != volume);
@@ -196,7 +207,7 @@ impl Damage {
     }
 
     pub fn counts(&self) -> DamageCounts {
-        DamageCounts { damaged: self.listed.len() as u64, ..self.counts }
+        DamageCounts { damaged: self.listed.len() as u64, conflicting: self.conflicts.len() as u64, ..self.counts }
     }
 }
 

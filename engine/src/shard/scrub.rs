@@ -9,7 +9,7 @@
 //!
 //! When a pass starts, what is remembered of it and how fast it goes is decided by the node (`node::scrub`).
 
-use super::damage::{Damaged, FoundBy};
+use super::damage::{Conflict, Damaged, FoundBy};
 use super::repair::{block_of, versions_of};
 use super::{Shard, State};
 use crate::index::{Found, Place};
@@ -105,8 +105,9 @@ impl<R: Runtime> Shard<R> {
                 }
                 Turn::Compare => {
                     if self.compare_all().await.is_some() {
-                        let scrub = &mut self.state.borrow_mut().scrub;
-                        scrub.finished = scrub.running.take().map(|running| running.pass);
+                        let state = &mut *self.state.borrow_mut();
+                        state.forget_settled_conflicts();
+                        state.scrub.finished = state.scrub.running.take().map(|running| running.pass);
                     }
                     self.peers.close_links();
                 }
@@ -128,7 +129,7 @@ impl<R: Runtime> Shard<R> {
         let Some(blocks) = self.needed_blocks(segment).await else {
             self.count(|pass| pass.segments_unread += 1);
             tracing::error!(segment = segment.0, "scrub: the list of a segment's records cannot be read");
-            return Some(());
+            return self.pace(BLOCK).await;
         };
         for group in neighbours(&blocks) {
             let read = self.scrub_group(segment, group).await;
@@ -268,6 +269,18 @@ impl State {
         }
         let pass = self.scrub.running.as_ref()?.pass;
         Some(if pass.segment < geometry.segments { Turn::Segment(SegmentIndex(pass.segment)) } else { Turn::Compare })
+    }
+
+    /// What was written anew since is a conflict no more.
+    fn forget_settled_conflicts(&mut self) {
+        let settled: Vec<Conflict> =
+            self.contents.damage.conflicts().filter(|found| !self.stands(found)).cloned().collect();
+        settled.iter().for_each(|conflict| self.contents.damage.settled(conflict));
+    }
+
+    fn stands(&self, conflict: &Conflict) -> bool {
+        let &Conflict { volume, block, version, checksum_here: checksum, .. } = conflict;
+        self.standing(&Damaged { volume, block, version, checksum, position: Position(0) }).is_some()
     }
 
     fn is_needed_there(&self, block: &Damaged) -> bool {

@@ -6,7 +6,7 @@
 
 use super::peers::Peers;
 use super::queue::{Queue, Syncs};
-use super::replay::{self, Notes};
+use super::replay::{self, Listed, Notes};
 use super::scrub::Scrub;
 use super::state::Contents;
 use super::{Notify, Shard, ShardError, ShardIdentity, ShardStatistics, State};
@@ -28,6 +28,8 @@ use torus_schema::limits::BLOCK_BYTES;
 
 /// Footers read at once: the disk is busy while one is applied, and little memory is held.
 const FOOTERS_IN_FLIGHT: usize = 6;
+/// Data of footers that is applied together, extent by extent: half a million scattered blocks.
+const FOOTER_BYTES_HELD: usize = 18 << 20;
 /// The reserve, and something to use.
 const SEGMENTS_MIN: u32 = 6;
 /// Opening, header, footer, and blocks to speak of.
@@ -198,18 +200,30 @@ async fn replay_sealed<D: Disk>(disk: &D, geometry: Geometry, scan: &Scan, conte
     let sealed = scan.segments.iter().enumerate().filter_map(|(at, found)| Some((at, found.footer.as_ref()?)));
     let read = |(at, footer)| async move { (at, footer, recovery::read_data(disk, geometry, footer).await) };
     let mut all = stream::iter(sealed).map(read).buffered(FOOTERS_IN_FLIGHT);
-    let mut damaged = Vec::new();
+    let (mut damaged, mut held, mut held_bytes) = (Vec::new(), Vec::new(), 0);
     while let Some((at, footer, data)) = all.next().await {
-        let entries = data.as_ref().and_then(|data| footer.entries(geometry, data));
-        match entries {
-            Some(entries) => {
+        match data.filter(|data| footer.entries(geometry, data).is_some()) {
+            Some(data) => {
                 footer.tail.notes.iter().for_each(|note| contents.replay(note, AtTie::NewcomerWins));
-                replay::replay_entries(&footer.tail.volumes, entries, contents);
+                held_bytes += footer.trailer.data_bytes();
+                held.push((footer, data));
             }
             None => damaged.push(at),
         }
+        if held_bytes >= FOOTER_BYTES_HELD {
+            replay_held(&held, contents);
+            held.clear();
+            held_bytes = 0;
+        }
     }
+    replay_held(&held, contents);
     damaged
+}
+
+fn replay_held<D: Disk>(held: &[(&ReadFooter, recovery::Data<D>)], contents: &mut Contents) {
+    let listed =
+        held.iter().map(|(footer, data)| Listed { volumes: &footer.tail.volumes, entries: footer.entries_again(data) });
+    replay::replay_listed(&listed.collect::<Vec<_>>(), contents);
 }
 
 async fn seal_all<D: Disk>(disk: &D, geometry: Geometry, scan: &mut Scan, sealed_s: u64) -> Result<(), DiskError> {

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 use thiserror::Error;
+use torus_rpc::control::ControlError;
 use torus_rpc::metadata::MetadataError;
 use torus_rpc::token::KeyError;
 use torus_schema::ids::{ClusterId, SliceId, VolumeId};
@@ -14,6 +15,8 @@ use torus_schema::size;
 pub enum AdminError {
     #[error(transparent)]
     Metadata(#[from] MetadataError),
+    #[error(transparent)]
+    Control(#[from] ControlError),
     #[error("{0}")]
     Record(String),
     #[error("the ring document is not valid ({0}); restore it from a backup of the metadata store")]

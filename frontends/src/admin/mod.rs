@@ -5,6 +5,7 @@
 //! * `peer`      storage nodes, and which of them are in the ring
 //! * `ring`      the ring document
 //! * `volume`    the noun both programs share; `volume_create`, `volume_delete`, `volume_show`
+//! * `scrub`     reading and verifying everything, and what was found
 //! * `snapshot`  what stands in the metadata store, read and checked
 //! * `output`    tables, JSON and CSV
 //! * `error`     every way a command is refused or fails, and what to do next
@@ -14,6 +15,7 @@ mod error;
 pub mod output;
 pub mod peer;
 pub mod ring;
+pub mod scrub;
 mod snapshot;
 pub mod volume;
 pub mod volume_create;

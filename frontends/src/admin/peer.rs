@@ -53,12 +53,17 @@ pub async fn list<M: Metadata>(metadata: &M) -> Result<Report, AdminError> {
     let stale: Vec<_> = statuses.values().flat_map(|status| &status.stale).collect();
     let known: BTreeSet<NodeId> =
         nodes.records.keys().copied().chain(ring.nodes().iter().map(|node| node.id)).collect();
-    let (mut rows, mut documents) = (Vec::new(), Vec::new());
+    let (mut rows, mut documents, mut warnings) = (Vec::new(), Vec::new(), Vec::new());
     let (mut size_total, mut used_total) = (0, 0);
     for id in known {
         let (record, heartbeat, member) = (nodes.records.get(&id), nodes.heartbeats.get(&id), ring.node_by_id(id));
         let size_bytes = record.map_or_else(|| member.map_or(0, |node| node.weight_bytes()), NodeRecord::size_bytes);
         let used_bytes: Option<u64> = heartbeat.map(|beat| beat.shards.iter().map(|shard| shard.used_bytes).sum());
+        for shard in heartbeat.iter().flat_map(|beat| &beat.shards) {
+            if let Some(because) = &shard.failed {
+                warnings.push(format!("{}: shard {} answers nothing: {because}", nodes.name(id), shard.index));
+            }
+        }
         let state = match (heartbeat, member) {
             (None, _) => "DOWN",
             (Some(_), Some(_)) => "OK",
@@ -104,7 +109,7 @@ pub async fn list<M: Metadata>(metadata: &M) -> Result<Report, AdminError> {
         rows,
         summary: vec![format!("Balanced: {balanced} Usage: {usage}")],
         json: object!({"peers": documents, "balanced": balanced, "usage": usage}),
-        warnings: vec![],
+        warnings,
     })
 }
 
@@ -209,7 +214,7 @@ fn plan_node(record: &NodeRecord) -> PlanNode {
 }
 
 /// Nodes by uuid, control address or the address of one of their shards.
-fn select(nodes: &Nodes, wanted: &[String]) -> Result<BTreeSet<NodeId>, AdminError> {
+pub(super) fn select(nodes: &Nodes, wanted: &[String]) -> Result<BTreeSet<NodeId>, AdminError> {
     let mut selected = BTreeSet::new();
     for wanted in wanted {
         let is_meant = |record: &&NodeRecord| {

@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use torus_frontends::admin::cluster::{self, InitArguments};
 use torus_frontends::admin::peer::{self, PeerCommand};
 use torus_frontends::admin::ring::{self, RingCommand};
+use torus_frontends::admin::scrub::{self, ScrubCommand};
 use torus_frontends::admin::volume::{self, VolumeCommand};
 use torus_rpc::runtime::Runtime;
 
@@ -47,6 +48,9 @@ enum Command {
     /// The ring: which shards hold which slices
     #[command(subcommand)]
     Ring(RingCommand),
+    /// Scrub: have nodes read and verify all they hold, and see what they found
+    #[command(subcommand)]
+    Scrub(ScrubCommand),
     /// Volumes: create, list, show, delete
     #[command(subcommand)]
     Volume(VolumeCommand),
@@ -63,6 +67,7 @@ fn main() -> ExitCode {
             Command::Peer(command) => peer::run(metadata, command).await,
             Command::ListPeers => peer::list(metadata).await,
             Command::Ring(command) => ring::run(metadata, command).await,
+            Command::Scrub(command) => scrub::run(metadata, command, deadline).await,
             Command::Volume(command) => volume::run(runtime, command, deadline, progress).await,
         }
     })

@@ -78,6 +78,14 @@ fn two_whole_different_copies_of_one_version_are_told_once_and_left_alone() {
         let statistics = pair.here.machine.shard().statistics();
         assert_eq!((statistics.conflicts, statistics.damaged), (1, 0));
         assert_eq!(pair.here.read(4, 1).await.unwrap(), vec![(version, true)]);
+        assert_eq!(pair.here.machine.shard().damage(9).conflicts.len(), 1);
+        // Written anew, and the superseded version let go of: settled.
+        pair.write(4, 1).await;
+        pair.here.flush().await.unwrap();
+        pair.here.write(9, 1).await.unwrap();
+        pair.here.machine.shard().start_scrub(pass(300), RATE);
+        assert_eq!(finished(&pair.here).await.conflicts, 0);
+        assert_eq!(pair.here.machine.shard().damage(9).conflicts.len(), 0);
     });
 }
 
