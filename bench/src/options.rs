@@ -98,8 +98,15 @@ pub enum StorePart {
 
 #[derive(Args, Clone, Debug)]
 pub struct StoreOptions {
-    #[command(flatten)]
-    pub effort: Effort,
+    /// How often traffic and starts are measured, one after the other; figures are medians
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..))]
+    rounds: u16,
+    /// Seconds of each measurement of traffic; reads beside the cleaner take five times as long
+    #[arg(long, value_name = "SECONDS", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..))]
+    seconds: u16,
+    /// One short round, and small shards: to see that it works, not what it gives
+    #[arg(long)]
+    pub quick: bool,
     /// Only these parts; all by default
     #[arg(long = "part", value_name = "PART")]
     parts: Vec<StorePart>,
@@ -119,6 +126,10 @@ pub struct FillOptions {
 }
 
 impl StoreOptions {
+    pub fn rounds_and_time(&self) -> (usize, Duration) {
+        Effort { rounds: self.rounds, seconds: self.seconds, quick: self.quick }.rounds_and_time()
+    }
+
     pub fn wants(&self, part: StorePart) -> bool {
         self.parts.is_empty() || self.parts.contains(&part)
     }

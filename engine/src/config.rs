@@ -1,12 +1,12 @@
 //! The command line of `torus-engine`: parsed and checked before anything is touched, so that a wrong setting costs
 //! nothing but its message.
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
-use torus_schema::ids::ShardIndex;
+use torus_schema::ids::{BlockIndex, ShardIndex, VolumeId};
 use torus_schema::limits;
 
 /// Cores at or below which a node has one shard and runs unpinned: the kernel, the clients and the other nodes of a
@@ -42,6 +42,80 @@ pub struct CommandLine {
 pub enum Command {
     /// Serve a metadata store for one machine, as a process of its own: nodes and tools reach it as torus://HOST:PORT
     Metadata(MetadataArguments),
+    /// Show what stands on the disks of a node that does not run; writes nothing
+    Inspect(InspectArguments),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum InspectOutput {
+    Text,
+    Json,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    torus-engine inspect /var/lib/torus\n  \
+    torus-engine inspect /var/lib/torus --verify --output json\n  \
+    torus-engine inspect /var/lib/torus --block 6ba7b810-9dad-11d1-80b4-00c04fd430c8 4096\n  \
+    torus-engine inspect --device /dev/nvme0n1\n\n\
+    `torusblk volume info` gives the id of a volume; a block is 4 KiB. Exits with 1 if --verify finds damage.")]
+pub struct InspectArguments {
+    /// The node's data dir
+    pub dir: Option<PathBuf>,
+
+    /// Where its devices are now; without DIR: show what is on these
+    #[arg(long = "device", value_name = "PATH", action = clap::ArgAction::Append)]
+    pub devices: Vec<PathBuf>,
+
+    /// Only this one
+    #[arg(long, value_name = "N")]
+    pub shard: Option<u16>,
+
+    /// Show all records of one block of a volume, whether they still count or not
+    #[arg(long, num_args = 2, value_names = ["VOLUME", "BLOCK"], value_parser = parse_number_or_id)]
+    pub block: Vec<VolumeOrBlock>,
+
+    /// Read everything and compare checksums; progress goes to stderr if that is a terminal
+    #[arg(long)]
+    pub verify: bool,
+
+    #[arg(long, value_enum, default_value_t = InspectOutput::Text)]
+    pub output: InspectOutput,
+
+    /// What is logged to stderr: error, warn, info, debug, trace, or a filter such as torus_engine=debug
+    #[arg(long, value_name = "LEVEL", default_value = "error")]
+    pub log: String,
+}
+
+impl InspectArguments {
+    pub fn block(&self) -> Option<(VolumeId, BlockIndex)> {
+        match self.block.as_slice() {
+            [VolumeOrBlock::Volume(volume), VolumeOrBlock::Block(block)] => Some((*volume, *block)),
+            _ => None,
+        }
+    }
+
+    /// What the parser cannot say.
+    pub fn check(&self) -> Result<(), String> {
+        if !self.block.is_empty() && self.block().is_none() {
+            return Err(format!("--block: found {:?}, expected a volume's id and then a block's number", self.block));
+        }
+        Ok(())
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VolumeOrBlock {
+    Volume(VolumeId),
+    Block(BlockIndex),
+}
+
+fn parse_number_or_id(text: &str) -> Result<VolumeOrBlock, String> {
+    let wrong = || format!("found {text:?}, expected the id of a volume, or the number of a block");
+    match text.parse::<u64>() {
+        Ok(number) => Ok(VolumeOrBlock::Block(BlockIndex(number))),
+        Err(_) => text.parse().map(VolumeOrBlock::Volume).map_err(|_| wrong()),
+    }
 }
 
 #[derive(Debug, Args)]

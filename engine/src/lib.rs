@@ -4,6 +4,7 @@
 //! * `datadir`  the node's own directory: identity, lock, block files
 //! * `node`     the life of the process: start, membership, stop
 //! * `control`  what a node answers to those who ask about it
+//! * `inspect`  what stands on the disks of a node that does not run
 //! * `shard`    ties the following together: answers requests, commits in groups, cleans
 //! * `log`      formats and recovery of what stands on the disk; an appending log of segments
 //! * `index`    where the newest version of every block lies; a cache of the log
@@ -16,6 +17,7 @@ pub mod control;
 pub mod datadir;
 pub mod disk;
 pub mod index;
+pub mod inspect;
 pub mod log;
 pub mod node;
 pub mod shard;

@@ -1,16 +1,20 @@
-//! `torus-engine`: a storage node, or the metadata store of one machine.
+//! `torus-engine`: a storage node, the metadata store of one machine, or a look at the disks of a stopped node.
 
 use clap::Parser;
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 use torus_engine::config::{Command, CommandLine, MetadataArguments};
-use torus_engine::node;
+use torus_engine::{inspect, node};
 use torus_rpc::metadata::embedded_server::EmbeddedServer;
 
 fn main() -> ExitCode {
     let line = CommandLine::parse();
     let result = match (line.command, line.node) {
         (Some(Command::Metadata(arguments)), _) => start_log(&arguments.log).and_then(|()| serve_metadata(&arguments)),
+        (Some(Command::Inspect(arguments)), _) => arguments
+            .check()
+            .and_then(|()| start_log(&arguments.log))
+            .and_then(|()| inspect::run(&arguments).map_err(|error| error.to_string())),
         (None, Some(arguments)) => {
             start_log(&arguments.log).and_then(|()| node::run(arguments).map_err(|error| error.to_string()))
         }

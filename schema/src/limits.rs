@@ -84,6 +84,12 @@ pub const REPAIRS_IN_FLIGHT_MAX: usize = 16;
 pub const REPAIR_PAUSE_MIN: Duration = Duration::from_secs(1);
 pub const REPAIR_PAUSE_MAX: Duration = Duration::from_secs(600);
 
+/// Snapshots of one volume whose data a shard can be told to keep: one record names them all, and it has to fit into
+/// the smallest segment beside others.
+pub const PINS_MAX: usize = 512;
+/// What one revoke record lists at most, for the same reason; a longer request becomes several.
+pub const REVOKED_PER_RECORD_MAX: usize = 256;
+
 /// What one connection to a shard may have under way before it is not read from; an idle one may always start.
 pub const CONNECTION_REQUESTS_MAX: usize = 1024;
 pub const CONNECTION_BYTES_MAX: u64 = 64 * MIB;
@@ -98,6 +104,12 @@ pub const REPLAY_BYTES_PER_PROCESS_MAX: u64 = 512 * MIB;
 pub const REPLAY_FLUSHES_MAX: usize = 4;
 /// Records on their way to one restarted replica: they fill the link and leave room on its connection for others.
 pub const REPLAYS_IN_FLIGHT_MAX: usize = 16;
+
+/// The same while a shard says it is full: until the flush, what is overwritten takes room twice. Some hundred volumes
+/// can do so at once within what a shard of a few GiB holds back beyond saying that it is full.
+pub const UNFLUSHED_BYTES_WHEN_FULL_MAX: u64 = MIB;
+/// How long clears that were flushed may be kept for no reason, so that shards are not told again with every flush.
+pub const RETAIN_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Every call to the metadata store ends within this.
 pub const METADATA_DEADLINE: Duration = Duration::from_secs(5);
@@ -178,6 +190,7 @@ const _: () =
     assert!(2 * REPLAYS_IN_FLIGHT_MAX as u64 * (PAYLOAD_BYTES_MAX + HEADER_BYTES_MAX) <= CONNECTION_BYTES_MAX);
 const _: () = assert!(SEGMENT_BYTES.is_multiple_of(BLOCK_BYTES));
 const _: () = assert!(SEGMENT_BYTES >= 8 * PAYLOAD_BYTES_MAX);
+const _: () = assert!(UNFLUSHED_BYTES_WHEN_FULL_MAX < REPLAY_BYTES_PER_VOLUME_MAX);
 const _: () = assert!(VOLUME_BYTES_MAX.is_multiple_of(EXTENT_BYTES));
 const _: () = assert!(VOLUME_BYTES_MAX / BLOCK_BYTES < 1 << 53);
 const _: () = assert!(SLICES_DEFAULT.is_power_of_two() && SLICES_MAX.is_power_of_two());

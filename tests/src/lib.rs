@@ -2,19 +2,23 @@
 //!
 //! * `wait`     await a state, with a deadline
 //! * `loops`    loop devices, and file systems on them that can be cut off
+//! * `nbd`      a client whose every answer can be recorded
 //! * `process`  a program that ends with its test
 //! * `simulation`  a whole cluster in one thread, from one seed
 //! * `store`    a metadata store: etcd, or our own
 //! * `tools`    stock NBD tools
+//! * `witness`  load that knows what it was promised
 //! * `cluster`  a store, nodes and the commands to administer them
 
 pub mod cluster;
 pub mod loops;
+pub mod nbd;
 pub mod process;
 pub mod simulation;
 pub mod store;
 pub mod tools;
 pub mod wait;
+pub mod witness;
 
 pub use cluster::{Cluster, ClusterOptions};
 pub use process::{Outcome, Process};

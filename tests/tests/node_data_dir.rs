@@ -142,7 +142,9 @@ fn a_format_that_was_cut_off_is_begun_again() {
     let dir = cluster.data_dir(0);
     let before = cluster.node_id(0);
     fs::remove_file(dir.join("torus.json")).unwrap();
-    fs::remove_file(dir.join("lease.json")).unwrap();
+    for later in ["lease.json", "lease.json.new", "scrub.json", "scrub.json.new"] {
+        let _ = fs::remove_file(dir.join(later));
+    }
     File::create(dir.join("formatting")).unwrap();
     cluster.start_node(0);
     assert_says(&cluster.node(0).log(), &["a format was cut off"]);

@@ -69,12 +69,15 @@ fn growth_that_finds_too_little_space_is_refused_and_the_node_starts_as_it_was()
     check_data(&mut cluster);
 }
 
+/// The state of its disk in which a node is killed.
+type Moment = fn(&Cluster) -> bool;
+
 /// The states that kill -9 or a power cut can leave: `datadir::growth` lists them.
 #[test]
 fn growth_killed_at_any_moment_ends_in_one_of_the_two_sizes() {
     let mut cluster = with_data("growth-killed");
     let old = fs::read_to_string(cluster.data_dir(0).join("torus.json")).unwrap();
-    let killed_when: [(&str, fn(&Cluster) -> bool); 3] = [
+    let killed_when: [(&str, Moment); 3] = [
         ("intent", |cluster| cluster.identity(0).growing.is_some()),
         ("extended", |cluster| length(cluster) > 512 << 20),
         ("finished", |cluster| cluster.identity(0).shard_bytes == GROWN),

@@ -12,11 +12,11 @@ use std::rc::Rc;
 use torus_engine::disk::direct::DirectDisk;
 use torus_engine::node::no_metadata::NoMetadata;
 use torus_engine::shard::{Shard, ShardIdentity, ShardStatistics};
-use torus_rpc::message::{Answer, Envelope, Operation, Refusal};
+use torus_rpc::message::{Answer, Envelope, Operation, Refusal, Retention};
 use torus_rpc::runtime::glommio::GlommioRuntime;
 use torus_rpc::token::ClusterKey;
 use torus_schema::ids::{BlockIndex, ClusterId, Epoch, NodeId, RingGeneration, ShardIndex, SliceId, Version, VolumeId};
-use torus_schema::limits::BLOCK_BYTES;
+use torus_schema::limits::{BLOCK_BYTES, SEQUENCE_MAX};
 
 pub type BenchRuntime = GlommioRuntime<NoMetadata, DirectDisk>;
 pub type BenchShard = Shard<BenchRuntime>;
@@ -115,6 +115,9 @@ impl Writer {
             Answer::Opened(opened) => writer.numbers.borrow_mut().envelope.incarnation = opened.incarnation,
             other => return Err(unexpected("an Open", &other)),
         }
+        // No snapshots, no stale replica; until this is said the shard frees nothing.
+        let horizon = Version::new(EPOCH, SEQUENCE_MAX);
+        writer.call(Operation::Retain(Retention { horizon, ..Retention::default() }), Bytes::new()).await?;
         Ok(writer)
     }
 

@@ -28,8 +28,8 @@ const PERCENTS: [u64; 3] = [70, 80, 90];
 /// Beyond it the theory knows no end.
 const RHO_MAX: f64 = 0.999;
 /// Half sizes of the live data that are written before it counts, and then.
-const WARM_UP_HALVES: usize = 8;
-const MEASURED_HALVES: usize = 4;
+const WARM_UP_HALVES: usize = 6;
+const MEASURED_HALVES: usize = 3;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub enum Pattern {

@@ -25,7 +25,7 @@ use torus_rpc::runtime::glommio::run as run_executor;
 use torus_tests::process;
 
 /// A p99.9 wants more operations than a round of the others has.
-const READ_TIMES: u32 = 3;
+const READ_TIMES: u32 = 5;
 
 #[derive(Default, Serialize)]
 struct Outcome {
@@ -38,12 +38,12 @@ struct Outcome {
 }
 
 pub fn run(options: &StoreOptions) -> Result<()> {
-    let (rounds, time) = options.effort.rounds_and_time();
+    let (rounds, time) = options.rounds_and_time();
     let folder = folder(options)?;
     let place: PathBuf = folder.path().to_path_buf();
     let mut outcome = Outcome { machine: Machine::describe(&place), ..Outcome::default() };
     if options.wants(StorePart::Index) {
-        outcome.index = indexing::measure(options.effort.quick)?;
+        outcome.index = indexing::measure(options.quick)?;
         indexing::print(&outcome.index);
     }
     if options.wants(StorePart::Traffic) {
@@ -51,7 +51,7 @@ pub fn run(options: &StoreOptions) -> Result<()> {
         traffic::print(&outcome.traffic);
     }
     if options.wants(StorePart::Start) {
-        outcome.start = in_executor(starting::measure(&place, rounds, options.effort.quick))?;
+        outcome.start = in_executor(starting::measure(&place, rounds, options.quick))?;
         starting::print(&outcome.start);
     }
     if options.wants(StorePart::Reads) {
@@ -59,7 +59,7 @@ pub fn run(options: &StoreOptions) -> Result<()> {
         reads::print(&outcome.reads);
     }
     if options.wants(StorePart::Cleaning) {
-        outcome.cleaning = in_executor(cleaning::measure(&place, options.effort.quick))?;
+        outcome.cleaning = in_executor(cleaning::measure(&place, options.quick))?;
         cleaning::print(&outcome.cleaning);
     }
     let path = write_json("store", &outcome)?;

@@ -70,9 +70,16 @@ impl DataDir {
     }
 }
 
-/// The devices of a formatted node, held, and its identity with the paths they have now. `given` by `--device`: only
-/// there is looked then, in any order; otherwise where they were, and if one is not there, everywhere.
+/// The devices of a formatted node, held, and its identity with the paths they have now.
 pub fn attach(identity: &Identity, given: &[PathBuf]) -> Result<(Devices, Identity), DataDirError> {
+    let paths = look_for(identity, given)?;
+    let devices = Devices::take(&paths)?;
+    Ok((devices, Identity { devices: paths, ..identity.clone() }))
+}
+
+/// Where the devices of a formatted node are now. `given` by `--device`: only there is looked then, in any order;
+/// otherwise where they were, and if one is not there, everywhere.
+pub fn look_for(identity: &Identity, given: &[PathBuf]) -> Result<Vec<PathBuf>, DataDirError> {
     let remembered = &identity.devices;
     if remembered.is_empty() && !given.is_empty() {
         return Err(DataDirError::DevicesNotUsed { asked: given.to_vec() });
@@ -96,8 +103,7 @@ pub fn attach(identity: &Identity, given: &[PathBuf]) -> Result<(Devices, Identi
         }
         paths.push(path);
     }
-    let devices = Devices::take(&paths)?;
-    Ok((devices, Identity { devices: paths, ..identity.clone() }))
+    Ok(paths)
 }
 
 fn carries(path: &Path, identity: &Identity, shard: ShardIndex) -> bool {

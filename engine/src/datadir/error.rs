@@ -16,6 +16,8 @@ pub enum DataDirError {
         "data dir {path} holds {found:?}, which is no node's: only an empty directory is formatted; choose another or empty it"
     )]
     UnknownContent { path: PathBuf, found: String },
+    #[error("data dir {path} was never formatted, or its format was cut off: there is nothing to look at")]
+    NotFormatted { path: PathBuf },
     #[error("{path} has format version {found}, expected {expected}; run the program that wrote it")]
     OtherFormat { path: PathBuf, found: u32, expected: u32 },
     #[error(

@@ -36,7 +36,7 @@ use std::path::{Path, PathBuf};
 use torus_schema::ids::{ClusterId, NodeId, ShardIndex};
 use torus_schema::records::decimal;
 
-pub use devices::{Devices, attach};
+pub use devices::{Devices, attach, look_for as look_for_devices};
 pub use error::DataDirError;
 pub use layout::Layout;
 
@@ -107,11 +107,25 @@ impl DataDir {
                 write_pid(&mut lock).map_err(|error| io_error(&lock_path, "write the pid to", error))?;
                 Ok(Self { path, _lock: lock })
             }
-            Err((mut file, Errno::EWOULDBLOCK)) => {
-                let mut pid = String::new();
-                file.read_to_string(&mut pid).map_err(|error| io_error(&lock_path, "read", error))?;
-                Err(DataDirError::Locked { path, pid: pid.trim().to_string() })
+            Err((file, Errno::EWOULDBLOCK)) => Err(locked(path, &lock_path, file)),
+            Err((_, errno)) => Err(io_error(&lock_path, "lock", errno.into())),
+        }
+    }
+
+    /// Of a node that does not run: locked, and nothing in it is touched.
+    pub fn look(path: &Path) -> Result<(Self, Identity), DataDirError> {
+        let path = path.canonicalize().map_err(|error| io_error(path, "find the directory", error))?;
+        let lock_path = path.join(LOCK);
+        let file = File::open(&lock_path).map_err(|error| io_error(&lock_path, "open", error))?;
+        match Flock::lock(file, FlockArg::LockSharedNonblock) {
+            Ok(lock) => {
+                let dir = Self { path, _lock: lock };
+                match dir.inspect()? {
+                    Found::Formatted(identity) => Ok((dir, identity)),
+                    Found::Empty | Found::InterruptedFormat => Err(DataDirError::NotFormatted { path: dir.path }),
+                }
             }
+            Err((file, Errno::EWOULDBLOCK)) => Err(locked(path, &lock_path, file)),
             Err((_, errno)) => Err(io_error(&lock_path, "lock", errno.into())),
         }
     }
@@ -251,6 +265,14 @@ impl DataDir {
             File::open(&self.path)?.sync_all()
         };
         write().map_err(|error| io_error(&path, "write", error))
+    }
+}
+
+fn locked(path: PathBuf, lock_path: &Path, mut file: File) -> DataDirError {
+    let mut pid = String::new();
+    match file.read_to_string(&mut pid) {
+        Ok(_) => DataDirError::Locked { path, pid: pid.trim().to_string() },
+        Err(error) => io_error(lock_path, "read", error),
     }
 }
 

@@ -85,11 +85,7 @@ impl Device {
         if !metadata.file_type().is_block_device() {
             return Err(DeviceError::NotADevice { path: path.to_path_buf() });
         }
-        let file = OpenOptions::new().read(true).write(true).custom_flags(nix::libc::O_EXCL).open(path);
-        let mut file = file.map_err(|error| match error.raw_os_error().map(Errno::from_raw) {
-            Some(Errno::EBUSY) => DeviceError::InUse { path: path.to_path_buf() },
-            _ => io_error(path, "open", error),
-        })?;
+        let mut file = open_exclusively(path, OpenOptions::new().read(true).write(true))?;
         let found = logical_block_bytes(&file).map_err(failed("ask for the block size of"))?;
         if found > BLOCK_BYTES {
             return Err(DeviceError::LogicalBlock { path: path.to_path_buf(), found, expected: BLOCK_BYTES });
@@ -178,11 +174,29 @@ impl Device {
     }
 }
 
+fn open_exclusively(path: &Path, options: &mut OpenOptions) -> Result<File, DeviceError> {
+    let file = options.custom_flags(nix::libc::O_EXCL).open(path);
+    file.map_err(|error| match error.raw_os_error().map(Errno::from_raw) {
+        Some(Errno::EBUSY) => DeviceError::InUse { path: path.to_path_buf() },
+        _ => io_error(path, "open", error),
+    })
+}
+
+/// To read it, with nobody who writes.
+pub fn peek_exclusively(path: &Path) -> Result<File, DeviceError> {
+    open_exclusively(path, OpenOptions::new().read(true))
+}
+
 /// Without holding the device: for a look at those of which nobody said that they are ours.
 pub fn peek_superblock(path: &Path) -> io::Result<Option<Superblock>> {
+    peek_area(path, 0)
+}
+
+/// Of the area that begins at `offset`.
+pub fn peek_area(path: &Path, offset: u64) -> io::Result<Option<Superblock>> {
     let mut file = File::open(path)?;
     let bytes = file.seek(SeekFrom::End(0))?;
-    superblock_of(&file, bytes, 0)
+    superblock_of(&file, bytes, offset)
 }
 
 /// Every block device of this machine, by the name the kernel gave it.

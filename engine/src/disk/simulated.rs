@@ -257,7 +257,11 @@ impl<C: Clock> Disk for SimulatedDisk<C> {
         let state = &mut *self.state.borrow_mut();
         state.counts.reads += 1;
         state.counts.bytes_read += bytes as u64;
-        if state.life != life || State::due(&mut state.reads_to_fail) {
+        if state.life != life {
+            return Err(self.error("read", offset, bytes, "the disk crashed"));
+        }
+        if State::due(&mut state.reads_to_fail) {
+            state.fault.damages += 1;
             return Err(self.error("read", offset, bytes, "injected"));
         }
         if state.fault.vanished || state.is_bad(offset, bytes) {

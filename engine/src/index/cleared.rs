@@ -38,6 +38,13 @@ impl ClearedExtents {
         self.join(first.0, end.0);
     }
 
+    /// The extent was not cleared as a whole after all.
+    pub fn remove(&mut self, extent: ExtentIndex) {
+        self.split(extent.0);
+        self.split(extent.0 + 1);
+        self.ranges.remove(&extent.0);
+    }
+
     /// Ranges that reach past `from`, in order: first, end, version.
     pub fn ranges_from(&self, from: ExtentIndex) -> impl Iterator<Item = (ExtentIndex, ExtentIndex, Version)> + '_ {
         let start = self.ranges.range(..=from.0).next_back().map_or(from.0, |(first, _)| *first);

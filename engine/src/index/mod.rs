@@ -211,6 +211,10 @@ impl Index {
         placement: &Placement,
         mut replaced: impl FnMut(Place, Entry),
     ) {
+        // Nobody can ask for such a slice; and whoever looks for its extents in the range would look for ever.
+        if !placement.slices().contains(&range.slice) {
+            return;
+        }
         let volume = self.volumes.entry(range.volume).or_default();
         let mut hidden = 0;
         let mut tell = |extent: ExtentIndex, block: InExtent, found: Found| {
@@ -258,6 +262,39 @@ impl Index {
             }
             here
         })
+    }
+
+    /// The block's record of `version` never was: without it, it is as `below` says, or as an older clear of the whole
+    /// extent does.
+    pub fn take_back(&mut self, place: Place, version: Version, below: Found) {
+        let Some(volume) = self.volumes.get_mut(&place.volume) else { return };
+        let (extent, block) = (place.block.extent(), in_extent(place.block));
+        let whole = volume.cleared_version(place.slice, extent);
+        let was_whole = whole == version;
+        if was_whole && let Some(cleared) = volume.cleared.get_mut(&place.slice) {
+            cleared.remove(extent);
+        }
+        let before = volume.pages.get(extent).map_or(Found::Never, |page| page.get(block));
+        volume.blocks -= u64::from(before.entry().is_some());
+        let added = volume.pages.change(extent, |page| {
+            // Made anew: it is rare, and a page need not know how to forget one block.
+            let old = std::mem::take(page);
+            for other in (0..BLOCKS_PER_EXTENT as InExtent).filter(|other| *other != block) {
+                match old.get(other) {
+                    Found::Data(entry) => page.put(other, entry),
+                    Found::Cleared(version) => page.clear(other, 1, version, &mut |_, _| {}),
+                    Found::Never if was_whole => page.clear(other, 1, whole, &mut |_, _| {}),
+                    Found::Never => {}
+                }
+            }
+            match below {
+                Found::Data(entry) if was_whole || entry.version > whole => page.put(block, entry),
+                Found::Cleared(below) if was_whole || below > whole => page.clear(block, 1, below, &mut |_, _| {}),
+                _ => {}
+            }
+            page.get(block).entry().is_some()
+        });
+        volume.blocks += u64::from(added);
     }
 
     /// Every block of the range is current at a version above `version` and at most `limit`. May say no where the

@@ -90,12 +90,13 @@ impl UncheckedHeader {
         reader.magic_and_version(MAGIC)?;
         check_seal(WHAT, bytes, FIXED_BYTES)?;
         let segment = SegmentIndex(reader.u32()?);
-        let identity = SegmentIdentity { segment, nonce: reader.u64()?, sequence: reader.u64()? };
-        let (number, durable) = (BatchNumber(reader.u64()?), BatchNumber(reader.u64()?));
+        let identity = SegmentIdentity { segment, nonce: reader.u64()?, sequence: reader.counter("sequence")? };
+        let number = BatchNumber(reader.counter("number")?);
+        let durable = BatchNumber(reader.counter("durable")?);
         let position = Position(reader.u32()?);
         let (record_count, record_bytes) = (reader.u32()?, reader.u32()?);
         let (payload_blocks, record_checksum) = (reader.u32()?, reader.u32()?);
-        let first_batch = BatchNumber(reader.u64()?);
+        let first_batch = BatchNumber(reader.counter("first batch")?);
         Ok(Self {
             identity,
             number,
@@ -149,7 +150,7 @@ mod tests {
         examples().iter().for_each(|record| record.encode(&mut records));
         let mut golden = [
             &b"TORUSBAT\x02\0\0\0\x02\0\0\0\x08\x07\x06\x05\x04\x03\x02\x01\x09\0\0\0\0\0\0\0"[..],
-            b"\x0b\0\0\0\0\0\0\0\x0a\0\0\0\0\0\0\0\x21\0\0\0\x05\0\0\0\x38\x01\0\0\x02\0\0\0",
+            b"\x0b\0\0\0\0\0\0\0\x0a\0\0\0\0\0\0\0\x21\0\0\0\x08\0\0\0\x20\x02\0\0\x02\0\0\0",
             &crc32c::crc32c(&records).to_le_bytes(),
             b"\x08\0\0\0\0\0\0\0",
         ]
@@ -163,7 +164,7 @@ mod tests {
     #[test]
     fn a_header_with_any_bit_of_its_used_bytes_inverted_is_refused() {
         let bytes = example().encode();
-        for at in 0..FIXED_BYTES + 312 {
+        for at in 0..FIXED_BYTES + 544 {
             let mut bad = bytes.clone();
             bad[at] ^= 1 << (at % 8);
             assert!(UncheckedHeader::decode(&bad).and_then(|header| header.finalize(&bad)).is_err(), "byte {at}");

@@ -10,6 +10,9 @@ pub fn put_u64(out: &mut Vec<u8>, value: u64) {
     out.extend_from_slice(&value.to_le_bytes());
 }
 
+/// No disk lives to count so far; the next number, and the sum of two, need no care then.
+const COUNTER_MAX: u64 = 1 << 60;
+
 /// Bytes nobody has checked yet.
 pub struct Reader<'a> {
     what: &'static str,
@@ -42,6 +45,15 @@ impl<'a> Reader<'a> {
 
     pub fn u64(&mut self) -> Result<u64, FormatError> {
         self.array().map(u64::from_le_bytes)
+    }
+
+    /// Of something that goes up by one over the life of a disk, or by the second.
+    pub fn counter(&mut self, field: &'static str) -> Result<u64, FormatError> {
+        let found = self.u64()?;
+        if found <= COUNTER_MAX {
+            return Ok(found);
+        }
+        Err(FormatError::Field { what: self.what, field, found, expected: COUNTER_MAX })
     }
 
     pub fn is_empty(&self) -> bool {

@@ -217,8 +217,9 @@ impl Trailer {
         reader.magic_and_version(MAGIC)?;
         check_seal(WHAT, bytes, TRAILER_BYTES)?;
         let identity = identity(&mut reader)?;
-        let (first_batch, end_batch) = (BatchNumber(reader.u64()?), BatchNumber(reader.u64()?));
-        let (durable, sealed_s) = (BatchNumber(reader.u64()?), reader.u64()?);
+        let first_batch = BatchNumber(reader.counter("first batch")?);
+        let end_batch = BatchNumber(reader.counter("end batch")?);
+        let (durable, sealed_s) = (BatchNumber(reader.counter("durable")?), reader.counter("second")?);
         let (data_count, data_bytes) = (reader.u32()?, reader.u32()?);
         let volume_count = reader.u32()?;
         let (note_count, note_bytes) = (reader.u32()?, reader.u32()?);

@@ -18,6 +18,7 @@
 //! * `segment`     its opening, which names this use of it
 //! * `footer`      its records once more
 //! * `space`       which segment is free, full, being cleaned, and how much of it lives
+//! * `policy`      what cleaning costs, in a model
 //! * `recovery`    what a start believes, as a table
 //! * `search`      batches of a segment without a footer
 //! * `numbers`     which batches were durable and are gone
@@ -26,6 +27,7 @@ pub mod batch;
 mod bytes;
 pub mod footer;
 mod numbers;
+pub mod policy;
 pub mod record;
 pub mod recovery;
 pub mod search;
@@ -111,7 +113,9 @@ impl Geometry {
 
     /// So many blocks from `position` on lie in the segment, behind its opening.
     pub fn holds_payload(&self, segment: SegmentIndex, position: Position, blocks: u64) -> bool {
-        let (first, start) = (u64::from(self.first(segment).0), u64::from(position.0));
+        // Not by `first`: neither segment nor position need be of this disk.
+        let first = SEGMENTS_START_BLOCK + u64::from(segment.0) * u64::from(self.blocks);
+        let start = u64::from(position.0);
         start > first && start + blocks <= first + u64::from(self.blocks)
     }
 

@@ -2,7 +2,7 @@
 //!
 //! | offset | bytes | all kinds                                                                        |
 //! |--------|-------|----------------------------------------------------------------------------------|
-//! | 0      | 4     | kind: 1 data, 2 clear, 3 instances, 4 open, 5 drop                               |
+//! | 0      | 4     | kind: 1 data, 2 clear, 3 instances, 4 open, 5 drop, 6 retain, 7 revoke           |
 //! | 4      | 4     | length of the record in bytes, this field and the kind included                  |
 //! | 8      | 16    | volume id                                                                        |
 //!
@@ -38,18 +38,42 @@
 //!
 //! A drop has nothing further: all of the volume is gone, and since ids are never reused, for good.
 //!
+//! | offset | bytes  | retain: what the writer of that epoch needs kept though something newer stands above it |
+//! |--------|--------|----------------------------------------------------------------------------------|
+//! | 24     | 12     | F                                                                                |
+//! | 36     | 4      | epoch                                                                            |
+//! | 40     | 8      | order: of two records of one epoch the higher counts                             |
+//! | 48     | 12     | horizon                                                                          |
+//! | 60     | 4      | 1 if the next field bounds anything, else 0                                      |
+//! | 64     | 12     | the mark below which a replica may be stale; zero if there is none               |
+//! | 76     | 4      | count of pins                                                                    |
+//! | 80     | 12 × n | pins, ascending: epoch (4), sequence (8)                                         |
+//!
+//! | offset | bytes  | revoke: exactly these records of data and clears never were, wherever they stand |
+//! |--------|--------|----------------------------------------------------------------------------------|
+//! | 24     | 4      | count                                                                            |
+//! | 28     | 20 × n | block (8), version: epoch (4), sequence (8)                                      |
+//!
 //! All of them can be applied in any order and more than once: versions, epochs and F by maximum, slices by union,
-//! a drop wins over all. That is what lets batches complete out of order and the cleaner move records.
+//! retains by (epoch, order), a revoke wins over what it names and a drop over all. That is what lets batches complete
+//! out of order and the cleaner move records.
 
 use super::bytes::{Reader, put_u32, put_u64};
+use super::footer::is_in_a_volume;
 use super::{BatchNumber, FormatError, Position};
-use torus_rpc::message::Token;
+use torus_rpc::message::{Retention, Revoked, Token};
 use torus_schema::ids::{BlockIndex, Epoch, RingGeneration, SliceId, Version, VolumeId};
-use torus_schema::limits::SEQUENCE_MAX;
+use torus_schema::limits::{SEQUENCE_MAX, SLICES_MAX};
 
 /// Of a data record, without its checksums.
 pub const DATA_BYTES: usize = 64;
+/// Of a retain, without its pins.
+const RETAIN_BYTES: usize = 80;
+/// Of a revoke, without what it lists.
+const REVOKE_BYTES: usize = 28;
 const WHAT: &str = "record";
+/// Behind the end of any volume, and sums of such numbers need no care.
+const CLEAR_END_MAX: u64 = 1 << 53;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Data {
@@ -92,12 +116,29 @@ pub struct Open {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Retain {
+    pub volume: VolumeId,
+    pub flush_point: Version,
+    pub epoch: Epoch,
+    pub order: u64,
+    pub retention: Retention,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Revoke {
+    pub volume: VolumeId,
+    pub revoked: Vec<Revoked>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Record {
     Data(Data),
     Clear(Clear),
     Instances(Instances),
     Open(Open),
     Drop(VolumeId),
+    Retain(Retain),
+    Revoke(Revoke),
 }
 
 impl Record {
@@ -108,6 +149,8 @@ impl Record {
             Record::Instances(instances) => instances.volume,
             Record::Open(open) => open.volume,
             Record::Drop(volume) => *volume,
+            Record::Retain(retain) => retain.volume,
+            Record::Revoke(revoke) => revoke.volume,
         }
     }
 
@@ -124,6 +167,8 @@ impl Record {
             Record::Instances(instances) => 68 + 4 * instances.slices.len(),
             Record::Open(_) => 72,
             Record::Drop(_) => 24,
+            Record::Retain(retain) => RETAIN_BYTES + 12 * retain.retention.pins.len(),
+            Record::Revoke(revoke) => REVOKE_BYTES + 20 * revoke.revoked.len(),
         }
     }
 
@@ -167,6 +212,14 @@ impl Record {
                 out.extend_from_slice(&open.token.0);
             }
             Record::Drop(_) => {}
+            Record::Retain(retain) => encode_retain(retain, out),
+            Record::Revoke(revoke) => {
+                put_u32(out, revoke.revoked.len() as u32);
+                for revoked in &revoke.revoked {
+                    put_u64(out, revoked.block.0);
+                    put_version(out, revoked.version);
+                }
+            }
         }
         assert_eq!(out.len() - start, self.bytes());
     }
@@ -178,8 +231,22 @@ impl Record {
             Record::Instances(_) => 3,
             Record::Open(_) => 4,
             Record::Drop(_) => 5,
+            Record::Retain(_) => 6,
+            Record::Revoke(_) => 7,
         }
     }
+}
+
+fn encode_retain(retain: &Retain, out: &mut Vec<u8>) {
+    let Retention { horizon, pins, stale_since } = &retain.retention;
+    put_version(out, retain.flush_point);
+    put_u32(out, retain.epoch.0);
+    put_u64(out, retain.order);
+    put_version(out, *horizon);
+    put_u32(out, u32::from(stale_since.is_some()));
+    put_version(out, stale_since.unwrap_or_default());
+    put_u32(out, pins.len() as u32);
+    pins.iter().for_each(|pin| put_version(out, *pin));
 }
 
 pub(super) fn put_version(out: &mut Vec<u8>, version: Version) {
@@ -216,6 +283,8 @@ fn decode_body(kind: u32, body: &[u8]) -> Result<Record, FormatError> {
             let first = BlockIndex(reader.u64()?);
             let (version, flush_point) = (version(&mut reader)?, version(&mut reader)?);
             let (slice, count) = (SliceId(reader.u32()?), reader.u64()?);
+            let end = first.0.saturating_add(count);
+            reader.expect("end of a clear", end, end.min(CLEAR_END_MAX))?;
             Record::Clear(Clear { volume, first, version, flush_point, slice, count })
         }
         3 => Record::Instances(decode_instances(volume, &mut reader)?),
@@ -225,7 +294,9 @@ fn decode_body(kind: u32, body: &[u8]) -> Result<Record, FormatError> {
             Record::Open(Open { volume, flush_point, epoch, token })
         }
         5 => Record::Drop(volume),
-        _ => return Err(FormatError::Field { what: WHAT, field: "kind", found: u64::from(kind), expected: 5 }),
+        6 => Record::Retain(decode_retain(volume, &mut reader)?),
+        7 => Record::Revoke(decode_revoke(volume, &mut reader)?),
+        _ => return Err(FormatError::Field { what: WHAT, field: "kind", found: u64::from(kind), expected: 7 }),
     };
     reader.expect("bytes left over", u64::from(!reader.is_empty()), 0)?;
     Ok(record)
@@ -236,17 +307,50 @@ fn decode_data(volume: VolumeId, reader: &mut Reader) -> Result<Data, FormatErro
     let (version, flush_point) = (version(reader)?, version(reader)?);
     let position = Position(reader.u32()?);
     let checksums = u32s(reader)?;
+    let inside = is_in_a_volume(first, checksums.len() as u64);
+    reader.expect("block outside of any volume", u64::from(!inside), 0)?;
     Ok(Data { volume, first, version, flush_point, position, checksums })
 }
 
 fn decode_instances(volume: VolumeId, reader: &mut Reader) -> Result<Instances, FormatError> {
     let placement = VolumeId::from_bytes(reader.array()?);
-    let (generation, created) = (RingGeneration(reader.u64()?), BatchNumber(reader.u64()?));
+    let generation = RingGeneration(reader.counter("generation")?);
+    let created = BatchNumber(reader.counter("created")?);
     let (width, ring_slices) = (reader.u32()?, reader.u32()?);
     let fits = width.is_power_of_two() && ring_slices.is_power_of_two() && width <= ring_slices;
+    let fits = fits && ring_slices <= SLICES_MAX;
     reader.expect("width and slices that do not fit", u64::from(!fits), 0)?;
     let slices = u32s(reader)?.into_iter().map(SliceId).collect();
     Ok(Instances { volume, placement, generation, created, width, ring_slices, slices })
+}
+
+fn decode_retain(volume: VolumeId, reader: &mut Reader) -> Result<Retain, FormatError> {
+    let flush_point = version(reader)?;
+    let (epoch, order) = (Epoch(reader.u32()?), reader.u64()?);
+    let horizon = version(reader)?;
+    let (is_bounded, bound) = (reader.u32()?, version(reader)?);
+    reader.expect("whether a replica may be stale", u64::from(is_bounded), u64::from(is_bounded.min(1)))?;
+    reader.expect("a mark that bounds nothing", u64::from(is_bounded == 0 && bound != Version::ZERO), 0)?;
+    let pins = counted(reader, 12, version)?;
+    reader.expect("pins out of order", u64::from(!pins.is_sorted()), 0)?;
+    let retention = Retention { horizon, pins, stale_since: (is_bounded == 1).then_some(bound) };
+    Ok(Retain { volume, flush_point, epoch, order, retention })
+}
+
+fn decode_revoke(volume: VolumeId, reader: &mut Reader) -> Result<Revoke, FormatError> {
+    let one = |reader: &mut Reader| Ok(Revoked { block: BlockIndex(reader.u64()?), version: version(reader)? });
+    Ok(Revoke { volume, revoked: counted(reader, 20, one)? })
+}
+
+/// A count, then as many of `bytes` each: memory is taken only for what is there.
+fn counted<T>(
+    reader: &mut Reader,
+    bytes: usize,
+    one: impl Fn(&mut Reader) -> Result<T, FormatError>,
+) -> Result<Vec<T>, FormatError> {
+    let count = reader.u32()? as usize;
+    let mut inner = Reader::new(WHAT, reader.take(count.saturating_mul(bytes))?);
+    (0..count).map(|_| one(&mut inner)).collect()
 }
 
 /// A count, then as many numbers.
@@ -279,6 +383,21 @@ pub mod tests {
             }),
             Record::Open(Open { volume, flush_point, epoch: Epoch(2), token: Token([6; 32]) }),
             Record::Drop(volume),
+            Record::Retain(Retain {
+                volume,
+                flush_point,
+                epoch: Epoch(2),
+                order: 3,
+                retention: Retention { horizon: version, pins: vec![flush_point, version], stale_since: None },
+            }),
+            Record::Retain(Retain {
+                volume,
+                flush_point,
+                epoch: Epoch(2),
+                order: 4,
+                retention: Retention { horizon: version, pins: vec![], stale_since: Some(flush_point) },
+            }),
+            Record::Revoke(Revoke { volume, revoked: vec![Revoked { block: first, version }] }),
         ]
     }
 
@@ -314,23 +433,39 @@ pub mod tests {
             &[6; 32],
             b"\x05\0\0\0\x18\0\0\0",
             &volume,
+            b"\x06\0\0\0\x68\0\0\0",
+            &volume,
+            b"\x01\0\0\0\x06\0\0\0\0\0\0\0\x02\0\0\0\x03\0\0\0\0\0\0\0",
+            b"\x02\0\0\0\x07\0\0\0\0\0\0\0",
+            &[0; 16],
+            b"\x02\0\0\0\x01\0\0\0\x06\0\0\0\0\0\0\0\x02\0\0\0\x07\0\0\0\0\0\0\0",
+            b"\x06\0\0\0\x50\0\0\0",
+            &volume,
+            b"\x01\0\0\0\x06\0\0\0\0\0\0\0\x02\0\0\0\x04\0\0\0\0\0\0\0",
+            b"\x02\0\0\0\x07\0\0\0\0\0\0\0",
+            b"\x01\0\0\0\x01\0\0\0\x06\0\0\0\0\0\0\0\0\0\0\0",
+            b"\x07\0\0\0\x30\0\0\0",
+            &volume,
+            b"\x01\0\0\0",
+            first,
+            b"\x02\0\0\0\x07\0\0\0\0\0\0\0",
         ];
         assert_eq!(encode(&examples()), golden.concat());
-        assert_eq!(decode_all(&golden.concat(), 5).unwrap(), examples());
+        assert_eq!(decode_all(&golden.concat(), 8).unwrap(), examples());
     }
 
     #[test]
     fn records_cut_anywhere_are_refused_and_never_panic() {
         let bytes = encode(&examples());
         for end in 0..bytes.len() {
-            assert!(decode_all(&bytes[..end], 5).is_err(), "{end}");
+            assert!(decode_all(&bytes[..end], 8).is_err(), "{end}");
         }
-        assert!(decode_all(&bytes, 4).is_err() && decode_all(&bytes, u32::MAX).is_err());
+        assert!(decode_all(&bytes, 7).is_err() && decode_all(&bytes, u32::MAX).is_err());
     }
 
     proptest::proptest! {
         #[test]
-        fn any_bytes_decode_or_are_refused(bytes: Vec<u8>, count in 0u32..9, kind in 0u32..7) {
+        fn any_bytes_decode_or_are_refused(bytes: Vec<u8>, count in 0u32..9, kind in 0u32..9) {
             let _ = decode_all(&bytes, count);
             let _ = decode_body(kind, &bytes);
         }

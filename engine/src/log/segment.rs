@@ -81,13 +81,15 @@ impl Opening {
         reader.magic_and_version(MAGIC)?;
         check_seal(WHAT, bytes, BYTES)?;
         let identity = identity(&mut reader)?;
-        let (first_batch, durable) = (BatchNumber(reader.u64()?), BatchNumber(reader.u64()?));
-        let (opened_s, count) = (reader.u64()?, reader.u32()?);
+        let first_batch = BatchNumber(reader.counter("first batch")?);
+        let durable = BatchNumber(reader.counter("durable")?);
+        let (opened_s, count) = (reader.counter("second")?, reader.u32()?);
         reader.expect("count of segments beyond the most", u64::from(count as usize > RECENT_MAX), 0)?;
         let sealed = reader.u32()?;
         let mut recent = Vec::with_capacity(count as usize);
         for place in 0..count {
-            let (sequence, first_batch) = (reader.u64()?, BatchNumber(reader.u64()?));
+            let sequence = reader.counter("sequence")?;
+            let first_batch = BatchNumber(reader.counter("first batch")?);
             recent.push(Recent { sequence, first_batch, sealed: sealed >> place & 1 == 1 });
         }
         Ok(Self { identity, first_batch, durable, opened_s, recent })
@@ -101,7 +103,8 @@ pub(super) fn put_identity(out: &mut Vec<u8>, identity: SegmentIdentity) {
 }
 
 pub(super) fn identity(reader: &mut Reader) -> Result<SegmentIdentity, FormatError> {
-    Ok(SegmentIdentity { segment: SegmentIndex(reader.u32()?), nonce: reader.u64()?, sequence: reader.u64()? })
+    let (segment, nonce) = (SegmentIndex(reader.u32()?), reader.u64()?);
+    Ok(SegmentIdentity { segment, nonce, sequence: reader.counter("sequence")? })
 }
 
 #[cfg(test)]

@@ -22,6 +22,14 @@ pub const NOTE_SEGMENTS: u32 = 2;
 /// The reserve at least, in segments: the two above, the open one, and one being sealed.
 const RESERVE_SEGMENTS_MIN: u32 = 4;
 
+/// How a victim is chosen.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Choice {
+    /// The fewest needed blocks.
+    Greedy,
+    CostBenefit,
+}
+
 /// Counts syncs of one run of a shard.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
 pub struct SyncNumber(pub u64);
@@ -47,6 +55,10 @@ struct Segment {
     readers: u32,
     /// Cleaning it failed: it holds something that cannot be read.
     stuck: bool,
+    /// Of the opening that stands on the disk, also of a free segment; `None`: it was never used.
+    sequence: Option<u64>,
+    /// When the youngest of its blocks was written, as the sequence of the segment it was first written to.
+    changed: u64,
 }
 
 pub struct Space {
@@ -59,11 +71,21 @@ pub struct Space {
     payload_blocks: u32,
     sync_started: SyncNumber,
     sync_completed: SyncNumber,
+    /// The highest sequence of an opening.
+    last_sequence: u64,
 }
 
 impl Space {
     pub fn new(geometry: Geometry) -> Self {
-        let segment = Segment { usage: Usage::Free, live: 0, note_bytes: 0, readers: 0, stuck: false };
+        let segment = Segment {
+            usage: Usage::Free,
+            live: 0,
+            note_bytes: 0,
+            readers: 0,
+            stuck: false,
+            sequence: None,
+            changed: 0,
+        };
         Self {
             geometry,
             segments: vec![segment; geometry.segments as usize],
@@ -73,6 +95,7 @@ impl Space {
             payload_blocks: geometry.payload_blocks(),
             sync_started: SyncNumber(0),
             sync_completed: SyncNumber(0),
+            last_sequence: 0,
         }
     }
 
@@ -93,9 +116,14 @@ impl Space {
         RESERVE_SEGMENTS_MIN.max((u64::from(self.geometry.segments) * RESERVE_PERCENT).div_ceil(100) as u32)
     }
 
-    /// The cleaner works while fewer are free.
+    /// The cleaner works while fewer are free. Not the whole reserve: the longer it waits, the less there is to copy.
+    /// One in a hundred and twenty-eight is what a burst may take while one segment is cleaned.
     pub fn wants_cleaning(&self) -> bool {
-        self.free < self.reserve()
+        self.free < self.cleaning_start()
+    }
+
+    fn cleaning_start(&self) -> u32 {
+        RESERVE_SEGMENTS_MIN.max(self.geometry.segments / 128)
     }
 
     /// What is needed eats the reserve: clients should stop. One sixteenth stays for what cleaning cannot squeeze out.
@@ -105,26 +133,41 @@ impl Space {
         self.live + note_blocks(self.note_bytes) > capacity
     }
 
-    /// The free segment to write to next. It is counted as free until it is begun.
+    /// The free segment to write to next: the one whose remainder is oldest, since notes are kept as long as what they
+    /// are about may stand anywhere; a new one only if there is no other, so that the disk fills from its start. It is
+    /// counted as free until it is begun.
     pub fn prepare_one(&mut self) -> Option<SegmentIndex> {
-        let at = self.segments.iter().position(|segment| segment.usage == Usage::Free)?;
-        self.segments[at].usage = Usage::Prepared;
-        Some(SegmentIndex(at as u32))
+        let free = (0u32..).zip(&self.segments).filter(|(_, segment)| segment.usage == Usage::Free);
+        let (at, _) = free.min_by_key(|(_, segment)| (segment.sequence.is_none(), segment.sequence))?;
+        self.segments[at as usize].usage = Usage::Prepared;
+        Some(SegmentIndex(at))
     }
 
-    /// From now on batches go there.
-    pub fn begin(&mut self, segment: SegmentIndex) {
-        assert_eq!(self.at(segment).usage, Usage::Prepared);
-        self.at(segment).usage = Usage::Open;
+    /// From now on batches go there. Its opening is durable: nothing it held before can be found any more.
+    pub fn begin(&mut self, segment: SegmentIndex, sequence: u64) {
+        self.last_sequence = self.last_sequence.max(sequence);
+        let entry = self.at(segment);
+        assert_eq!(entry.usage, Usage::Prepared);
+        entry.usage = Usage::Open;
+        entry.sequence = Some(sequence);
+        entry.changed = 0;
         self.free -= 1;
     }
 
     /// At a start: it holds records. `sealed` follows when all records of all segments are accounted for; until then
     /// it is not known to be empty.
-    pub fn found(&mut self, segment: SegmentIndex) {
-        assert_eq!(self.at(segment).usage, Usage::Free);
-        self.at(segment).usage = Usage::Sealing;
+    pub fn found(&mut self, segment: SegmentIndex, sequence: u64) {
+        self.last_sequence = self.last_sequence.max(sequence);
+        let entry = self.at(segment);
+        assert_eq!(entry.usage, Usage::Free);
+        entry.usage = Usage::Sealing;
+        entry.sequence = Some(sequence);
         self.free -= 1;
+    }
+
+    /// Of all openings that stand on the disk: what was only ever in segments opened before it is nowhere any more.
+    pub fn lowest_sequence(&self) -> Option<u64> {
+        self.segments.iter().filter_map(|segment| segment.sequence).min()
     }
 
     pub fn sealing(&mut self, segment: SegmentIndex) {
@@ -143,6 +186,19 @@ impl Space {
         let entry = self.at(segment);
         assert!(!matches!(entry.usage, Usage::Free | Usage::Emptied { .. }), "{segment:?} is {:?}", entry.usage);
         entry.live += 1;
+        entry.changed = entry.changed.max(entry.sequence.unwrap_or_default());
+        self.live += 1;
+    }
+
+    /// A copy is as old as what it is a copy of.
+    pub fn add_moved(&mut self, from: Position, to: Position) {
+        let from = self.geometry.segment_of(from);
+        let changed = self.at(from).changed;
+        let segment = self.geometry.segment_of(to);
+        let entry = self.at(segment);
+        assert!(!matches!(entry.usage, Usage::Free | Usage::Emptied { .. }), "{segment:?} is {:?}", entry.usage);
+        entry.live += 1;
+        entry.changed = entry.changed.max(changed);
         self.live += 1;
     }
 
@@ -157,6 +213,12 @@ impl Space {
     pub fn add_note(&mut self, segment: SegmentIndex, bytes: usize) {
         self.at(segment).note_bytes += bytes as u64;
         self.note_bytes += bytes as u64;
+    }
+
+    pub fn remove_note(&mut self, segment: SegmentIndex, bytes: usize) {
+        self.at(segment).note_bytes -= bytes as u64;
+        self.note_bytes -= bytes as u64;
+        self.look_at(segment);
     }
 
     /// All its notes were carried elsewhere or are superfluous.
@@ -206,17 +268,42 @@ impl Space {
         self.segments.iter().any(|segment| matches!(segment.usage, Usage::Emptied { .. }) && segment.readers > 0)
     }
 
-    /// The one with the fewest needed blocks, if cleaning it gains anything. In need a smaller gain will do.
+    /// The one to clean next, if cleaning it gains anything. In need the one that gives most, and a smaller gain will do.
     pub fn victim(&self) -> Option<SegmentIndex> {
-        let cost = |segment: &Segment| segment.live + note_blocks(segment.note_bytes) as u32;
-        let sealed = |segment: &&Segment| segment.usage == Usage::Sealed && !segment.stuck;
-        let (at, segment) = (0u32..)
-            .zip(&self.segments)
-            .filter(|(_, segment)| sealed(segment))
-            .min_by_key(|(_, segment)| cost(segment))?;
+        self.victim_by(if self.free <= NOTE_SEGMENTS { Choice::Greedy } else { Choice::CostBenefit })
+    }
+
+    pub fn victim_by(&self, choice: Choice) -> Option<SegmentIndex> {
         let part = if self.free <= NOTE_SEGMENTS { 16 } else { 8 };
         let gain = (self.payload_blocks / part).max(1);
-        (cost(segment) + gain <= self.payload_blocks).then_some(SegmentIndex(at))
+        let now = self.last_sequence;
+        // Higher is better. Benefit by cost is (1 - u) × age / (1 + u): reading all of it and writing u of it gives
+        // 1 - u, which stays given back the longer, the longer what is left has not changed.
+        let merit = |segment: &Segment| {
+            let (room, cost) = (u64::from(self.payload_blocks), self.cost(segment));
+            let age = match choice {
+                Choice::Greedy => 1,
+                Choice::CostBenefit => (now + 1).saturating_sub(segment.changed).max(1),
+            };
+            ((u128::from(room - cost) * u128::from(age)) << 32) / u128::from(room + cost)
+        };
+        (0u32..)
+            .zip(&self.segments)
+            .filter(|(_, segment)| segment.usage == Usage::Sealed && !segment.stuck)
+            .filter(|(_, segment)| self.cost(segment) + u64::from(gain) <= u64::from(self.payload_blocks))
+            .max_by_key(|(at, segment)| (merit(segment), std::cmp::Reverse(*at)))
+            .map(|(at, _)| SegmentIndex(at))
+    }
+
+    /// Blocks that cleaning it would write.
+    fn cost(&self, segment: &Segment) -> u64 {
+        u64::from(segment.live) + note_blocks(segment.note_bytes)
+    }
+
+    /// Blocks of data and bytes of notes in it that are needed.
+    pub fn needed(&self, segment: SegmentIndex) -> (u32, u64) {
+        let segment = &self.segments[segment.0 as usize];
+        (segment.live, segment.note_bytes)
     }
 
     pub fn usage(&self, segment: SegmentIndex) -> Usage {
@@ -264,7 +351,7 @@ mod tests {
     fn an_emptied_segment_is_free_only_after_a_sync_that_started_later_and_without_readers() {
         let mut space = space();
         let segment = space.prepare_one().unwrap();
-        space.begin(segment);
+        space.begin(segment, 1);
         let position = space.geometry().first(segment);
         space.add_live(position);
         space.sealing(segment);
@@ -287,7 +374,7 @@ mod tests {
         let mut space = space();
         for live in [20, 5, 9] {
             let segment = space.prepare_one().unwrap();
-            space.begin(segment);
+            space.begin(segment, 1);
             (0..live).for_each(|block| space.add_live(Position(space.geometry().first(segment).0 + block)));
             if live != 5 {
                 space.sealing(segment);

@@ -20,6 +20,7 @@
 use super::bytes::{Reader, check_seal, put_u32, put_u64, seal};
 use super::{BLOCK, BatchNumber, FormatError};
 use torus_schema::ids::{ClusterId, NodeId, ShardIndex};
+use torus_schema::limits::{BLOCK_BYTES, SHARD_BYTES_MAX};
 
 pub const SUPERBLOCK_BLOCKS: u64 = 2;
 const MAGIC: &[u8; 8] = b"TORUSSUP";
@@ -65,7 +66,12 @@ impl Superblock {
         let cluster = ClusterId::from_bytes(reader.array()?);
         let node = NodeId::from_bytes(reader.array()?);
         let (size_bytes, segment_bytes) = (reader.u64()?, reader.u64()?);
-        let (revision, lost_below) = (reader.u64()?, BatchNumber(reader.u64()?));
+        let revision = reader.counter("revision")?;
+        let lost_below = BatchNumber(reader.counter("lost below")?);
+        reader.expect("size beyond the largest", size_bytes.max(SHARD_BYTES_MAX), SHARD_BYTES_MAX)?;
+        let segment_fits =
+            (BLOCK_BYTES..=size_bytes).contains(&segment_bytes) && segment_bytes.is_multiple_of(BLOCK_BYTES);
+        reader.expect("size of a segment", segment_bytes, if segment_fits { segment_bytes } else { BLOCK_BYTES })?;
         Ok(Self { cluster, node, shard: ShardIndex(shard as u16), size_bytes, segment_bytes, revision, lost_below })
     }
 }

@@ -130,7 +130,7 @@ impl<R: Runtime> Shard<R> {
             let begun = state.queue.begin_ahead(state.syncs.completed);
             match begun {
                 Some(identity) => {
-                    state.contents.space.begin(identity.segment);
+                    state.contents.space.begin(identity.segment, identity.sequence);
                     state.statistics.segments_opened += 1;
                     state.statistics.segments_waited_for += u64::from(waited);
                 }

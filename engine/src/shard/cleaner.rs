@@ -1,11 +1,12 @@
-//! Gives space back: takes the segment with the fewest needed blocks, copies those and the notes elsewhere, and lets
-//! the segment go when the copies are durable. One segment at a time, in the background class.
+//! Gives space back: takes the segment that is worth cleaning most (`Space::victim`), copies its needed blocks and notes
+//! elsewhere, and lets the segment go when the copies are durable. One segment at a time, in the background class.
 //!
 //! Nothing is decided from what the segment holds alone: a block is needed if the index says that it lies here, or if
 //! it is kept for a version above F. Whatever changes while a copy is on its way is settled when the copy is applied
 //! (`Contents::moved`). Versions and checksums stay as they were.
 
 use super::damage::FoundBy;
+use super::ledger::Openings;
 use super::queue::{Need, Waiting};
 use super::{Shard, State};
 use crate::log::record::{Data, Record};
@@ -26,18 +27,12 @@ enum Chore {
     Sync,
     /// Some F is known that no record says yet: saying it frees something.
     Settle,
+    /// Notes may have become garbage.
+    Review,
     Clean(SegmentIndex),
     /// What waits for space waits in vain.
     Refuse,
     Stop,
-}
-
-/// Volumes of which a kind of note was said once more already.
-#[derive(Default)]
-struct Carried {
-    instances: AHashSet<VolumeId>,
-    opens: AHashSet<VolumeId>,
-    drops: AHashSet<VolumeId>,
 }
 
 /// A needed part of a record, read and verified.
@@ -76,6 +71,7 @@ impl<R: Runtime> Shard<R> {
                 }
                 Chore::Refuse => self.refuse_waiting(),
                 Chore::Settle => self.settle_flush_points(),
+                Chore::Review => self.state.borrow_mut().review_notes(),
                 Chore::Sync => {
                     // Only fails with the shard, which ends the loop.
                     let _ = self.sync_after_now().await;
@@ -119,14 +115,21 @@ impl<R: Runtime> Shard<R> {
     }
 
     async fn clean(self: &Rc<Self>, victim: SegmentIndex) {
-        // As a reader, so that the segment is not reused under our hands when all in it is overwritten meanwhile.
-        self.state.borrow_mut().contents.space.add_reader(victim);
+        // Copies in our hands are on their way too; see `ledger`.
+        let under_way = {
+            let state = &mut *self.state.borrow_mut();
+            state.review_notes();
+            // As a reader, so that the segment is not reused under our hands when all in it is overwritten meanwhile.
+            state.contents.space.add_reader(victim);
+            state.queue.eras.enter()
+        };
         let result = self.move_all(victim).await;
+        drop(under_way);
         {
             let state = &mut *self.state.borrow_mut();
             state.statistics.segments_cleaned += 1;
             match result {
-                Ok(()) => state.contents.space.forget_notes(victim),
+                Ok(notes) => notes.iter().for_each(|note| state.contents.strike_in(victim, note)),
                 Err(Trouble::Unreadable) => {
                     tracing::warn!(segment = victim.0, "a segment cannot be cleaned: not all of it can be read");
                     state.contents.space.set_stuck(victim);
@@ -138,11 +141,12 @@ impl<R: Runtime> Shard<R> {
         self.changed.notify();
     }
 
-    async fn move_all(self: &Rc<Self>, victim: SegmentIndex) -> Result<(), Trouble> {
+    /// Gives the notes that stand in the segment: those that still say anything do so elsewhere too.
+    async fn move_all(self: &Rc<Self>, victim: SegmentIndex) -> Result<Vec<Record>, Trouble> {
         let footer = footer_of(&self.disk, self.geometry, victim).await.map_err(|_| Trouble::Unreadable)?;
         let records = footer.ok_or(Trouble::Unreadable)?.records;
         let mut waiting = Vec::new();
-        self.carry_notes(&records, &mut waiting)?;
+        self.carry_notes(victim, &records, &mut waiting)?;
         // What is superseded from now on stays counted in the victim, which is then cleaned once more.
         let pinned = self.state.borrow().contents.pinned_in(victim);
         // Read first, then submitted together: the copies share their headers, which is what makes room for them all.
@@ -162,7 +166,7 @@ impl<R: Runtime> Shard<R> {
         }
         self.submit_copies(&mut copies, &mut waiting)?;
         wait_for(&mut waiting).await?;
-        Ok(())
+        Ok(records.into_iter().filter(|record| record.payload_blocks() == 0).collect())
     }
 
     fn submit_copies(self: &Rc<Self>, copies: &mut Vec<Copy>, waiting: &mut Vec<Waiting>) -> Result<(), Refusal> {
@@ -172,14 +176,23 @@ impl<R: Runtime> Shard<R> {
         Ok(())
     }
 
-    /// What is known of a volume is said once more, as it is now; clears as they are, if they still hide anything.
-    fn carry_notes(self: &Rc<Self>, records: &[Record], waiting: &mut Vec<Waiting>) -> Result<(), Refusal> {
-        let mut carried: Carried = Carried::default();
-        for record in records {
-            let notes = self.state.borrow().notes_to_carry(record, &mut carried);
-            for note in notes {
-                waiting.push(self.submit(Need::Move, note, Bytes::new(), None)?);
+    /// What is known of a volume is said once more, as it is now; other notes as they are.
+    fn carry_notes(
+        self: &Rc<Self>,
+        victim: SegmentIndex,
+        records: &[Record],
+        waiting: &mut Vec<Waiting>,
+    ) -> Result<(), Refusal> {
+        let mut carried: Vec<&Record> = Vec::new();
+        for record in records.iter().filter(|record| record.payload_blocks() == 0) {
+            let note = self.state.borrow().note_to_carry(victim, record);
+            let Some(note) = note else { continue };
+            // The same may stand in it twice.
+            if !matches!(note, Record::Clear(_)) && carried.contains(&record) {
+                continue;
             }
+            carried.push(record);
+            waiting.push(self.submit(Need::Move, note, Bytes::new(), None)?);
         }
         Ok(())
     }
@@ -235,16 +248,21 @@ impl State {
         }
         let space = &self.contents.space;
         let waits = self.queue.waits_for_space(space.free());
-        if !space.wants_cleaning() && !waits {
+        if !space.wants_cleaning() && !space.is_full() && !waits {
             return None;
         }
         if space.sync_would_free() {
             return Some(Chore::Sync);
         }
+        if self.contents.ledger.is_due {
+            return Some(Chore::Review);
+        }
         if self.contents.volumes.values().any(|volume| volume.is_worth_settling()) {
             return Some(Chore::Settle);
         }
-        if let Some(victim) = space.victim() {
+        if (space.wants_cleaning() || waits)
+            && let Some(victim) = space.victim()
+        {
             return Some(Chore::Clean(victim));
         }
         // A segment on its way to its footer may be the next victim, and a reader may be all that holds one back.
@@ -253,21 +271,24 @@ impl State {
         (waits && !hope).then_some(Chore::Refuse)
     }
 
-    fn notes_to_carry(&self, record: &Record, carried: &mut Carried) -> Vec<Record> {
-        let id = record.volume();
+    fn review_notes(&mut self) {
+        let State { contents, queue, .. } = self;
+        contents.review(&Openings { eras: &queue.eras, last: queue.next_sequence - 1 });
+    }
+
+    /// What has to be said elsewhere before the segment with this note can go.
+    fn note_to_carry(&self, segment: SegmentIndex, note: &Record) -> Option<Record> {
+        if !self.contents.is_entered(segment, note) {
+            return None;
+        }
+        let id = note.volume();
         let volume = self.contents.volumes.get(&id);
-        match (record, volume) {
-            (Record::Data(_), _) => Vec::new(),
-            // Its data may still lie anywhere, and ids are never used again: cheap to keep, fatal to forget.
-            (Record::Drop(_), _) if carried.drops.insert(id) => vec![record.clone()],
-            (Record::Clear(clear), Some(_)) if !self.contents.is_superfluous(clear) => vec![record.clone()],
-            (Record::Instances(_), Some(volume)) if carried.instances.insert(id) => {
-                volume.instances(id).into_iter().map(Record::Instances).collect()
-            }
-            (Record::Open(_), Some(volume)) if carried.opens.insert(id) => {
-                volume.open(id).map(Record::Open).into_iter().collect()
-            }
-            _ => Vec::new(),
+        match note {
+            Record::Data(_) => None,
+            Record::Drop(_) | Record::Clear(_) | Record::Revoke(_) => Some(note.clone()),
+            Record::Instances(instances) => volume?.still_of(instances).map(Record::Instances),
+            Record::Open(_) => volume?.open(id).map(Record::Open),
+            Record::Retain(_) => volume?.retain(id).map(Record::Retain),
         }
     }
 

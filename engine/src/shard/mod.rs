@@ -4,18 +4,22 @@
 //! stand only at the disk, at the answer of an append, and at `Notify`.
 //!
 //! * `requests`  what is asked, checked and answered
+//! * `retention` what the writer needs kept, taken back, or mapped
 //! * `reads`     blocks from the disk, verified
 //! * `volumes`   instances, writers, flush points
 //! * `damage`    what cannot be read as it was written
 //! * `peers`     who else holds a slice
 //! * `repair`    what is damaged is fetched from them
 //! * `pins`      what is superseded and kept
+//! * `history`   what a block was before
+//! * `ledger`    which notes are still needed, and where they stand
 //! * `state`     what a record does to index, space and volumes
 //! * `queue`     appends gathered into batches (pure)
 //! * `append`    batches and syncs on their way to the disk
 //! * `cleaner`   gives space back
 //! * `scrub`     finds damage before anybody asks
 //! * `start`     format and recovery
+//! * `survey`    what a start would believe, for `inspect`
 //! * `grow`      a disk that became larger
 //! * `replay`    which of several copies counts then
 //! * `supervisor` opens it anew when its disk failed
@@ -24,6 +28,8 @@ mod append;
 mod cleaner;
 mod damage;
 mod grow;
+mod history;
+mod ledger;
 mod peers;
 mod pins;
 mod queue;
@@ -31,10 +37,12 @@ mod reads;
 mod repair;
 mod replay;
 mod requests;
+mod retention;
 mod scrub;
 mod start;
 mod state;
 pub mod supervisor;
+pub mod survey;
 #[cfg(test)]
 mod tests;
 mod volumes;
@@ -272,7 +280,7 @@ impl<R: Runtime> Shard<R> {
             }
             // Without a footer the next start would look for batches in it.
             if let Some(unused) = state.queue.retire_ahead() {
-                state.contents.space.begin(unused.segment);
+                state.contents.space.begin(unused.segment, unused.sequence);
                 state.contents.space.sealing(unused.segment);
             }
             std::iter::from_fn(|| state.queue.take_ready()).collect::<Vec<_>>()

@@ -13,7 +13,7 @@ use ahash::AHashSet;
 use bytes::Bytes;
 use futures::channel::oneshot;
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
 use torus_rpc::message::Refusal;
 use torus_schema::ids::{BlockIndex, VolumeId};
@@ -48,16 +48,63 @@ impl Need {
     }
 }
 
+/// Tells when all that was under way at some moment has come to its end.
+#[derive(Default)]
+pub struct Eras {
+    now: Cell<u64>,
+    /// How much of each era is under way.
+    open: RefCell<BTreeMap<u64, usize>>,
+}
+
+impl Eras {
+    /// What begins from now on belongs to a later era than the one that comes back.
+    pub fn begin(&self) -> u64 {
+        let era = self.now.get();
+        self.now.set(era + 1);
+        era
+    }
+
+    /// Nothing of that era or an earlier one is under way.
+    pub fn passed(&self, era: u64) -> bool {
+        self.open.borrow().first_key_value().is_none_or(|(open, _)| *open > era)
+    }
+
+    pub fn enter(self: &Rc<Self>) -> UnderWay {
+        let era = self.now.get();
+        *self.open.borrow_mut().entry(era).or_default() += 1;
+        UnderWay { eras: self.clone(), era }
+    }
+}
+
+/// Something of an era, until it is dropped.
+pub struct UnderWay {
+    eras: Rc<Eras>,
+    era: u64,
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        let mut open = self.eras.open.borrow_mut();
+        let left = open.get_mut(&self.era).expect("it was counted when it began");
+        *left -= 1;
+        if *left == 0 {
+            open.remove(&self.era);
+        }
+    }
+}
+
 /// Answers one append when all its pieces are applied.
 pub struct Group {
     pieces: Cell<usize>,
     done: RefCell<Option<oneshot::Sender<Result<(), Refusal>>>>,
+    _under_way: UnderWay,
 }
 
 impl Group {
-    fn new() -> (Rc<Self>, oneshot::Receiver<Result<(), Refusal>>) {
+    fn new(eras: &Rc<Eras>) -> (Rc<Self>, oneshot::Receiver<Result<(), Refusal>>) {
         let (sender, receiver) = oneshot::channel();
-        (Rc::new(Self { pieces: Cell::new(1), done: RefCell::new(Some(sender)) }), receiver)
+        let (pieces, done, _under_way) = (Cell::new(1), RefCell::new(Some(sender)), eras.enter());
+        (Rc::new(Self { pieces, done, _under_way }), receiver)
     }
 
     /// True with the last piece.
@@ -192,6 +239,7 @@ pub struct Queue {
     /// Every batch up to it is applied.
     pub applied: BatchNumber,
     pub durable: BatchNumber,
+    pub eras: Rc<Eras>,
 }
 
 impl Queue {
@@ -202,7 +250,7 @@ impl Queue {
     }
 
     pub fn push(&mut self, need: Need, record: Record, payload: Bytes, origins: Option<Vec<Position>>) -> Waiting {
-        let (group, receiver) = Group::new();
+        let (group, receiver) = Group::new(&self.eras);
         self.class(need).push_back(Append { record, payload, origins, group });
         Waiting(receiver)
     }

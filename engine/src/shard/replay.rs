@@ -15,6 +15,7 @@ use crate::log::record::{Data, Record};
 use crate::log::recovery::FoundSegment;
 use crate::log::{Position, SegmentIndex};
 use ahash::{AHashMap, AHashSet};
+use torus_rpc::message::Revoked;
 use torus_rpc::runtime::Instant;
 use torus_schema::ids::{BlockIndex, SliceId, Version, VolumeId};
 use torus_schema::limits::BLOCKS_PER_EXTENT;
@@ -145,8 +146,12 @@ impl Notes {
         let mut said = Said::default();
         let is_left = |found: &&FoundSegment| found.unsealed.as_ref().is_none_or(|records| !records.is_empty());
         for found in segments.iter().rev().filter(is_left) {
-            let bytes = self.new_in(found.identity.segment, &mut said, contents);
-            contents.space.add_note(found.identity.segment, bytes);
+            let segment = found.identity.segment;
+            for note in self.by_segment.get(&segment).into_iter().flatten() {
+                if said.is_new(note, contents) {
+                    contents.enter(segment, note);
+                }
+            }
         }
     }
 
@@ -162,6 +167,8 @@ impl Notes {
 struct Said {
     drops: AHashSet<VolumeId>,
     opens: AHashSet<VolumeId>,
+    retains: AHashSet<VolumeId>,
+    revokes: AHashSet<(VolumeId, Vec<Revoked>)>,
     instances: AHashSet<(VolumeId, SliceId)>,
     clears: AHashSet<(VolumeId, SliceId, BlockIndex, u64, Version)>,
 }
@@ -183,6 +190,11 @@ impl Said {
                 let key = (clear.volume, clear.slice, clear.first, clear.count, clear.version);
                 !contents.is_superfluous(clear) && self.clears.insert(key)
             }
+            (Record::Retain(retain), Some(volume)) => {
+                let newest = volume.retained.as_ref().map(|retained| (retained.epoch, retained.order));
+                newest == Some((retain.epoch, retain.order)) && self.retains.insert(retain.volume)
+            }
+            (Record::Revoke(revoke), Some(_)) => self.revokes.insert((revoke.volume, revoke.revoked.clone())),
             _ => false,
         }
     }

@@ -5,8 +5,8 @@ use super::queue::Need;
 use super::volumes::Session;
 use super::{Chunks, Shard, State};
 use crate::index::Place;
-use crate::log::Position;
 use crate::log::record::{self, Clear, Data, Instances, Record};
+use crate::log::{BLOCK, Position};
 use bytes::Bytes;
 use std::rc::Rc;
 use torus_rpc::message::{Answer, Envelope, Opened, Operation, Refusal, Token};
@@ -16,7 +16,7 @@ use torus_schema::limits::{
     BLOCK_BYTES, BLOCKS_PER_FRAME_MAX, DESCRIPTORS_PER_REPLY_MAX, SEQUENCE_MAX, SLICES_MAX, VOLUME_BYTES_MAX,
 };
 
-const VOLUME_BLOCKS_MAX: u64 = VOLUME_BYTES_MAX / BLOCK_BYTES;
+pub(super) const VOLUME_BLOCKS_MAX: u64 = VOLUME_BYTES_MAX / BLOCK_BYTES;
 /// Whose token creates instances: no writer, and no epoch.
 const CREATOR: &str = "create";
 
@@ -62,11 +62,11 @@ impl<R: Runtime> Shard<R> {
                 Answer::Flushed
             }
             Operation::Describe { above, from } => self.describe(envelope, above, from)?,
+            Operation::Retain(retention) => self.retain(envelope, retention).await?,
+            Operation::Revoke { revoked } => self.revoke(envelope, revoked).await?,
+            Operation::Map { first, count } => self.map(envelope, first, count)?,
             Operation::PeerRead { token, first, count, data } => {
                 return self.peer_read(envelope.volume, &token, (first, count), data).await;
-            }
-            Operation::Retain(_) | Operation::Revoke { .. } | Operation::Map { .. } => {
-                return Err(malformed("this shard does not know the operation"));
             }
         };
         Ok((answer, Vec::new()))
@@ -77,7 +77,7 @@ impl<R: Runtime> Shard<R> {
     }
 
     /// Rule 5, and F taken note of.
-    fn check(&self, envelope: &Envelope, slice: Option<SliceId>) -> Result<(), Refusal> {
+    pub(super) fn check(&self, envelope: &Envelope, slice: Option<SliceId>) -> Result<(), Refusal> {
         let state = &mut *self.state.borrow_mut();
         let volume = state.contents.volumes.get_mut(&envelope.volume).ok_or(Refusal::NotOpen)?;
         if envelope.epoch < volume.epoch {
@@ -95,7 +95,7 @@ impl<R: Runtime> Shard<R> {
         Ok(())
     }
 
-    fn check_block(&self, envelope: &Envelope, block: BlockIndex) -> Result<SliceId, Refusal> {
+    pub(super) fn check_block(&self, envelope: &Envelope, block: BlockIndex) -> Result<SliceId, Refusal> {
         let slice = {
             let state = self.state.borrow();
             let layout = state.contents.volumes.get(&envelope.volume).and_then(|volume| volume.layout.as_ref());
@@ -201,12 +201,30 @@ impl<R: Runtime> Shard<R> {
                 return Err(Refusal::Corrupt { block: BlockIndex(block), found, expected: *expected });
             }
         }
+        let blocks = first.0..first.0 + checksums.len() as u64;
+        self.state.borrow().check_not_revoked(envelope.volume, blocks.clone(), version)?;
         let flush_point = self.state.borrow().flush_point(envelope.volume);
         // Its place is known when its batch is made.
         let position = Position(0);
         let data = Data { volume: envelope.volume, first, version, flush_point, position, checksums };
         self.state.borrow_mut().statistics.writes += 1;
-        self.append(Need::Data, Record::Data(data), payload).await
+        let alive = self.state.borrow().alive_runs(envelope.volume, blocks.clone(), version);
+        if alive.len() == 1 && alive[0] == (0..data.checksums.len()) {
+            return self.append(Need::Data, Record::Data(data), payload).await;
+        }
+        let parts: Vec<_> = alive
+            .into_iter()
+            .map(|run| {
+                let (first, checksums) = (BlockIndex(first.0 + run.start as u64), data.checksums[run.clone()].to_vec());
+                let part = Data { first, checksums, ..data.clone() };
+                let payload = payload.slice(run.start * BLOCK..run.end * BLOCK);
+                self.submit(Need::Data, Record::Data(part), payload, None)
+            })
+            .collect();
+        for part in parts {
+            part?.done().await?;
+        }
+        Ok(())
     }
 
     async fn clear(
@@ -222,6 +240,7 @@ impl<R: Runtime> Shard<R> {
         }
         check_version(envelope, version)?;
         self.check(envelope, Some(slice))?;
+        self.state.borrow().check_not_revoked(envelope.volume, first.0..first.0 + count, version)?;
         let flush_point = self.state.borrow().flush_point(envelope.volume);
         let clear = Clear { volume: envelope.volume, first, version, flush_point, slice, count };
         self.state.borrow_mut().statistics.clears += 1;

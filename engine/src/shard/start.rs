@@ -143,9 +143,9 @@ pub(super) fn check_owner(found: &Superblock, expected: ShardIdentity) -> Result
 }
 
 /// What a start goes by besides the disk.
-struct Now {
-    now: Instant,
-    unix_s: u64,
+pub(super) struct Now {
+    pub now: Instant,
+    pub unix_s: u64,
 }
 
 impl Now {
@@ -154,7 +154,7 @@ impl Now {
     }
 }
 
-async fn recover<D: Disk>(
+pub(super) async fn recover<D: Disk>(
     disk: &D,
     geometry: Geometry,
     superblock: &mut Superblock,
@@ -164,7 +164,7 @@ async fn recover<D: Disk>(
     let mut notes = Notes::default();
     let mut scan = recovery::scan(disk, geometry).await?;
     scan.segments.iter().for_each(|found| foresee(found, &mut contents, &mut notes));
-    scan.segments.iter().for_each(|found| contents.space.found(found.identity.segment));
+    scan.segments.iter().for_each(|found| contents.space.found(found.identity.segment, found.identity.sequence));
     for damaged in replay_sealed(disk, geometry, &scan, &mut contents).await {
         scan.unseal(disk, geometry, damaged).await;
         foresee(&scan.segments[damaged], &mut contents, &mut notes);

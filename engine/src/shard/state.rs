@@ -1,10 +1,11 @@
 //! What a record does to the shard once it stands in the log: synchronous, the same at run time and at a start.
 
 use super::damage::Damage;
+use super::ledger::{Ledger, clear_range};
 use super::pins::Kept;
 use super::volumes::Volume;
-use crate::index::{Applied, AtTie, ClearRange, Entry, Found, Index, Place, Run};
-use crate::log::record::{Clear, Data, Instances, Record};
+use crate::index::{Applied, AtTie, Entry, Found, Index, Place, Run};
+use crate::log::record::{Clear, Data, Instances, Record, Retain};
 use crate::log::space::Space;
 use crate::log::{Position, SegmentIndex};
 use ahash::{AHashMap, AHashSet};
@@ -20,12 +21,13 @@ pub struct Contents {
     pub volumes: AHashMap<VolumeId, Volume>,
     pub dropped: AHashSet<VolumeId>,
     pub damage: Damage,
+    pub ledger: Ledger,
 }
 
 impl Contents {
     pub fn new(space: Space) -> Self {
-        let (index, damage) = (Index::default(), Damage::default());
-        Self { index, space, volumes: AHashMap::new(), dropped: AHashSet::new(), damage }
+        let (index, damage, ledger) = (Index::default(), Damage::default(), Ledger::default());
+        Self { index, space, volumes: AHashMap::new(), dropped: AHashSet::new(), damage, ledger }
     }
 
     /// Applies a record that stands in `segment`. `origins`: it is the cleaner's copy of blocks that lay there.
@@ -34,8 +36,8 @@ impl Contents {
             (Record::Data(data), Some(origins)) => self.moved(data, origins),
             (Record::Data(data), None) => self.data(data, AtTie::NewcomerWins),
             (note, _) => {
-                self.space.add_note(segment, note.bytes());
                 self.note(note);
+                self.enter(segment, note);
             }
         }
     }
@@ -58,6 +60,8 @@ impl Contents {
                 self.volumes.entry(open.volume).or_default().merge_open(open);
                 self.settle(open.volume, open.flush_point);
             }
+            Record::Retain(retain) => self.retain(retain),
+            Record::Revoke(revoke) => self.revoke(revoke),
             Record::Data(_) => unreachable!("data is not a note"),
         }
     }
@@ -92,6 +96,13 @@ impl Contents {
         volume.settle(flush_point).into_iter().for_each(|freed| self.space.remove_live(freed));
     }
 
+    fn retain(&mut self, record: &Retain) {
+        let freed = self.volumes.entry(record.volume).or_default().merge_retain(record);
+        freed.into_iter().for_each(|freed| self.space.remove_live(freed));
+        self.ledger.is_due = true;
+        self.settle(record.volume, record.flush_point);
+    }
+
     fn instances(&mut self, record: &Instances) {
         self.volumes.entry(record.volume).or_default().merge_instances(record);
     }
@@ -113,8 +124,28 @@ impl Contents {
         }
     }
 
-    /// Part of a record whose F is known, within one extent.
+    /// Part of a record whose F is known, within one extent; without what was revoked.
     pub fn data_run(&mut self, run: Run<'_>, at_tie: AtTie) {
+        let (volume, first) = (run.first.volume, run.first.block);
+        let end = first.0 + run.checksums.len() as u64;
+        let Some(revoked) = self.first_revoked(volume, first.0..end, run.version) else {
+            return self.alive_run(run, at_tie);
+        };
+        let before = (revoked.0 - first.0) as usize;
+        let part = |from: usize, checksums| {
+            let block = BlockIndex(first.0 + from as u64);
+            let position = Position(run.position.0 + from as u32);
+            Run { first: Place { block, ..run.first }, version: run.version, position, checksums }
+        };
+        if before > 0 {
+            self.alive_run(part(0, &run.checksums[..before]), at_tie);
+        }
+        if before + 1 < run.checksums.len() {
+            self.data_run(part(before + 1, &run.checksums[before + 1..]), at_tie);
+        }
+    }
+
+    fn alive_run(&mut self, run: Run<'_>, at_tie: AtTie) {
         let entry = |number: usize| {
             let position = Position(run.position.0 + number as u32);
             Entry { position, checksum: run.checksums[number], version: run.version }
@@ -133,15 +164,16 @@ impl Contents {
         }
     }
 
-    /// Its space is free at once if the newer version can never be taken back, and otherwise when F says so.
+    /// Its space is free at once if the newer version can never be taken back and no pin lies between, and otherwise
+    /// when F, the horizon and the pins say so.
     fn supersede(&mut self, place: Place, old: Entry, by: Version, at_tie: AtTie) {
         let volume = self.volumes.entry(place.volume).or_default();
         // A copy under the same version takes nothing away.
-        let freed = if by <= volume.settled || by == old.version {
+        let freed = if by == old.version {
             Some(old.position)
         } else {
-            let kept = Kept { block: place.block, version: old.version };
-            volume.pins.keep(kept, by, old.position, at_tie == AtTie::NewcomerWins)
+            let bounds = volume.bounds().clone();
+            volume.pins.keep(place.block, old, by, at_tie == AtTie::NewcomerWins, &bounds)
         };
         freed.into_iter().for_each(|position| self.space.remove_live(position));
     }
@@ -151,13 +183,13 @@ impl Contents {
         assert_eq!(origins.len(), data.checksums.len());
         for (number, from) in (0u32..).zip(origins) {
             let block = BlockIndex(data.first.0 + u64::from(number));
-            let place = Place { volume: data.volume, slice: self.slice_of(data.volume, block.extent()), block };
+            let place = self.place_of(data.volume, block);
             let to = Position(data.position.0 + number);
             let kept = Kept { block, version: data.version };
             let volume = self.volumes.get_mut(&data.volume);
             let pinned = volume.is_some_and(|volume| volume.pins.relocate(kept, *from, to));
             if pinned || self.index.relocate(place, *from, to) {
-                self.space.add_live(to);
+                self.space.add_moved(*from, to);
                 self.space.remove_live(*from);
             }
         }
@@ -165,20 +197,19 @@ impl Contents {
 
     fn clear(&mut self, clear: &Clear) {
         self.settle(clear.volume, clear.flush_point);
-        let Some(volume) = self.volumes.get(&clear.volume) else { return };
-        let Some(layout) = &volume.layout else { return };
+        let spared = self.spared(clear);
+        let Some(layout) = self.volumes.get(&clear.volume).and_then(|volume| volume.layout.as_ref()) else { return };
         let mut hidden = Vec::new();
         let tell = |place, entry| hidden.push((place, entry));
         self.index.clear(clear_range(clear), clear.version, &layout.placement, tell);
+        for (place, before) in spared {
+            if self.index.find(place) != before {
+                self.index.take_back(place, clear.version, before);
+                hidden.retain(|(hidden, _)| *hidden != place);
+            }
+        }
         let at_tie = AtTie::NewcomerWins;
         hidden.into_iter().for_each(|(place, entry)| self.supersede(place, entry, clear.version, at_tie));
-    }
-
-    /// It need not be kept: nothing it hides can show again.
-    pub fn is_superfluous(&self, clear: &Clear) -> bool {
-        let Some(volume) = self.volumes.get(&clear.volume) else { return self.dropped.contains(&clear.volume) };
-        let Some(layout) = &volume.layout else { return false };
-        self.index.is_superseded(clear_range(clear), clear.version, volume.settled, &layout.placement)
     }
 
     fn drop_volume(&mut self, volume: VolumeId) {
@@ -205,9 +236,4 @@ impl Contents {
         let pins = self.volumes.values().flat_map(|volume| volume.pins.positions());
         pins.filter(|position| geometry.segment_of(*position) == segment).collect()
     }
-}
-
-fn clear_range(clear: &Clear) -> ClearRange {
-    let end = BlockIndex(clear.first.0.saturating_add(clear.count));
-    ClearRange { volume: clear.volume, slice: clear.slice, first: clear.first, end }
 }

@@ -1,12 +1,12 @@
 //! What the shard knows of each volume: which slices it holds, who has it open, how far it is flushed.
 //! All of it is merged from records in any order: epoch and F by maximum, slices by union.
 
-use super::pins::Pins;
-use crate::log::record::{Instances, Open};
+use super::pins::{Bounds, Pins};
+use crate::log::record::{Instances, Open, Retain};
 use crate::log::{BatchNumber, Position};
-use std::collections::BTreeMap;
-use torus_rpc::message::{Envelope, Refusal, Token};
-use torus_schema::ids::{Epoch, RingGeneration, SliceId, Version, VolumeId};
+use std::collections::{BTreeMap, BTreeSet};
+use torus_rpc::message::{Envelope, Refusal, Retention, Token};
+use torus_schema::ids::{BlockIndex, Epoch, RingGeneration, SliceId, Version, VolumeId};
 use torus_schema::ring::placement::Placement;
 
 /// The shard is a replica of one slice of one volume.
@@ -39,9 +39,24 @@ pub struct Volume {
     /// F of a record that is on its way for no other purpose.
     pub settling: Version,
     pub session: Option<Session>,
+    /// What its writer last said has to be kept. `None`: no writer ever did, and nothing is freed.
+    pub retained: Option<Retained>,
+    /// The highest order of a retain of the present epoch that was drawn.
+    pub order_drawn: u64,
+    /// What follows from `settled` and `retained`.
+    bounds: Bounds,
     pub pins: Pins,
+    /// Records that never were, wherever they stand.
+    pub revoked: BTreeSet<(BlockIndex, Version)>,
     /// Appends of data that are not applied yet.
     pub in_flight: usize,
+}
+
+pub struct Retained {
+    /// Of two the higher counts.
+    pub epoch: Epoch,
+    pub order: u64,
+    pub retention: Retention,
 }
 
 pub struct Layout {
@@ -76,23 +91,12 @@ impl Volume {
         }
     }
 
-    /// Records that say the same again: what the cleaner carries forward.
-    pub fn instances(&self, volume: VolumeId) -> Vec<Instances> {
-        let Some(layout) = &self.layout else { return Vec::new() };
-        let mut groups: BTreeMap<(RingGeneration, BatchNumber), Vec<SliceId>> = BTreeMap::new();
-        for (slice, instance) in &self.slices {
-            groups.entry((instance.generation, instance.created)).or_default().push(*slice);
-        }
-        let record = |((generation, created), slices)| Instances {
-            volume,
-            placement: layout.id,
-            generation,
-            created,
-            width: layout.width,
-            ring_slices: layout.ring_slices,
-            slices,
-        };
-        groups.into_iter().map(record).collect()
+    /// Those of the record's instances that are what the shard is now: what the cleaner carries forward.
+    pub fn still_of(&self, record: &Instances) -> Option<Instances> {
+        let said = Instance { generation: record.generation, created: record.created };
+        let slices: Vec<SliceId> =
+            record.slices.iter().copied().filter(|slice| self.slices.get(slice) == Some(&said)).collect();
+        (!slices.is_empty()).then(|| Instances { slices, ..record.clone() })
     }
 
     pub fn open(&self, volume: VolumeId) -> Option<Open> {
@@ -121,6 +125,28 @@ impl Volume {
         }
     }
 
+    /// The retain that says again what is known: what the cleaner carries forward.
+    pub fn retain(&self, volume: VolumeId) -> Option<Retain> {
+        let flush_point = self.flush_point;
+        let Retained { epoch, order, retention } = self.retained.as_ref()?;
+        Some(Retain { volume, flush_point, epoch: *epoch, order: *order, retention: retention.clone() })
+    }
+
+    pub fn bounds(&self) -> &Bounds {
+        &self.bounds
+    }
+
+    /// Clears and revocations above it are needed by a replica that is stale, or may become so before its writer can
+    /// say it.
+    pub fn note_limit(&self) -> Version {
+        let stale_since = self.retained.as_ref().and_then(|retained| retained.retention.stale_since);
+        stale_since.map_or(self.bounds.limit, |since| since.min(self.bounds.limit))
+    }
+
+    fn horizon(&self) -> Version {
+        self.retained.as_ref().map_or(Version::ZERO, |retained| retained.retention.horizon)
+    }
+
     /// A record in the log says F: what it covers needs to be kept no longer.
     pub fn settle(&mut self, flush_point: Version) -> Vec<Position> {
         self.flush_point = self.flush_point.max(flush_point);
@@ -128,33 +154,79 @@ impl Volume {
             return Vec::new();
         }
         self.settled = flush_point;
-        self.pins.release(flush_point)
+        self.bounds.limit = self.settled.min(self.horizon());
+        self.pins.release(&self.bounds)
+    }
+
+    /// A record in the log says what its writer needs kept. Without its F; see `settle`.
+    pub fn merge_retain(&mut self, record: &Retain) -> Vec<Position> {
+        let Retain { epoch, order, ref retention, .. } = *record;
+        let is_newer = |known: &Retained| (epoch, order) > (known.epoch, known.order);
+        if !self.retained.as_ref().is_none_or(is_newer) {
+            return Vec::new();
+        }
+        self.retained = Some(Retained { epoch, order, retention: retention.clone() });
+        self.order_drawn = self.order_drawn.max(order);
+        self.bounds = Bounds { limit: self.settled.min(self.horizon()), pins: retention.pins.clone() };
+        let mut freed = self.pins.repin(&self.bounds);
+        freed.extend(self.pins.release(&self.bounds));
+        freed
     }
 
     /// A record that says F would free something, and none is on its way.
     pub fn is_worth_settling(&self) -> bool {
-        let freed = |by: Version| by <= self.flush_point && by > self.settling;
+        let limit = self.flush_point.min(self.horizon());
+        let freed = |by: Version| by <= limit && by > self.settling;
         self.flush_point > self.settling && self.pins.oldest().is_some_and(freed)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::pins::Kept;
     use super::*;
-    use torus_schema::ids::BlockIndex;
+    use crate::index::Entry;
+
+    fn version(sequence: u64) -> Version {
+        Version::new(Epoch(1), sequence)
+    }
+
+    fn retain(epoch: u32, order: u64, retention: Retention) -> Retain {
+        let (volume, flush_point) = (VolumeId::from_bytes([1; 16]), Version::ZERO);
+        Retain { volume, flush_point, epoch: Epoch(epoch), order, retention }
+    }
+
+    /// Holds version 2 of a block, superseded by 4, at position 40.
+    fn overwritten() -> Volume {
+        let mut volume = Volume { flush_point: version(5), ..Volume::default() };
+        let entry = Entry { position: Position(40), checksum: 0, version: version(2) };
+        volume.pins.keep(BlockIndex(1), entry, version(4), true, &Bounds::default());
+        volume
+    }
 
     #[test]
     fn a_flush_point_is_worth_a_record_of_its_own_only_if_that_frees_something() {
-        let version = |sequence| Version::new(Epoch(1), sequence);
-        let mut volume = Volume { flush_point: version(5), ..Volume::default() };
-        assert!(!volume.is_worth_settling());
-        let kept = Kept { block: BlockIndex(1), version: version(2) };
-        volume.pins.keep(kept, version(4), Position(40), true);
+        let mut volume = overwritten();
+        assert!(!volume.is_worth_settling(), "nobody said what has to be kept");
+        let all_below = Retention { horizon: version(9), ..Retention::default() };
+        assert_eq!(volume.merge_retain(&retain(1, 1, all_below)), vec![]);
         assert!(volume.is_worth_settling());
         volume.settling = version(5);
         assert!(!volume.is_worth_settling(), "one is on its way");
         assert_eq!(volume.settle(version(5)), vec![Position(40)]);
+    }
+
+    #[test]
+    fn what_a_writer_needs_kept_is_what_the_latest_of_the_latest_epoch_says() {
+        let mut volume = overwritten();
+        assert_eq!(volume.settle(version(5)), vec![], "unknown frees nothing");
+        let pinned = Retention { horizon: version(9), pins: vec![version(3)], stale_since: Some(version(1)) };
+        assert_eq!(volume.merge_retain(&retain(2, 2, pinned)), vec![]);
+        assert_eq!((volume.bounds().limit, volume.note_limit()), (version(5), version(1)));
+        let unpinned = Retention { horizon: version(9), ..Retention::default() };
+        assert_eq!(volume.merge_retain(&retain(2, 1, unpinned.clone())), vec![], "an older one");
+        assert_eq!(volume.merge_retain(&retain(1, 9, unpinned.clone())), vec![], "an older epoch's");
+        assert_eq!(volume.merge_retain(&retain(2, 3, unpinned)), vec![Position(40)]);
+        assert_eq!(volume.note_limit(), version(5));
     }
 
     #[test]
@@ -165,7 +237,11 @@ mod tests {
         let slices = vec![SliceId(1), SliceId(2)];
         let record = Instances { volume: id, placement: id, generation, created, width: 2, ring_slices: 4, slices };
         volume.merge_instances(&record);
-        assert_eq!(volume.instances(id), vec![record]);
+        assert_eq!(volume.still_of(&record), Some(record.clone()));
+        let later = Instances { generation: RingGeneration(4), slices: vec![SliceId(1)], ..record.clone() };
+        let mut moved = Volume::default();
+        [&record, &later].into_iter().for_each(|record| moved.merge_instances(record));
+        assert_eq!(moved.still_of(&record), Some(Instances { slices: vec![SliceId(2)], ..record }));
         assert!(volume.holds(SliceId(1), generation, BatchNumber(4)));
         assert!(!volume.holds(SliceId(1), generation, BatchNumber(5)), "created before something was lost");
         assert!(!volume.holds(SliceId(1), RingGeneration(2), BatchNumber(0)));

@@ -73,11 +73,11 @@ async fn choose<M: Metadata>(metadata: &M, wanted: &[String]) -> Result<Vec<Chos
     Ok(known.map(|record| Chosen { id: record.id, address: record.control.clone() }).collect())
 }
 
+/// What the nodes answered, and a warning for each that did not.
+type Told<'a, T> = (Vec<(&'a Chosen, T)>, Vec<String>);
+
 /// A node that does not answer is a warning beside those that do; an order that reached nobody is an error.
-fn split<T>(
-    chosen: &[Chosen],
-    answers: Vec<Result<T, ControlError>>,
-) -> Result<(Vec<(&Chosen, T)>, Vec<String>), AdminError> {
+fn split<T>(chosen: &[Chosen], answers: Vec<Result<T, ControlError>>) -> Result<Told<'_, T>, AdminError> {
     let (mut told, mut warnings) = (Vec::new(), Vec::new());
     let mut first = None;
     for (node, answer) in chosen.iter().zip(answers) {

@@ -136,9 +136,11 @@ async fn build<R: Runtime>(
             failed: RefCell::default(),
             refused: RefCell::default(),
             running: Cell::new(false),
+            pending_since: Cell::new(None),
         },
         window: RefCell::new(Window::default()),
         locks: Default::default(),
+        retaining: Default::default(),
         flush_point: Cell::new(owned.flush_point),
         replay: RefCell::new(ReplayBuffer::new(budget, this.clone())),
         short_of_room: Cell::new(0),
@@ -245,7 +247,9 @@ async fn open_and_reconcile<R: Runtime>(session: &Rc<Session<R>>) -> Result<(), 
             Err(failure) => lose(session, *shard, &failure).await?,
         }
     }
-    reconcile(session).await
+    reconcile(session).await?;
+    // Until they hear of it the shards free nothing.
+    session.tell_retention().await
 }
 
 pub(super) async fn lose<R: Runtime>(

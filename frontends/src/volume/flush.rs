@@ -26,7 +26,13 @@ impl<R: Runtime> Session<R> {
         let flushed = Version::new(self.epoch, settled);
         self.flush_point.set(self.flush_point.get().max(flushed));
         self.replay.borrow_mut().release_through(settled);
+        self.tell_retention_if_due();
         Ok(())
+    }
+
+    /// In the background, one at a time.
+    pub fn flush_soon(self: &Rc<Self>) {
+        self.clone().flush_by_itself();
     }
 
     /// Flushes if that would make room which this volume, or all of them together, should soon have.

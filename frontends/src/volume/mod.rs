@@ -6,6 +6,7 @@
 //! * `writer`, `reads`, `flush`   the three things it does
 //! * `recover`    what becomes of a replica that failed: open again and replay, or stale, or waited for
 //! * `replay`     the records a restarted replica may lack, and the bounds on them (pure)
+//! * `retain`     what the shards are told to keep
 //! * `status`     marking replicas stale; `replicas` which are in sync (pure)
 //! * `lease`      what ownership hangs on
 //! * `links`      connections to shards, shared by all volumes of the executor
@@ -24,6 +25,7 @@ mod reconcile;
 mod recover;
 mod replay;
 mod replicas;
+mod retain;
 mod session;
 mod status;
 mod window;

@@ -106,6 +106,11 @@ impl ReplayBuffer {
         Self { budget, volume, records: VecDeque::new(), bytes: 0 }
     }
 
+    /// What is kept, in memory.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
     pub fn budget(&self) -> Rc<Budget> {
         self.budget.clone()
     }

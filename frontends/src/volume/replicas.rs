@@ -111,6 +111,15 @@ impl Replicas {
         Ok(())
     }
 
+    /// The lowest mark of a stale replica.
+    pub fn lowest_since(&self) -> Option<Version> {
+        let since = |(_, health): &(ShardPosition, Health)| match health {
+            Health::Stale { since } => Some(*since),
+            Health::InSync => None,
+        };
+        self.slots.iter().flatten().filter_map(since).min()
+    }
+
     /// Below the minimum already, so that writes would have too few copies.
     pub fn below_minimum(&self) -> Option<BelowMinimum> {
         (0..self.slots.len()).find_map(|slot| {

@@ -6,6 +6,7 @@ use super::links::Links;
 use super::locks::RangeLocks;
 use super::replay::ReplayBuffer;
 use super::replicas::{Replicas, ShardPosition};
+use super::retain::Retaining;
 use super::status::StatusKeeper;
 use super::window::Window;
 use crate::device::VolumeError;
@@ -42,6 +43,7 @@ pub(super) struct Session<R: Runtime> {
     pub status: StatusKeeper,
     pub window: RefCell<Window>,
     pub locks: RangeLocks,
+    pub retaining: Retaining,
     /// F: everything up to it is durable on every in-sync replica.
     pub flush_point: Cell<Version>,
     /// Every record above F (protocol rule 9).
@@ -237,6 +239,11 @@ impl<R: Runtime> Session<R> {
                         tracing::warn!(volume = %self.record.name, shard = %shard.id, %failure, "waiting");
                     }
                     refused += 1;
+                    if verdict(&failure) == Verdict::Full {
+                        // What was overwritten counts until F says that nothing takes the newer back; the next attempt
+                        // carries it.
+                        self.flush_soon();
+                    }
                     self.runtime.clock().sleep(RETRY_AFTER).await;
                 }
                 verdict => self.recover(position, asked_of, failure, verdict),

@@ -33,6 +33,8 @@ pub(super) struct StatusKeeper {
     /// Those that could not be marked, and why.
     pub refused: RefCell<Vec<(ShardPosition, BelowMinimum)>>,
     pub running: Cell<bool>,
+    /// The mark of replicas that are being made stale, not yet listed; see `retain`.
+    pub pending_since: Cell<Option<Version>>,
 }
 
 /// Why a replica has to go stale, those that lose least by it first: when not all may, who has lost something goes
@@ -83,6 +85,7 @@ async fn keep_status<R: Runtime>(session: Rc<Session<R>>) {
         if failed.is_empty() || session.ended.borrow().is_some() {
             break;
         }
+        session.status.pending_since.set(Some(session.flush_point.get()));
         let (next, lost) = without(&session, failed);
         if !lost.is_empty() && store_status(&session, &next.to_status()).await {
             for shard in &lost {
@@ -90,7 +93,9 @@ async fn keep_status<R: Runtime>(session: Rc<Session<R>>) {
                     since = %session.flush_point.get(), "replica marked stale");
             }
             *session.replicas.borrow_mut() = next;
+            session.tell_retention_soon();
         }
+        session.status.pending_since.set(None);
         session.changed.notify();
     }
     session.status.running.set(false);

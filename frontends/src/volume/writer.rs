@@ -2,16 +2,17 @@
 
 use super::plan::{Piece, blocks_covered, blocks_touched, pieces};
 use super::replay::{Kept, cost};
+use super::replicas::ShardPosition;
 use super::session::Session;
 use crate::device::VolumeError;
 use bytes::{Bytes, BytesMut};
 use std::cell::Cell;
 use std::ops::Range;
 use std::rc::Rc;
-use torus_rpc::message::Operation;
+use torus_rpc::message::{Answer, Operation};
 use torus_rpc::runtime::Runtime;
 use torus_schema::ids::{BlockIndex, Version};
-use torus_schema::limits::BLOCK_BYTES;
+use torus_schema::limits::{BLOCK_BYTES, UNFLUSHED_BYTES_WHEN_FULL_MAX};
 
 /// Whether a request has drawn a version: from then on it can be waited for or not, but no longer be given up.
 pub type Begun = Cell<bool>;
@@ -81,33 +82,51 @@ impl<R: Runtime> Session<R> {
         }
     }
 
-    /// The client hears of a full cluster before any replica has to refuse (protocol rule 16). A shard that said it is
-    /// full is asked again, since what made room need not have come from us.
+    /// The client hears of a full cluster before any replica has to refuse (protocol rule 16), and only if the write
+    /// needs room: what replaces data gives back as much as it takes, once it is flushed. Nothing was sent yet.
     async fn check_space(self: &Rc<Self>, blocks: Range<u64>) -> Result<(), VolumeError> {
         if !self.shards.iter().any(|shard| shard.full.get()) {
             return Ok(());
         }
-        for slot in self.slots_of(&blocks) {
+        // Both generations take room until then.
+        if self.replay.borrow().bytes() >= UNFLUSHED_BYTES_WHEN_FULL_MAX {
+            self.flush().await?;
+        }
+        if self.find_full(&blocks).await.is_none() {
+            return Ok(());
+        }
+        // What was overwritten and cleared lately may be all that is in the way.
+        self.flush().await?;
+        self.tell_retention().await?;
+        match self.find_full(&blocks).await {
+            Some(position) => Err(VolumeError::NoSpace { shard: self.shards[position].id.to_string() }),
+            None => Ok(()),
+        }
+    }
+
+    /// A full shard on which the write would add blocks. One that said it is full is asked again, since what made room
+    /// need not have come from us.
+    async fn find_full(self: &Rc<Self>, blocks: &Range<u64>) -> Option<ShardPosition> {
+        for piece in pieces(blocks.clone()) {
+            let slot = self.placement.slot_of(piece.first.extent());
             let replicas: Vec<_> = self.replicas.borrow().in_sync(slot).collect();
-            for position in replicas {
+            for position in replicas.into_iter().filter(|position| self.shards[*position].full.get()) {
                 let shard = &self.shards[position];
-                if !shard.full.get() {
-                    continue;
-                }
-                let first = pieces(blocks.clone()).find(|piece| self.placement.slot_of(piece.first.extent()) == slot);
-                if let Some(piece) = first {
-                    let probe = Operation::Read { first: piece.first, count: 1 };
-                    // Whatever it answers, `ask` notes whether it is still full; a failure is the write's to handle.
-                    if self.ask(shard, &probe, &Bytes::new()).await.is_err() {
+                let map = Operation::Map { first: piece.first, count: piece.count };
+                // Whatever it answers, `ask` notes whether it is still full; a failure is the write's to handle.
+                let adds = match self.ask(shard, &map, &Bytes::new()).await {
+                    Ok((Answer::Mapped { runs }, _)) => runs.iter().any(|run| !run.data),
+                    _ => {
                         shard.full.set(false);
+                        false
                     }
-                }
-                if shard.full.get() {
-                    return Err(VolumeError::NoSpace { shard: shard.id.to_string() });
+                };
+                if adds && shard.full.get() {
+                    return Some(position);
                 }
             }
         }
-        Ok(())
+        None
     }
 
     /// The data with its first and last block completed from what is stored. The caller holds the lock.
@@ -159,6 +178,7 @@ impl<R: Runtime> Session<R> {
         durable: bool,
         begun: &Begun,
     ) -> Result<(), VolumeError> {
+        self.retaining.cleared.set(true);
         let operation = |version| Operation::Clear {
             first: BlockIndex(blocks.start),
             count: blocks.end - blocks.start,

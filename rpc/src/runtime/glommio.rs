@@ -1,5 +1,6 @@
 //! The production runtime: one executor per thread on glommio, and how such a thread is started.
 
+use super::watchdog::Watchdog;
 use super::{Class, Clock, Disk, Instant, NoDisk, Random, Runtime, Spawn};
 use crate::client::{TcpConnect, TcpLink};
 use crate::metadata::Metadata;
@@ -7,6 +8,8 @@ use glommio::{Latency, LocalExecutorBuilder, Placement, Shares, TaskQueueHandle}
 use std::cell::Cell;
 use std::future::Future;
 use std::marker::PhantomData;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use thiserror::Error;
 
@@ -49,9 +52,11 @@ pub fn run<T>(name: &str, cpu: Option<usize>, task: impl Future<Output = T>) -> 
         .io_memory(IO_MEMORY_BYTES)
         .make()
         .map_err(|error| start_error(describe, &error.to_string()))?;
+    let watchdog = Watchdog::new(name)
+        .map_err(|error| StartError::Executor { placement: "a watchdog".to_string(), because: error.to_string() })?;
     Ok(executor.run(async {
-        glommio::spawn_local(tick(1)).detach();
-        glommio::spawn_local(tick(3)).detach();
+        glommio::spawn_local(tick(1, watchdog.turns())).detach();
+        glommio::spawn_local(tick(3, watchdog.turns())).detach();
         task.await
     }))
 }
@@ -88,8 +93,9 @@ pub fn stay_awake() {
 /// core), it takes "nothing ran" for "nothing to run" and parks with tasks runnable until some other event: on a loaded
 /// machine requests were seen to wait for seconds. A timer that is always set is such an event; there are two of
 /// different length, since the task of one may be among those that the park leaves behind.
-async fn tick(stretch: u32) {
+async fn tick(stretch: u32, turns: Arc<AtomicU64>) {
     loop {
+        turns.fetch_add(1, Ordering::Relaxed);
         let left = AWAKE.get();
         AWAKE.set(left.saturating_sub(1));
         glommio::timer::sleep(stretch * if left > 0 { AWAKE_TICK } else { IDLE_TICK }).await;

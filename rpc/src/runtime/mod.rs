@@ -6,6 +6,7 @@
 
 pub mod glommio;
 pub mod simulated;
+mod watchdog;
 
 use crate::error::LinkError;
 use crate::message::{Envelope, Operation, Reply};

@@ -86,6 +86,7 @@ impl<C: Clock> SimulatedDisk<C> {
             pages.put(page * PAGE_BYTES as u64, &bytes, |_, _| {});
         }
         state.fault.damages += 1;
+        tracing::debug!(page, ?damage, "damaged");
         Some(page)
     }
 
@@ -158,6 +159,7 @@ impl State {
         let number = self.random() as usize % (good.len() / PAGE_BYTES);
         let Some(page) = self.damaged(damage, offset / PAGE_BYTES as u64 + number as u64) else { return good };
         self.fault.damages += 1;
+        tracing::debug!(page = offset / PAGE_BYTES as u64 + number as u64, ?damage, "misread");
         let mut bytes = good.to_vec();
         bytes[number * PAGE_BYTES..][..PAGE_BYTES].copy_from_slice(&page);
         bytes.into()
@@ -168,17 +170,20 @@ impl State {
         let Faults { write_rot_one_in, write_lost_one_in, write_elsewhere_one_in, .. } = self.fault.faults;
         if self.is_due(write_lost_one_in) {
             self.fault.damages += 1;
+            tracing::debug!(page = offset / PAGE_BYTES as u64, pages = bytes.len() / PAGE_BYTES, "write lost");
             return None;
         }
         if self.is_due(write_elsewhere_one_in) {
             let pages = (bytes.len() / PAGE_BYTES) as u64;
             self.fault.damages += 1 + pages;
             let place = self.another(offset / PAGE_BYTES as u64).min(self.size_bytes / PAGE_BYTES as u64 - pages);
+            tracing::debug!(page = offset / PAGE_BYTES as u64, pages, place, "write elsewhere");
             return Some((place * PAGE_BYTES as u64, bytes));
         }
         if self.is_due(write_rot_one_in) {
             self.fault.damages += 1;
             let at = self.random() as usize % (bytes.len() / PAGE_BYTES) * PAGE_BYTES;
+            tracing::debug!(page = (offset + at as u64) / PAGE_BYTES as u64, "write rots");
             let page = self.rotten(&bytes.slice(at..at + PAGE_BYTES));
             let mut rotten = bytes.to_vec();
             rotten[at..at + PAGE_BYTES].copy_from_slice(&page);

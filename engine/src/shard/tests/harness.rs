@@ -6,7 +6,7 @@ use bytes::Bytes;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::Duration;
-use torus_rpc::message::{Answer, Descriptor, Envelope, Opened, Operation, Refusal};
+use torus_rpc::message::{Answer, Descriptor, Envelope, Opened, Operation, Refusal, Retention};
 use torus_rpc::metadata::{self, Entry, Event, LeaseId, Metadata, Range, Revision, Transaction, TransactionResult};
 use torus_rpc::runtime::simulated::{Here, ProcessId, SimulatedRuntime, World};
 use torus_rpc::token::ClusterKey;
@@ -200,7 +200,11 @@ impl Client {
         let (reply, chunks) = self.machine.shard().handle(envelope, operation, payload).await;
         match reply.answer {
             Answer::Refused(refusal) => Err(refusal),
-            answer => Ok((answer, chunks.iter().flat_map(|chunk| chunk.to_vec()).collect())),
+            answer => {
+                let mut bytes = Vec::new();
+                chunks.iter().for_each(|chunk| bytes.extend_from_slice(chunk));
+                Ok((answer, bytes))
+            }
         }
     }
 
@@ -211,6 +215,15 @@ impl Client {
     }
 
     pub async fn open_in(&self, epoch: Epoch) -> Result<Opened, Refusal> {
+        let opened = self.open_silently(epoch).await?;
+        if opened.missing.is_empty() {
+            self.retain(Vec::new(), None).await?;
+        }
+        Ok(opened)
+    }
+
+    /// Does not say what has to be kept.
+    pub async fn open_silently(&self, epoch: Epoch) -> Result<Opened, Refusal> {
         let token = key().sign(self.volume, epoch, "writer");
         let slices = placement(self.volume).slices().to_vec();
         self.envelope.set(Envelope { epoch, ..self.envelope.get() });
@@ -220,6 +233,14 @@ impl Client {
         self.envelope.set(Envelope { incarnation: opened.incarnation, ..envelope });
         self.sequence.set(0);
         Ok(opened)
+    }
+
+    /// As a writer that has these snapshots and no others, and takes none.
+    pub async fn retain(&self, pins: Vec<Version>, stale_since: Option<Version>) -> Result<(), Refusal> {
+        let horizon = Version::new(self.envelope.get().epoch, torus_schema::limits::SEQUENCE_MAX);
+        let answer = self.call(Operation::Retain(Retention { horizon, pins, stale_since })).await?;
+        assert_eq!(answer, Answer::Retained);
+        Ok(())
     }
 
     pub fn next_version(&self) -> Version {

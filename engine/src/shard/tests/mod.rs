@@ -2,11 +2,13 @@
 //!
 //! * `harness`   a client of one shard, that knows what it wrote
 //! * `requests`  what is refused, and with what
+//! * `retention`  what is kept, what goes, what never was
 //! * `recovery`  row by row
 //! * `repair`    damage, and peers that mend it
 //! * `scrub`     passes over everything
 //! * `supervisor` disks that fail under a shard
 //! * `space`     cleaning, full, dropping
+//! * `stored_bytes`  decoders and starts over bytes that nobody wrote
 //! * `model`     seeded sequences of everything, with crashes, against a plain map
 
 mod harness;
@@ -15,7 +17,9 @@ mod recovery;
 mod recovery_table;
 mod repair;
 mod requests;
+mod retention;
 mod scrub;
 mod segments_ahead;
 mod space;
+mod stored_bytes;
 mod supervisor;

@@ -210,7 +210,8 @@ fn a_segment_with_a_damaged_block_is_cleaned_once_the_block_is_repaired() {
         pair.link(&world);
         pair.here.healed().await;
         overwrite().await;
-        assert_ne!(shard.geometry.segment_of(pair.here.position(101)), shard.geometry.segment_of(old));
+        // Segments are used in turn, so that it may be back in the one where it was.
+        assert_ne!(pair.here.position(101), old);
         assert_eq!(pair.here.read(100, 3).await.unwrap(), vec![(version, true); 3]);
     });
 }

@@ -9,14 +9,14 @@
 use std::collections::BTreeMap;
 use torus_schema::ids::Version;
 
-#[derive(Default, Clone)]
-pub struct Known {
+#[derive(Default)]
+struct Known {
     /// Every version sent that may be there, and whether it is data.
-    pub sent: BTreeMap<Version, bool>,
+    sent: BTreeMap<Version, bool>,
     /// What was there once, and is superseded by something that nothing proves.
     past: BTreeMap<Version, bool>,
     /// The highest that was answered.
-    pub acknowledged: Version,
+    acknowledged: Version,
     /// The highest that a flush of that level covered; ascending in both.
     flushed: Vec<(u64, Version)>,
 }
@@ -28,11 +28,9 @@ impl Known {
         }
     }
 
-    /// What may be found, and whether it is data. Before anything was written there are zeros.
-    pub fn may_be(&self, version: Version, damages: u64) -> Option<bool> {
+    fn may_be(&self, version: Version, damages: u64) -> Option<bool> {
         let past = self.past.get(&version).filter(|_| damages > 0);
-        let zeros = (version == Version::ZERO).then_some(&false);
-        self.sent.get(&version).or(past).or(zeros).copied()
+        self.sent.get(&version).or(past).copied()
     }
 }
 
@@ -52,8 +50,14 @@ pub struct Blocks {
 }
 
 impl Blocks {
-    pub fn get(&self, block: u64) -> Known {
-        self.known.get(&block).cloned().unwrap_or_default()
+    pub fn acknowledged(&self, block: u64) -> Version {
+        self.known.get(&block).map(|known| known.acknowledged).unwrap_or_default()
+    }
+
+    /// What may be found, and whether it is data. Before anything was written there are zeros.
+    pub fn may_be(&self, block: u64, version: Version, damages: u64) -> Option<bool> {
+        let zeros = (version == Version::ZERO).then_some(false);
+        self.known.get(&block).and_then(|known| known.may_be(version, damages)).or(zeros)
     }
 
     /// Gives the level at which it was sent.
