@@ -31,8 +31,34 @@ const STRIDE: u64 = 0x9e37_79b9_7f4a_7c15;
 pub enum Pattern {
     /// By 1 MiB: one descriptor for 256 blocks.
     Sequential,
+    /// By 64 KiB at random.
+    RandomLarge,
     /// By 4 KiB at random: a descriptor for each block, the longest footers there are.
     Random,
+}
+
+impl Pattern {
+    const ALL: [Pattern; 3] = [Pattern::Sequential, Pattern::RandomLarge, Pattern::Random];
+
+    /// Of one write.
+    fn blocks(self) -> u64 {
+        match self {
+            Pattern::Sequential => 256,
+            Pattern::RandomLarge => 16,
+            Pattern::Random => 1,
+        }
+    }
+
+    /// Where the block that is written as number `at` lies in the volume.
+    fn block(self, at: u64, volume_blocks: u64) -> u64 {
+        let blocks = self.blocks();
+        match self {
+            Pattern::Sequential => at,
+            Pattern::RandomLarge | Pattern::Random => {
+                (at / blocks).wrapping_mul(STRIDE) % (volume_blocks / blocks) * blocks + at % blocks
+            }
+        }
+    }
 }
 
 #[derive(Serialize)]
@@ -47,7 +73,7 @@ pub async fn measure(folder: &Path, rounds: usize, quick: bool) -> Result<Vec<Ro
     let sizes: &[u64] = if quick { &QUICK_GIB } else { &SIZES_GIB };
     let runtime = BenchRuntime::new(NoMetadata);
     let mut rows = Vec::new();
-    for pattern in [Pattern::Sequential, Pattern::Random] {
+    for pattern in Pattern::ALL {
         for gib in sizes {
             eprintln!("bench: start with {gib} GiB, {pattern:?}");
             let path = folder.join("start");
@@ -132,19 +158,13 @@ fn records(
     range: std::ops::Range<u64>,
     volume_blocks: u64,
 ) -> Vec<Record> {
-    let each = match pattern {
-        Pattern::Sequential => 256,
-        Pattern::Random => 1,
-    };
+    let each = pattern.blocks();
     let first_position = geometry.first(segment).0 + 1;
     let (mut records, mut at) = (Vec::new(), range.start);
     while at < range.end {
         // Up to the end of the frame, so that none crosses an extent.
         let count = (each - at % each).min(range.end - at);
-        let first = match pattern {
-            Pattern::Sequential => at,
-            Pattern::Random => at.wrapping_mul(STRIDE) % volume_blocks,
-        };
+        let first = pattern.block(at, volume_blocks);
         let within = (at - range.start) as u32;
         let version = Version::new(Epoch(1), at + 1);
         records.push(Record::Data(Data {
@@ -177,7 +197,7 @@ mod tests {
     fn every_block_is_written_once_and_lies_inside_its_segment() {
         let geometry = Geometry::new(GIB, SEGMENT_BYTES);
         let blocks = 1 << 13;
-        for pattern in [Pattern::Sequential, Pattern::Random] {
+        for pattern in Pattern::ALL {
             let segment = SegmentIndex(1);
             let records = records(geometry, segment, pattern, 0..blocks, blocks);
             let mut seen = BTreeSet::new();

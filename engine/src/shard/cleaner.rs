@@ -1,5 +1,5 @@
-//! Gives space back: takes the segment with the fewest needed blocks, copies those and the notes elsewhere, and lets
-//! the segment go when the copies are durable. One segment at a time, in the background class.
+//! Gives space back: takes the segment that is worth cleaning most (`Space::victim`), copies its needed blocks and notes
+//! elsewhere, and lets the segment go when the copies are durable. One segment at a time, in the background class.
 //!
 //! Nothing is decided from what the segment holds alone: a block is needed if the index says that it lies here, or if
 //! it is kept for a version above F. Whatever changes while a copy is on its way is settled when the copy is applied

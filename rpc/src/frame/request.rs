@@ -59,12 +59,7 @@ fn set_operation(mut builder: request::operation::Builder<'_>, operation: &Opera
             create.set_ring_slices(*ring_slices);
             set_slices(create.init_slices(slices.len() as u32), slices);
         }
-        Operation::Open { token, owner, slices } => {
-            let mut open = builder.init_open();
-            open.set_token(&token.0);
-            open.set_owner(owner.as_str());
-            set_slices(open.init_slices(slices.len() as u32), slices);
-        }
+        Operation::Open { token, owner, slices } => set_open(builder.init_open(), token, owner, slices),
         Operation::Read { first, count } => {
             let mut read = builder.init_read();
             read.set_first(first.0);
@@ -102,13 +97,22 @@ fn set_operation(mut builder: request::operation::Builder<'_>, operation: &Opera
             map.set_count(*count);
         }
         Operation::PeerRead { token, first, count, data } => {
-            let mut read = builder.init_peer_read();
-            read.set_token(&token.0);
-            read.set_first(first.0);
-            read.set_count(*count);
-            read.set_data(*data);
+            set_peer_read(builder.init_peer_read(), token, (*first, *count), *data)
         }
     }
+}
+
+fn set_open(mut open: open::Builder<'_>, token: &Token, owner: &str, slices: &[SliceId]) {
+    open.set_token(&token.0);
+    open.set_owner(owner);
+    set_slices(open.init_slices(slices.len() as u32), slices);
+}
+
+fn set_peer_read(mut read: peer_read::Builder<'_>, token: &Token, (first, count): (BlockIndex, u32), data: bool) {
+    read.set_token(&token.0);
+    read.set_first(first.0);
+    read.set_count(count);
+    read.set_data(data);
 }
 
 fn set_retain(mut builder: retain::Builder<'_>, retention: &Retention) {
