@@ -68,6 +68,9 @@ pub enum VolumeError {
     /// The session is over: every further request fails, until the volume is attached anew.
     #[error("the volume's session ended: {because}")]
     SessionEnded { because: String },
+    /// A write may yet be carried out, as soon as that is possible.
+    #[error("too few replicas answered within the I/O timeout of {waited_ms} ms")]
+    TimedOut { waited_ms: u64 },
     #[error("block {block} cannot be read from any in-sync replica: {because}")]
     Unreadable { block: u64, because: String },
     #[error("the volume is not ready: {because}")]

@@ -2,7 +2,7 @@
 
 use crate::device::{Exports, VolumeError};
 use crate::nbd::{Listener, ListenerError, serve};
-use crate::volume::{Attacher, VolumeExports};
+use crate::volume::{Attacher, VolumeExports, VolumeSettings};
 use clap::Args;
 use futures::channel::oneshot;
 use futures::future::{FutureExt, Shared};
@@ -30,6 +30,9 @@ pub struct ServeArguments {
     /// Listen on other than loopback addresses although NBD here has neither authentication nor encryption
     #[arg(long)]
     pub insecure: bool,
+    /// Fail a request that has waited so many seconds for replicas to come back; 0: never
+    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    pub io_timeout: u64,
     /// Pin the server to this CPU
     #[arg(long, value_name = "N")]
     pub cpu: Option<usize>,
@@ -118,7 +121,9 @@ async fn serve_all(
         pid: std::process::id(),
         force: arguments.force,
     };
-    let exports = VolumeExports::new(GlommioRuntime::<_>::new(metadata), attacher);
+    let io_timeout = (arguments.io_timeout > 0).then(|| Duration::from_secs(arguments.io_timeout));
+    let settings = VolumeSettings { io_timeout, ..VolumeSettings::default() };
+    let exports = VolumeExports::with_settings(GlommioRuntime::<_>::new(metadata), attacher, settings);
     let served = serve_until(listeners, &exports, arguments, stop).await;
     exports.release_all().await;
     served

@@ -110,7 +110,13 @@ impl Connect for TcpConnect {
 
 fn connect_error(address: String, error: glommio::GlommioError<()>) -> LinkError {
     let text = error.to_string();
-    match std::io::Error::from(error).kind() {
+    let error = match error {
+        // The conversion would keep the kind alone, which has no word for most of these.
+        glommio::GlommioError::EnhancedIoError { source, .. } => source,
+        other => std::io::Error::from(other),
+    };
+    match error.kind() {
+        _ if is_local(&error) => LinkError::Local { address, because: text },
         std::io::ErrorKind::ConnectionRefused | std::io::ErrorKind::ConnectionReset => {
             LinkError::ConnectionRefused { address, because: text }
         }
@@ -118,14 +124,38 @@ fn connect_error(address: String, error: glommio::GlommioError<()>) -> LinkError
     }
 }
 
+/// Descriptors, memory, ports or a network that this host lacks: every peer would look dead, and be marked stale for
+/// nothing. A host that is gone from a network we have is not among them (EHOSTUNREACH).
+fn is_local(error: &std::io::Error) -> bool {
+    use nix::errno::Errno;
+    let local = [
+        Errno::EMFILE,
+        Errno::ENFILE,
+        Errno::ENOBUFS,
+        Errno::ENOMEM,
+        Errno::EADDRNOTAVAIL,
+        Errno::ENETDOWN,
+        Errno::ENETUNREACH,
+        Errno::EACCES,
+        Errno::EPERM,
+    ];
+    error.raw_os_error().is_some_and(|code| local.contains(&Errno::from_raw(code)))
+}
+
 impl TcpLink {
     fn start(stream: TcpStream, address: String) -> Result<TcpLink, LinkError> {
-        let closed =
-            |error: &dyn std::fmt::Display| LinkError::Closed { address: address.clone(), because: error.to_string() };
-        stream.set_nodelay(true).map_err(|error| closed(&error))?;
-        let receiving = duplicate(&stream).map_err(|error| closed(&error))?;
+        let closed = |error: std::io::Error| {
+            let (address, because) = (address.clone(), error.to_string());
+            if is_local(&error) {
+                LinkError::Local { address, because }
+            } else {
+                LinkError::Closed { address, because }
+            }
+        };
+        stream.set_nodelay(true).map_err(|error| closed(error.into()))?;
+        let receiving = duplicate(&stream).map_err(closed)?;
         let connection = Rc::new(Connection {
-            socket: duplicate_descriptor(&stream).map_err(|error| closed(&error))?,
+            socket: duplicate_descriptor(&stream).map_err(closed)?,
             address,
             outbox: Outbox::default(),
             state: RefCell::default(),
@@ -284,5 +314,27 @@ async fn watch(connection: Rc<Connection>) {
             // Nobody waits for the answer; that one comes is what counts.
             drop(connection.submit(&Envelope::NONE, &Operation::Ping, &Bytes::new()));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::errno::Errno;
+
+    fn connecting(errno: Errno) -> LinkError {
+        let source = std::io::Error::from_raw_os_error(errno as i32);
+        let error = glommio::GlommioError::EnhancedIoError { source, op: "connect", path: None, fd: None };
+        connect_error("peer:1".to_string(), error)
+    }
+
+    #[test]
+    fn what_this_host_lacks_is_not_taken_for_a_dead_peer() {
+        for errno in [Errno::EMFILE, Errno::ENFILE, Errno::ENETUNREACH, Errno::EADDRNOTAVAIL] {
+            assert!(matches!(connecting(errno), LinkError::Local { .. }), "{errno}");
+        }
+        assert!(matches!(connecting(Errno::ECONNREFUSED), LinkError::ConnectionRefused { .. }));
+        assert!(matches!(connecting(Errno::EHOSTUNREACH), LinkError::Silent { .. }));
+        assert!(matches!(connecting(Errno::ETIMEDOUT), LinkError::Silent { .. }));
     }
 }

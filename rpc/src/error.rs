@@ -11,6 +11,9 @@ pub enum LinkError {
     ConnectionRefused { address: String, because: String },
     #[error("{address} did not answer for {silent_ms} ms")]
     Silent { address: String, silent_ms: u64 },
+    /// This host cannot connect to anybody there: it says nothing about the peer.
+    #[error("no connection to {address} for want of something on this host: {because}")]
+    Local { address: String, because: String },
     /// The connection lives, the answer to this request does not come.
     #[error("{address} has not answered a request for {waited_ms} ms")]
     Overdue { address: String, waited_ms: u64 },

@@ -94,8 +94,16 @@ pub const REVOKED_PER_RECORD_MAX: usize = 256;
 pub const CONNECTION_REQUESTS_MAX: usize = 1024;
 pub const CONNECTION_BYTES_MAX: u64 = 64 * MIB;
 
-/// Unflushed bytes of a volume before it flushes by itself.
-pub const UNFLUSHED_BYTES_MAX: u64 = 64 * MIB;
+/// Records above the flush point that a writer keeps of one volume, to replay them to a replica that restarted. At half
+/// of it the volume flushes by itself, so that writes seldom wait at the whole.
+pub const REPLAY_BYTES_PER_VOLUME_MAX: u64 = 64 * MIB;
+/// The same for all volumes of one process. A volume may always keep one frame, so that one whose replicas are away
+/// does not stop the others: a process of many volumes may exceed this by a frame for each.
+pub const REPLAY_BYTES_PER_PROCESS_MAX: u64 = 512 * MIB;
+/// Volumes that flush at once because the process keeps too much.
+pub const REPLAY_FLUSHES_MAX: usize = 4;
+/// Records on their way to one restarted replica: they fill the link and leave room on its connection for others.
+pub const REPLAYS_IN_FLIGHT_MAX: usize = 16;
 
 /// The same while a shard says it is full: until the flush, what is overwritten takes room twice. Some hundred volumes
 /// can do so at once within what a shard of a few GiB holds back beyond saying that it is full.
@@ -176,9 +184,13 @@ const _: () = assert!(EXTENT_BYTES.is_multiple_of(BLOCK_BYTES));
 const _: () = assert!(PAYLOAD_BYTES_MAX.is_multiple_of(BLOCK_BYTES));
 const _: () = assert!(PAYLOAD_BYTES_MAX <= EXTENT_BYTES);
 const _: () = assert!(CONNECTION_BYTES_MAX >= 8 * (PAYLOAD_BYTES_MAX + HEADER_BYTES_MAX));
+const _: () = assert!(REPLAY_BYTES_PER_VOLUME_MAX >= 4 * PAYLOAD_BYTES_MAX);
+const _: () = assert!(REPLAY_BYTES_PER_PROCESS_MAX >= REPLAY_BYTES_PER_VOLUME_MAX);
+const _: () =
+    assert!(2 * REPLAYS_IN_FLIGHT_MAX as u64 * (PAYLOAD_BYTES_MAX + HEADER_BYTES_MAX) <= CONNECTION_BYTES_MAX);
 const _: () = assert!(SEGMENT_BYTES.is_multiple_of(BLOCK_BYTES));
 const _: () = assert!(SEGMENT_BYTES >= 8 * PAYLOAD_BYTES_MAX);
-const _: () = assert!(UNFLUSHED_BYTES_WHEN_FULL_MAX < UNFLUSHED_BYTES_MAX);
+const _: () = assert!(UNFLUSHED_BYTES_WHEN_FULL_MAX < REPLAY_BYTES_PER_VOLUME_MAX);
 const _: () = assert!(VOLUME_BYTES_MAX.is_multiple_of(EXTENT_BYTES));
 const _: () = assert!(VOLUME_BYTES_MAX / BLOCK_BYTES < 1 << 53);
 const _: () = assert!(SLICES_DEFAULT.is_power_of_two() && SLICES_MAX.is_power_of_two());

@@ -19,7 +19,7 @@ use std::cell::RefCell;
 use std::path::Path;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
-use torus_schema::limits::{GIB, SEGMENT_BYTES, UNFLUSHED_BYTES_MAX};
+use torus_schema::limits::{GIB, REPLAY_BYTES_PER_VOLUME_MAX, SEGMENT_BYTES};
 
 /// A quarter of it is live, so that cleaning is cheap but not absent.
 const SHARD_BYTES: u64 = 4 * GIB;
@@ -76,7 +76,7 @@ struct Commit {
 pub async fn measure(folder: &Path, rounds: usize, run: Duration) -> Result<Vec<Row>> {
     eprintln!("bench: writing the raw file and the shard");
     let raw = written_file(folder, "raw")?;
-    let bed = Bed::make(folder, "traffic", SHARD_BYTES, SEGMENT_BYTES, UNFLUSHED_BYTES_MAX).await?;
+    let bed = Bed::make(folder, "traffic", SHARD_BYTES, SEGMENT_BYTES, REPLAY_BYTES_PER_VOLUME_MAX).await?;
     require_room(fill(&bed.writer, REGION_BLOCKS).await?, REGION_BLOCKS)?;
     let cases: Vec<(Work, usize)> = WORKS.iter().flat_map(|work| DEPTHS.map(|depth| (*work, depth))).collect();
     let mut samples: Vec<Vec<Sample>> = cases.iter().map(|_| Vec::new()).collect();

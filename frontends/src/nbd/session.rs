@@ -233,6 +233,7 @@ pub fn errno(error: &VolumeError, writes: bool) -> Errno {
         VolumeError::NotFound { .. }
         | VolumeError::Attached { .. }
         | VolumeError::SessionEnded { .. }
+        | VolumeError::TimedOut { .. }
         | VolumeError::Unreadable { .. }
         | VolumeError::NotReady { .. }
         | VolumeError::Metadata { .. } => Errno::InputOutput,

@@ -5,20 +5,21 @@ use super::lease::ProcessLease;
 use super::links::Links;
 use super::own::{Owned, give_up, keep_owning, own};
 use super::reconcile::reconcile;
+use super::replay::{Budget, ReplayBuffer};
 use super::replicas::Replicas;
-use super::session::{Failure, Session, Shard, Verdict, verdict};
-use super::status::StatusKeeper;
+use super::session::{Failure, Open, Session, Shard, Verdict, verdict};
+use super::status::{Loss, StatusKeeper};
 use super::window::Window;
 use crate::device::VolumeError;
 use bytes::Bytes;
 use std::cell::{Cell, RefCell};
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::time::Duration;
 use torus_rpc::message::{Answer, Opened, Operation, Refusal};
 use torus_rpc::metadata::{Entry, Metadata, MetadataError};
 use torus_rpc::runtime::{Class, Clock, Peer, Random, Runtime, Spawn};
 use torus_rpc::token::ClusterKey;
-use torus_schema::ids::{Incarnation, SliceId, VolumeId};
+use torus_schema::ids::{Incarnation, NodeId, ShardId, SliceId, VolumeId};
 use torus_schema::limits::LINK_DEAD_AFTER;
 use torus_schema::records::{
     ClusterRecord, NameRecord, NodeRecord, OwnerRecord, VolumeRecord, VolumeState, decode, keys,
@@ -58,6 +59,7 @@ pub(super) async fn attach<R: Runtime>(
     runtime: R,
     links: Rc<Links<R>>,
     lease: Rc<ProcessLease<R>>,
+    budget: Rc<Budget>,
     name: &str,
     attacher: &Attacher,
 ) -> Result<Rc<Session<R>>, VolumeError> {
@@ -66,7 +68,7 @@ pub(super) async fn attach<R: Runtime>(
     let epoch = owned.epoch;
     tracing::info!(volume = name, %epoch, "attached; opening its replicas");
     let owner_revision = owned.owner_revision;
-    let (session, open) = match build(runtime.clone(), links, lease, owned).await {
+    let session = match build(runtime.clone(), links, lease, budget, owned).await {
         Ok(built) => built,
         Err(error) => {
             give_up(&runtime, volume, owner_revision).await;
@@ -75,7 +77,7 @@ pub(super) async fn attach<R: Runtime>(
     };
     // Before anything that may take long: the lease may end meanwhile.
     runtime.spawn().spawn(Class::Foreground, keep_owning(session.clone()));
-    if let Err(error) = open_and_reconcile(&session, &open).await {
+    if let Err(error) = open_and_reconcile(&session).await {
         session.end(format!("attach failed: {error}"));
         give_up(&runtime, volume, session.status.owner_revision.get()).await;
         return Err(error);
@@ -87,18 +89,13 @@ pub(super) fn decoded<T: serde::de::DeserializeOwned>(entry: &Entry) -> Result<T
     decode(&entry.key, &entry.value).map_err(record_error)
 }
 
-/// How each shard is asked to open.
-struct Open {
-    token: torus_rpc::message::Token,
-    owner: String,
-}
-
 async fn build<R: Runtime>(
     runtime: R,
     links: Rc<Links<R>>,
     lease: Rc<ProcessLease<R>>,
+    budget: Rc<Budget>,
     owned: Owned,
-) -> Result<(Rc<Session<R>>, Open), VolumeError> {
+) -> Result<Rc<Session<R>>, VolumeError> {
     let (record, volume_revision) = owned.volume;
     if record.state != VolumeState::Ready {
         let because = "its creation was not finished; delete it and create it again".to_string();
@@ -119,7 +116,7 @@ async fn build<R: Runtime>(
     }
     let open =
         Open { token: key.sign(record.id, owned.epoch, &owner_name(&owned.owner)), owner: owner_name(&owned.owner) };
-    let session = Session {
+    let session = |this: &Weak<Session<R>>| Session {
         lots: Cell::new(runtime.random().u64() | 1),
         runtime,
         links,
@@ -144,13 +141,16 @@ async fn build<R: Runtime>(
         window: RefCell::new(Window::default()),
         locks: Default::default(),
         retaining: Default::default(),
-        flushing: Cell::new(false),
         flush_point: Cell::new(owned.flush_point),
-        unflushed_bytes: Cell::new(0),
+        replay: RefCell::new(ReplayBuffer::new(budget, this.clone())),
+        short_of_room: Cell::new(0),
+        flushing_itself: Cell::new(false),
+        open,
+        waiting: Cell::new(0),
         ended: RefCell::default(),
         changed: Default::default(),
     };
-    Ok((Rc::new(session), open))
+    Ok(Rc::new_cyclic(session))
 }
 
 /// Records come from a store that others write to.
@@ -178,23 +178,19 @@ async fn shard<R: Runtime>(
     runtime: &R,
     ring: &Ring,
     cluster: &ClusterRecord,
-    id: torus_schema::ids::ShardId,
+    id: ShardId,
 ) -> Result<Shard, VolumeError> {
     let node =
         ring.node(id.node).ok_or_else(|| record_error(format!("shard {id} is of a node that the ring lacks")))?;
-    let key = keys::node(node.id);
-    let entry = runtime.metadata().get(&key).await.map_err(metadata_error)?;
-    let entry = entry.ok_or_else(|| record_error(format!("{key}, a node of the ring, is missing")))?;
-    let record: NodeRecord = decoded(&entry)?;
-    let found = record.shards.iter().find(|shard| shard.index == id.shard);
-    let found = found.ok_or_else(|| record_error(format!("node {} has no shard {}", node.id, id.shard)))?;
-    let peer = Peer { cluster: cluster.id, node: node.id, shard: id.shard, address: found.address.clone() };
+    let address = address_of(runtime, node.id, id).await?;
+    let peer = Peer { cluster: cluster.id, node: node.id, shard: id.shard, address };
     Ok(Shard {
         id,
-        peer,
+        peer: RefCell::new(Rc::new(peer)),
         incarnation: Cell::new(Incarnation(0)),
         full: Cell::new(false),
-        suspect: Cell::new(false),
+        recovering: Cell::new(false),
+        restarted: Cell::new(false),
         written: Cell::new(0),
         synced: Cell::new(0),
         outstanding: Cell::new(0),
@@ -202,7 +198,18 @@ async fn shard<R: Runtime>(
     })
 }
 
-async fn open_and_reconcile<R: Runtime>(session: &Rc<Session<R>>, open: &Open) -> Result<(), VolumeError> {
+/// Where the shard listens, as its node last said.
+pub(super) async fn address_of<R: Runtime>(runtime: &R, node: NodeId, id: ShardId) -> Result<String, VolumeError> {
+    let key = keys::node(node);
+    let entry = runtime.metadata().get(&key).await.map_err(metadata_error)?;
+    let entry = entry.ok_or_else(|| record_error(format!("{key}, a node of the ring, is missing")))?;
+    let record: NodeRecord = decoded(&entry)?;
+    let found = record.shards.iter().find(|shard| shard.index == id.shard);
+    let found = found.ok_or_else(|| record_error(format!("node {node} has no shard {}", id.shard)))?;
+    Ok(found.address.clone())
+}
+
+async fn open_and_reconcile<R: Runtime>(session: &Rc<Session<R>>) -> Result<(), VolumeError> {
     if let Some(below) = session.replicas.borrow().below_minimum() {
         let because = format!(
             "slice {} has {} replicas in sync, at least {} are needed; bring back the nodes that hold them",
@@ -212,7 +219,7 @@ async fn open_and_reconcile<R: Runtime>(session: &Rc<Session<R>>, open: &Open) -
     }
     let asked: Vec<_> =
         (0..session.shards.len()).filter(|shard| session.replicas.borrow().holds_in_sync(*shard)).collect();
-    let answers = futures::future::join_all(asked.iter().map(|shard| open_shard(session, *shard, open))).await;
+    let answers = futures::future::join_all(asked.iter().map(|shard| open_shard(session, *shard))).await;
     let mut flush_point = session.flush_point.get();
     for (shard, answer) in asked.iter().zip(&answers) {
         if let Ok(opened) = answer {
@@ -250,35 +257,51 @@ pub(super) async fn lose<R: Runtime>(
     shard: usize,
     failure: &Failure,
 ) -> Result<(), VolumeError> {
-    if verdict(failure) == Verdict::Fenced {
-        session.end(format!("shard {} says: {failure}", session.shards[shard].id));
-        return session.check();
-    }
-    session.mark_stale(shard, failure).await.map_err(|below| VolumeError::NotReady {
+    let id = session.shards[shard].id;
+    let loss = match verdict(failure) {
+        Verdict::Fenced => {
+            session.end(format!("shard {id} says: {failure}"));
+            return session.check();
+        }
+        Verdict::Local => {
+            let because = format!("this host cannot connect to shard {id}, which may be well: {failure}");
+            return Err(VolumeError::NotReady { because });
+        }
+        Verdict::Lost | Verdict::Restarted => Loss::Lost,
+        Verdict::Unreachable | Verdict::Busy | Verdict::Full => Loss::Unreachable,
+    };
+    tracing::warn!(volume = %session.record.name, shard = %id, %failure, "replica failed");
+    session.mark_stale(shard, loss).await.map_err(|below| VolumeError::NotReady {
         because: format!(
-            "shard {} does not answer ({failure}), and without it slice {} has {} replicas in sync, at least {} are needed",
-            session.shards[shard].id, below.slice, below.remaining, below.min
+            "shard {id} does not answer ({failure}), and without it slice {} has {} replicas in sync, at least {} are needed",
+            below.slice, below.remaining, below.min
         ),
     })?;
     session.check()
 }
 
 /// A node that was just started gets a moment to listen.
-async fn open_shard<R: Runtime>(session: &Session<R>, shard: usize, open: &Open) -> Result<Opened, Failure> {
-    let slices = session.replicas.borrow().slices_in_sync_on(shard);
-    let operation = Operation::Open { token: open.token, owner: open.owner.clone(), slices };
+async fn open_shard<R: Runtime>(session: &Session<R>, shard: usize) -> Result<Opened, Failure> {
     let started = session.runtime.clock().now();
     loop {
-        match session.ask(&session.shards[shard], &operation, &Bytes::new()).await {
-            Ok((Answer::Opened(opened), _)) => return Ok(opened),
-            Ok((other, _)) => {
-                let because = format!("an open was answered by {other:?}");
-                return Err(Failure::Refused(Refusal::Malformed { because }));
-            }
+        match ask_open(session, shard).await {
             Err(Failure::Link(_)) if session.runtime.clock().now().since(started) < LINK_DEAD_AFTER => {
                 session.runtime.clock().sleep(RETRY_AFTER).await;
             }
-            Err(failure) => return Err(failure),
+            answered => return answered,
+        }
+    }
+}
+
+pub(super) async fn ask_open<R: Runtime>(session: &Session<R>, shard: usize) -> Result<Opened, Failure> {
+    let slices = session.replicas.borrow().slices_in_sync_on(shard);
+    let Open { token, owner } = &session.open;
+    let operation = Operation::Open { token: *token, owner: owner.clone(), slices };
+    match session.ask(&session.shards[shard], &operation, &Bytes::new()).await?.0 {
+        Answer::Opened(opened) => Ok(opened),
+        other => {
+            let because = format!("an open was answered by {other:?}");
+            Err(Failure::Refused(Refusal::Malformed { because }))
         }
     }
 }

@@ -5,13 +5,16 @@ use super::attach::{Attacher, attach, find, metadata_error};
 use super::lease::ProcessLease;
 use super::links::Links;
 use super::own::give_up;
+use super::replay::{Budget, ReplayLimits};
 use super::session::Session;
+use super::writer::Begun;
 use crate::device::{Device, ExportInfo, Exports, Piece, VolumeError};
 use ahash::AHashMap;
 use bytes::Bytes;
 use futures::channel::oneshot;
 use futures::future::{Either, select};
 use std::cell::{Cell, RefCell};
+use std::pin::pin;
 use std::rc::Rc;
 use std::time::Duration;
 use torus_rpc::metadata::{Compare, Metadata, Transaction, Write};
@@ -24,6 +27,14 @@ use torus_schema::records::{EpochRecord, VolumeRecord, VolumeState, decode, enco
 const RELEASE_AFTER: Duration = Duration::from_secs(5);
 /// A request that waits for replicas longer than this, and whose client has gone, is given up.
 const RELEASE_WITHIN: Duration = Duration::from_secs(10);
+
+/// What holds for all volumes of a process.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct VolumeSettings {
+    /// A request that waits longer than this for replicas fails; `None`: it waits for ever.
+    pub io_timeout: Option<Duration>,
+    pub replay: ReplayLimits,
+}
 
 pub struct VolumeExports<R: Runtime> {
     shared: Rc<Shared<R>>,
@@ -38,7 +49,9 @@ impl<R: Runtime> Clone for VolumeExports<R> {
 struct Shared<R: Runtime> {
     runtime: R,
     attacher: Attacher,
+    io_timeout: Option<Duration>,
     links: Rc<Links<R>>,
+    budget: Rc<Budget>,
     lease: RefCell<Option<Rc<ProcessLease<R>>>>,
     volumes: RefCell<AHashMap<VolumeId, Entry<R>>>,
     changed: Notify,
@@ -62,11 +75,17 @@ struct Users {
 
 impl<R: Runtime> VolumeExports<R> {
     pub fn new(runtime: R, attacher: Attacher) -> Self {
+        Self::with_settings(runtime, attacher, VolumeSettings::default())
+    }
+
+    pub fn with_settings(runtime: R, attacher: Attacher, settings: VolumeSettings) -> Self {
         let links = Links::new(runtime.clone());
         let shared = Shared {
             runtime,
             attacher,
+            io_timeout: settings.io_timeout,
             links,
+            budget: Budget::new(settings.replay),
             lease: RefCell::default(),
             volumes: RefCell::default(),
             changed: Notify::default(),
@@ -141,7 +160,8 @@ impl<R: Runtime> Shared<R> {
                 self.lease.borrow_mut().get_or_insert(lease).clone()
             }
         };
-        attach(self.runtime.clone(), self.links.clone(), lease, name, &self.attacher).await
+        let (links, budget) = (self.links.clone(), self.budget.clone());
+        attach(self.runtime.clone(), links, lease, budget, name, &self.attacher).await
     }
 
     /// Takes an attached volume out if `wanted`, leaving it busy; whoever takes it releases it.
@@ -273,16 +293,42 @@ impl<R: Runtime> AttachedVolume<R> {
         Self { shared, session, users }
     }
 
-    /// Runs in a task of its own: a caller that goes away abandons the waiting, never what was sent.
-    async fn detached<T: 'static>(
+    /// Runs in a task of its own: a caller that goes away abandons the waiting, never what was sent. What has sent
+    /// nothing yet when its time is over is given up, so that requests which were answered do not pile up.
+    async fn detached<F: Future<Output = Result<(), VolumeError>> + 'static>(
         &self,
-        work: impl Future<Output = Result<T, VolumeError>> + 'static,
-    ) -> Result<T, VolumeError> {
+        work: impl FnOnce(Rc<Session<R>>, Rc<Begun>) -> F,
+    ) -> Result<(), VolumeError> {
         let (done, result) = oneshot::channel();
+        let begun = Rc::new(Begun::default());
+        let work = work(self.session.clone(), begun.clone());
+        let deadline = self.deadline();
         self.session.runtime.spawn().spawn(Class::Foreground, async move {
-            let _ = done.send(work.await);
+            let Some(deadline) = deadline else {
+                let _ = done.send(work.await);
+                return;
+            };
+            match select(Box::pin(work), Box::pin(deadline)).await {
+                Either::Left((result, _)) => _ = done.send(result),
+                Either::Right((timed_out, work)) => {
+                    let _ = done.send(Err(timed_out));
+                    if begun.get() {
+                        let _ = work.await;
+                    }
+                }
+            }
         });
         result.await.unwrap_or_else(|_| Err(ended("the process ends")))
+    }
+
+    /// Ready when a request that starts now has waited long enough; `None`: there is no such time.
+    fn deadline(&self) -> Option<impl Future<Output = VolumeError> + 'static> {
+        let timeout = self.shared.io_timeout?;
+        let sleep = self.shared.runtime.clock().sleep(timeout);
+        Some(async move {
+            sleep.await;
+            VolumeError::TimedOut { waited_ms: timeout.as_millis() as u64 }
+        })
     }
 }
 
@@ -323,21 +369,25 @@ impl<R: Runtime> Device for AttachedVolume<R> {
     }
 
     async fn read(&self, offset: u64, length: u64) -> Result<Vec<Piece>, VolumeError> {
-        self.session.read(offset, length).await
+        let Some(deadline) = self.deadline() else {
+            return self.session.read(offset, length).await;
+        };
+        match select(pin!(self.session.read(offset, length)), pin!(deadline)).await {
+            Either::Left((read, _)) => read,
+            Either::Right((timed_out, _)) => Err(timed_out),
+        }
     }
 
     async fn write(&self, offset: u64, data: Bytes, durable: bool) -> Result<(), VolumeError> {
-        let session = self.session.clone();
-        self.detached(async move { session.write(offset, data, durable).await }).await
+        self.detached(|session, begun| async move { session.write(offset, data, durable, &begun).await }).await
     }
 
     async fn clear(&self, offset: u64, length: u64, durable: bool, advisory: bool) -> Result<(), VolumeError> {
-        let session = self.session.clone();
-        self.detached(async move { session.clear(offset, length, durable, advisory).await }).await
+        self.detached(|session, begun| async move { session.clear(offset, length, durable, advisory, &begun).await })
+            .await
     }
 
     async fn flush(&self) -> Result<(), VolumeError> {
-        let session = self.session.clone();
-        self.detached(async move { session.flush().await }).await
+        self.detached(|session, _| async move { session.flush().await }).await
     }
 }

@@ -1,6 +1,7 @@
 //! Flush: an fdatasync on every in-sync shard that has answered a write since its last one, then the flush point moves
 //! (protocol rule 8).
 
+use super::replay::Flushable;
 use super::replicas::ShardPosition;
 use super::session::Session;
 use crate::device::VolumeError;
@@ -16,7 +17,6 @@ impl<R: Runtime> Session<R> {
         self.check()?;
         // Taken now: what is settled later may not be covered by what follows (interleaving 4).
         let settled = self.window.borrow().settled_through();
-        self.unflushed_bytes.set(0);
         let dirty: Vec<_> = (0..self.shards.len()).filter(|shard| self.is_dirty(*shard)).collect();
         let flushes = dirty.into_iter().map(|shard| self.flush_shard(shard));
         for flushed in futures::future::join_all(flushes).await {
@@ -25,22 +25,29 @@ impl<R: Runtime> Session<R> {
         self.check()?;
         let flushed = Version::new(self.epoch, settled);
         self.flush_point.set(self.flush_point.get().max(flushed));
+        self.replay.borrow_mut().release_through(settled);
         self.tell_retention_if_due();
         Ok(())
     }
 
     /// In the background, one at a time.
     pub fn flush_soon(self: &Rc<Self>) {
-        if self.flushing.replace(true) {
-            return;
-        }
-        let session = self.clone();
-        self.runtime.spawn().spawn(Class::Background, async move {
-            if let Err(error) = session.flush().await {
-                tracing::warn!(volume = %session.record.name, %error, "flush of its own failed");
+        self.clone().flush_by_itself();
+    }
+
+    /// Flushes if that would make room which this volume, or all of them together, should soon have.
+    pub fn relieve(self: &Rc<Self>) {
+        let budget = {
+            let replay = self.replay.borrow();
+            // However many others are stuck in a flush: who waits for room here needs this one.
+            let needed = replay.is_half_full() || self.short_of_room.get() > 0;
+            if needed && self.oldest_releasable().is_some() {
+                drop(replay);
+                return self.clone().flush_by_itself();
             }
-            session.flushing.set(false);
-        });
+            replay.budget()
+        };
+        budget.relieve();
     }
 
     fn is_dirty(&self, shard: ShardPosition) -> bool {
@@ -57,5 +64,33 @@ impl<R: Runtime> Session<R> {
             shard.synced.set(shard.synced.get().max(covered));
         }
         Ok(())
+    }
+}
+
+impl<R: Runtime> Flushable for Session<R> {
+    fn oldest_releasable(&self) -> Option<u64> {
+        if self.flushing_itself.get() {
+            return None;
+        }
+        self.replay.borrow().oldest_releasable(self.window.borrow().settled_through())
+    }
+
+    fn flush_by_itself(self: Rc<Self>) {
+        if self.flushing_itself.replace(true) {
+            return;
+        }
+        let budget = self.replay.borrow().budget();
+        budget.flushing.set(budget.flushing.get() + 1);
+        let spawn = self.runtime.spawn().clone();
+        spawn.spawn(Class::Background, async move {
+            let flushed = self.flush().await;
+            self.flushing_itself.set(false);
+            budget.flushing.set(budget.flushing.get() - 1);
+            if let Err(error) = flushed {
+                tracing::warn!(volume = %self.record.name, %error, "flush of its own failed");
+            }
+            // What was written meanwhile, here or elsewhere, may be too much again.
+            self.relieve();
+        });
     }
 }

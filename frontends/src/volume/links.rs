@@ -76,7 +76,7 @@ impl<R: Runtime> Links<R> {
             let hopeless = match &error {
                 LinkError::ConnectionRefused { .. } | LinkError::Hello { .. } => true,
                 LinkError::Silent { .. } | LinkError::Overdue { .. } => true,
-                LinkError::Closed { .. } | LinkError::Protocol { .. } => false,
+                LinkError::Closed { .. } | LinkError::Protocol { .. } | LinkError::Local { .. } => false,
             };
             if hopeless || now.since(started) >= LINK_DEAD_AFTER {
                 return Err(error);

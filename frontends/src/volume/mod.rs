@@ -4,6 +4,8 @@
 //! * `attach`     becoming the writer: `own` the volume, open its replicas, `reconcile` what the last writer left
 //! * `session`    one epoch of one volume, and the loop that gets a request to a replica
 //! * `writer`, `reads`, `flush`   the three things it does
+//! * `recover`    what becomes of a replica that failed: open again and replay, or stale, or waited for
+//! * `replay`     the records a restarted replica may lack, and the bounds on them (pure)
 //! * `retain`     what the shards are told to keep
 //! * `status`     marking replicas stale; `replicas` which are in sync (pure)
 //! * `lease`      what ownership hangs on
@@ -20,6 +22,8 @@ mod own;
 mod plan;
 mod reads;
 mod reconcile;
+mod recover;
+mod replay;
 mod replicas;
 mod retain;
 mod session;
@@ -28,4 +32,5 @@ mod window;
 mod writer;
 
 pub use attach::{Attacher, find};
-pub use exports::{AttachedVolume, VolumeExports};
+pub use exports::{AttachedVolume, VolumeExports, VolumeSettings};
+pub use replay::ReplayLimits;

@@ -6,10 +6,13 @@ use super::replicas::ShardPosition;
 use super::session::{Failure, Session, Verdict, verdict};
 use crate::device::{Piece as DevicePiece, VolumeError};
 use bytes::Bytes;
+use futures::future::select;
+use std::pin::pin;
 use std::rc::Rc;
 use std::time::Duration;
 use torus_rpc::message::{Answer, Operation, Refusal, Run};
-use torus_rpc::runtime::{Class, Clock, Runtime, Spawn};
+use torus_rpc::runtime::{Clock, Runtime};
+use torus_schema::ids::Incarnation;
 use torus_schema::limits::BLOCK_BYTES;
 
 const RETRY_AFTER: Duration = Duration::from_millis(100);
@@ -72,15 +75,19 @@ impl<R: Runtime> Session<R> {
                 continue;
             }
             let chosen = &candidates[..confirmations];
+            if chosen.iter().any(|shard| self.shards[*shard].recovering.get()) {
+                self.recovered(slot).await;
+                continue;
+            }
             let reads = chosen.iter().map(|shard| self.read_from(*shard, piece));
             let mut found = None;
             let mut failed = false;
             for (shard, read) in chosen.iter().zip(futures::future::join_all(reads).await) {
                 match read {
                     Ok(data) => found = found.or(Some(data)),
-                    Err(failure) => {
+                    Err((asked_of, failure)) => {
                         failed = true;
-                        self.read_failed(slot, *shard, failure, &mut damaged).await;
+                        self.read_failed(*shard, asked_of, failure, &mut damaged).await;
                     }
                 }
             }
@@ -100,7 +107,7 @@ impl<R: Runtime> Session<R> {
             let better = if self.cost(candidates[a]) <= self.cost(candidates[b]) { a } else { b };
             candidates.swap(0, better);
             // Those whose fate is being decided come last.
-            candidates.sort_by_key(|shard| self.shards[*shard].suspect.get());
+            candidates.sort_by_key(|shard| self.shards[*shard].recovering.get());
         }
         let alone = self.lease.is_valid() && self.lease.generation() == self.status.owner_lease.get();
         // A new writer has opened at least the minimum of the in-sync replicas: among this many is one of them.
@@ -113,48 +120,54 @@ impl<R: Runtime> Session<R> {
         u64::from(shard.outstanding.get() + 1) * u64::from(shard.service_us.get() + 1)
     }
 
-    async fn read_from(&self, position: ShardPosition, piece: Piece) -> Result<Vec<DevicePiece>, Failure> {
+    /// A failure comes with the life of the shard that was asked.
+    async fn read_from(
+        &self,
+        position: ShardPosition,
+        piece: Piece,
+    ) -> Result<Vec<DevicePiece>, (Incarnation, Failure)> {
         let shard = &self.shards[position];
         let asked = self.runtime.clock().now();
+        let asked_of = shard.incarnation.get();
+        let failed = |failure| (asked_of, failure);
         let operation = Operation::Read { first: piece.first, count: piece.count };
-        let (answer, payload) = self.ask(shard, &operation, &Bytes::new()).await?;
-        shard.suspect.set(false);
+        let (answer, payload) = self.ask(shard, &operation, &Bytes::new()).await.map_err(failed)?;
         let took_us = self.runtime.clock().now().since(asked).as_micros() as u32;
         shard.service_us.set((shard.service_us.get() / 8).saturating_mul(7).saturating_add(took_us / 8));
         match answer {
-            Answer::Read { runs, checksums } => assemble(piece, &runs, &checksums, payload),
-            other => Err(malformed(format!("a read was answered by {other:?}"))),
+            Answer::Read { runs, checksums } => assemble(piece, &runs, &checksums, payload).map_err(failed),
+            other => Err(failed(malformed(format!("a read was answered by {other:?}")))),
         }
     }
 
+    /// What becomes of the replica is decided beside the read, which goes on with another one.
     async fn read_failed(
         self: &Rc<Self>,
-        slot: usize,
         position: ShardPosition,
+        asked_of: Incarnation,
         failure: Failure,
         damaged: &mut Vec<ShardPosition>,
     ) {
         let shard = &self.shards[position];
-        match &failure {
-            Failure::Refused(Refusal::Damaged { .. } | Refusal::Corrupt { .. }) => {
+        match (&failure, verdict(&failure)) {
+            (Failure::Refused(Refusal::Damaged { .. } | Refusal::Corrupt { .. }), _) => {
                 tracing::error!(volume = %self.record.name, shard = %shard.id, %failure, "reading another replica");
                 damaged.push(position);
             }
-            _ => {
-                let verdict = verdict(&failure);
-                // Decided beside the read, which goes on with another replica.
-                if !shard.suspect.replace(true) || verdict != Verdict::Unreachable {
-                    let session = self.clone();
-                    self.runtime.spawn().spawn(Class::Foreground, async move {
-                        session.decide(position, &failure, verdict).await;
-                    });
-                }
-                let others = self.replicas.borrow().in_sync(slot).any(|other| !self.shards[other].suspect.get());
-                if !others {
-                    self.runtime.clock().sleep(RETRY_AFTER).await;
-                }
-            }
+            (_, Verdict::Local | Verdict::Busy | Verdict::Full) => self.runtime.clock().sleep(RETRY_AFTER).await,
+            (_, verdict) => self.recover(position, asked_of, failure, verdict),
         }
+    }
+
+    /// Until more replicas can be asked than now, or for a moment: with time the lease may be valid again.
+    async fn recovered(&self, slot: usize) {
+        let recovering = || {
+            let replicas = self.replicas.borrow();
+            replicas.in_sync(slot).filter(|shard| self.shards[*shard].recovering.get()).count()
+        };
+        let now = recovering();
+        let changed = pin!(self.changed.until(|| (self.ended.borrow().is_some() || recovering() < now).then_some(())));
+        select(changed, pin!(self.runtime.clock().sleep(RETRY_AFTER))).await;
     }
 }
 

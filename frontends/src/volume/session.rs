@@ -4,6 +4,7 @@
 use super::lease::ProcessLease;
 use super::links::Links;
 use super::locks::RangeLocks;
+use super::replay::ReplayBuffer;
 use super::replicas::{Replicas, ShardPosition};
 use super::retain::Retaining;
 use super::status::StatusKeeper;
@@ -16,7 +17,7 @@ use std::pin::pin;
 use std::rc::Rc;
 use std::time::Duration;
 use torus_rpc::error::LinkError;
-use torus_rpc::message::{Answer, Envelope, Operation, Refusal};
+use torus_rpc::message::{Answer, Envelope, Operation, Refusal, Token};
 use torus_rpc::notify::Notify;
 use torus_rpc::runtime::{Clock, Peer, Runtime};
 use torus_schema::ids::{Epoch, Incarnation, ShardId, Version};
@@ -45,26 +46,42 @@ pub(super) struct Session<R: Runtime> {
     pub retaining: Retaining,
     /// F: everything up to it is durable on every in-sync replica.
     pub flush_point: Cell<Version>,
-    /// A flush that nobody asked for is under way.
-    pub flushing: Cell<bool>,
-    /// Bytes written since the last flush began.
-    pub unflushed_bytes: Cell<u64>,
+    /// Every record above F (protocol rule 9).
+    pub replay: RefCell<ReplayBuffer>,
+    /// Records that wait for room among what is kept.
+    pub short_of_room: Cell<usize>,
+    /// A flush of its own accord is under way.
+    pub flushing_itself: Cell<bool>,
+    /// How each shard is asked to open, at the attach and when it restarted.
+    pub open: Open,
+    /// Recoveries that wait for a replica which can neither answer nor be done without.
+    pub waiting: Cell<usize>,
     pub ended: RefCell<Option<String>>,
-    /// Replicas, window or `ended` changed.
+    /// Replicas, window, `ended` or what is recovering changed.
     pub changed: Notify,
     /// State of the lots by which reads choose a replica.
     pub lots: Cell<u64>,
 }
 
+pub(super) struct Open {
+    pub token: Token,
+    pub owner: String,
+}
+
 /// A shard with slices of the volume, as this session knows it.
 pub(super) struct Shard {
     pub id: ShardId,
-    pub peer: Peer,
+    /// A node that was started anew may listen elsewhere.
+    pub peer: RefCell<Rc<Peer>>,
+    /// Its life that has everything this session has acknowledged. A later one is named here only when all it may lack
+    /// has been replayed to it: until then every request of ours is refused there.
     pub incarnation: Cell<Incarnation>,
     /// It takes no new data, by its last answer.
     pub full: Cell<bool>,
-    /// A request to it failed and its fate is not decided: read elsewhere.
-    pub suspect: Cell<bool>,
+    /// A request to it failed, and what becomes of it is being found out: requests wait, or go elsewhere.
+    pub recovering: Cell<bool>,
+    /// It lost what it held unflushed, and that has not been replayed to it yet.
+    pub restarted: Cell<bool>,
     /// Writes it has answered, and how many of them are known to be durable there.
     pub written: Cell<u64>,
     pub synced: Cell<u64>,
@@ -94,12 +111,16 @@ impl std::fmt::Display for Failure {
 pub(super) enum Verdict {
     /// Another writer owns the volume.
     Fenced,
-    /// What it held unflushed is gone: it can only go on as a stale replica.
+    /// What it holds cannot be trusted: it can only go on as a stale replica.
     Lost,
+    /// What it held unflushed is gone: it can go on when it has got that again.
+    Restarted,
     /// It may come back as it was.
     Unreachable,
     /// Try again soon.
     Busy,
+    /// This host is at fault, not the replica.
+    Local,
     /// Making a replica stale would make no room; there is some again when something is deleted or cleaned.
     Full,
 }
@@ -109,15 +130,11 @@ pub(super) fn verdict(failure: &Failure) -> Verdict {
         Failure::Refused(Refusal::StaleEpoch { .. } | Refusal::BadToken) => Verdict::Fenced,
         Failure::Refused(Refusal::NoSpace) => Verdict::Full,
         Failure::Refused(Refusal::Corrupt { .. }) => Verdict::Busy,
+        Failure::Refused(Refusal::OtherIncarnation | Refusal::NotOpen | Refusal::Disk { .. }) => Verdict::Restarted,
         Failure::Refused(
-            Refusal::OtherIncarnation
-            | Refusal::NotOpen
-            | Refusal::NotOwner { .. }
-            | Refusal::Damaged { .. }
-            | Refusal::Disk { .. }
-            | Refusal::Malformed { .. }
-            | Refusal::WrongPeer { .. },
+            Refusal::NotOwner { .. } | Refusal::Damaged { .. } | Refusal::Malformed { .. } | Refusal::WrongPeer { .. },
         ) => Verdict::Lost,
+        Failure::Link(LinkError::Local { .. }) => Verdict::Local,
         Failure::Link(_) => Verdict::Unreachable,
     }
 }
@@ -138,6 +155,8 @@ impl<R: Runtime> Session<R> {
             *ended = Some(because);
         }
         drop(ended);
+        // Nothing is replayed any more, and whoever waits for room has to hear.
+        self.replay.borrow_mut().release_through(u64::MAX);
         self.changed.notify();
     }
 
@@ -145,24 +164,33 @@ impl<R: Runtime> Session<R> {
     pub fn detach(&self) {
         let because = "the volume was detached".to_string();
         self.ended.borrow_mut().get_or_insert(because);
+        self.replay.borrow_mut().release_through(u64::MAX);
         self.changed.notify();
     }
 
-    pub fn envelope(&self, shard: &Shard) -> Envelope {
-        Envelope {
-            volume: self.record.id,
-            epoch: self.epoch,
-            incarnation: shard.incarnation.get(),
-            generation: self.record.generation,
-            flush_point: self.flush_point.get(),
-        }
+    /// One attempt (the link makes its own to reconnect), for the shard's life that is up to date.
+    pub async fn ask(&self, shard: &Shard, operation: &Operation, payload: &Bytes) -> Result<(Answer, Bytes), Failure> {
+        self.ask_incarnation(shard, shard.incarnation.get(), operation, payload).await
     }
 
-    /// One attempt (the link makes its own to reconnect).
-    pub async fn ask(&self, shard: &Shard, operation: &Operation, payload: &Bytes) -> Result<(Answer, Bytes), Failure> {
+    pub async fn ask_incarnation(
+        &self,
+        shard: &Shard,
+        incarnation: Incarnation,
+        operation: &Operation,
+        payload: &Bytes,
+    ) -> Result<(Answer, Bytes), Failure> {
+        let envelope = Envelope {
+            volume: self.record.id,
+            epoch: self.epoch,
+            incarnation,
+            generation: self.record.generation,
+            flush_point: self.flush_point.get(),
+        };
+        let peer = shard.peer.borrow().clone();
         shard.outstanding.set(shard.outstanding.get() + 1);
         let outstanding = Outstanding(&shard.outstanding);
-        let answered = self.links.call(&shard.peer, &self.envelope(shard), operation, payload).await;
+        let answered = self.links.call(&peer, &envelope, operation, payload).await;
         drop(outstanding);
         let (reply, payload) = answered.map_err(Failure::Link)?;
         shard.full.set(reply.full);
@@ -188,19 +216,25 @@ impl<R: Runtime> Session<R> {
             if !required() {
                 return Ok(None);
             }
+            let needless = || self.ended.borrow().is_some() || !required();
+            if shard.recovering.get() {
+                self.changed.until(|| (!shard.recovering.get() || needless()).then_some(())).await;
+                continue;
+            }
+            let asked_of = shard.incarnation.get();
             // Waiting ends when nobody needs the answer any more; what was sent is carried out or not.
             let asked = pin!(self.ask(shard, operation, payload));
-            let released = pin!(self.changed.until(|| (self.ended.borrow().is_some() || !required()).then_some(())));
+            let released = pin!(self.changed.until(|| needless().then_some(())));
             let failure = match select(asked, released).await {
-                Either::Left((Ok((answer, _)), _)) => {
-                    shard.suspect.set(false);
-                    return Ok(Some(answer));
-                }
+                Either::Left((Ok((answer, _)), _)) => return Ok(Some(answer)),
                 Either::Left((Err(failure), _)) => failure,
                 Either::Right(_) => continue,
             };
             match verdict(&failure) {
-                Verdict::Busy | Verdict::Full if refused < BUSY_ATTEMPTS || verdict(&failure) == Verdict::Full => {
+                Verdict::Busy if refused >= BUSY_ATTEMPTS => {
+                    self.recover(position, asked_of, failure, Verdict::Unreachable);
+                }
+                Verdict::Busy | Verdict::Full | Verdict::Local => {
                     if refused == BUSY_ATTEMPTS {
                         tracing::warn!(volume = %self.record.name, shard = %shard.id, %failure, "waiting");
                     }
@@ -212,32 +246,8 @@ impl<R: Runtime> Session<R> {
                     }
                     self.runtime.clock().sleep(RETRY_AFTER).await;
                 }
-                verdict => {
-                    if !self.decide(position, &failure, verdict).await {
-                        self.runtime.clock().sleep(RETRY_AFTER).await;
-                    }
-                }
+                verdict => self.recover(position, asked_of, failure, verdict),
             }
-        }
-    }
-
-    /// What becomes of a replica that failed; false: it may come back as it was, and nobody can take its place.
-    pub async fn decide(self: &Rc<Self>, position: ShardPosition, failure: &Failure, verdict: Verdict) -> bool {
-        let shard = &self.shards[position];
-        if verdict == Verdict::Fenced {
-            self.end(format!("shard {} says: {failure}", shard.id));
-            return true;
-        }
-        match self.mark_stale(position, failure).await {
-            Ok(()) => true,
-            Err(below) if verdict == Verdict::Lost => {
-                self.end(format!(
-                    "shard {} lost unflushed data ({failure}) and slice {} would keep {} of at least {} replicas",
-                    shard.id, below.slice, below.remaining, below.min
-                ));
-                true
-            }
-            Err(_) => false,
         }
     }
 

@@ -5,14 +5,14 @@
 //! of the transaction is unknown it counts as not happened for acknowledgements.
 
 use super::replicas::{BelowMinimum, Replicas, ShardPosition};
-use super::session::{Failure, Session};
+use super::session::Session;
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use std::time::Duration;
 use torus_rpc::metadata::{Compare, Entry, Metadata, MetadataError, Revision, Transaction, Write};
 use torus_rpc::runtime::{Class, Clock, Runtime, Spawn};
-use torus_schema::ids::Version;
+use torus_schema::ids::{SliceId, Version};
 use torus_schema::records::{StatusRecord, encode, keys};
 
 const RETRY_AFTER: Duration = Duration::from_millis(200);
@@ -29,7 +29,7 @@ pub(super) struct StatusKeeper {
     pub volume_revision: Revision,
     /// Of the status, if there is one.
     pub status_revision: Cell<Option<Revision>>,
-    pub failed: RefCell<BTreeSet<ShardPosition>>,
+    pub failed: RefCell<BTreeMap<ShardPosition, Loss>>,
     /// Those that could not be marked, and why.
     pub refused: RefCell<Vec<(ShardPosition, BelowMinimum)>>,
     pub running: Cell<bool>,
@@ -37,21 +37,38 @@ pub(super) struct StatusKeeper {
     pub pending_since: Cell<Option<Version>>,
 }
 
+/// Why a replica has to go stale, those that lose least by it first: when not all may, who has lost something goes
+/// before who is merely away and may alone have what the others lost.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Loss {
+    /// It never had these slices, or lost them whole: stale since zero (interleaving 14). Others it keeps.
+    Missing(Vec<SliceId>),
+    /// What it holds cannot be trusted.
+    Lost,
+    /// It restarted, and cannot be reached to replay to it what it lost.
+    Restarted,
+    Unreachable,
+}
+
 impl<R: Runtime> Session<R> {
     /// Returns once the shard has no in-sync replica left (or the session ended); an error if it must keep them.
-    pub async fn mark_stale(self: &Rc<Self>, position: ShardPosition, failure: &Failure) -> Result<(), BelowMinimum> {
-        let shard = &self.shards[position];
-        if !shard.suspect.replace(true) {
-            tracing::warn!(volume = %self.record.name, shard = %shard.id, %failure, "replica failed");
-        }
+    pub async fn mark_stale(self: &Rc<Self>, position: ShardPosition, loss: Loss) -> Result<(), BelowMinimum> {
+        let missing = match &loss {
+            Loss::Missing(slices) => Some(slices.clone()),
+            _ => None,
+        };
         self.status.refused.borrow_mut().retain(|(refused, _)| *refused != position);
-        self.status.failed.borrow_mut().insert(position);
+        self.status.failed.borrow_mut().insert(position, loss);
         if !self.status.running.replace(true) {
             self.runtime.spawn().spawn(Class::Foreground, keep_status(self.clone()));
         }
+        let still_in_sync = || {
+            let in_sync = self.replicas.borrow().slices_in_sync_on(position);
+            in_sync.iter().any(|slice| missing.as_ref().is_none_or(|missing| missing.contains(slice)))
+        };
         self.changed
             .until(|| {
-                if self.ended.borrow().is_some() || !self.replicas.borrow().holds_in_sync(position) {
+                if self.ended.borrow().is_some() || !still_in_sync() {
                     return Some(Ok(()));
                 }
                 let refused = self.status.refused.borrow();
@@ -92,16 +109,49 @@ pub(super) async fn replace<R: Runtime>(session: &Rc<Session<R>>, next: Replicas
 }
 
 /// The replicas without as many of the failed shards as the minimum allows.
-fn without<R: Runtime>(session: &Session<R>, failed: BTreeSet<ShardPosition>) -> (Replicas, BTreeSet<ShardPosition>) {
-    let mut next = session.replicas.borrow().clone();
-    let mut lost = BTreeSet::new();
-    for shard in failed.into_iter().filter(|shard| session.replicas.borrow().holds_in_sync(*shard)) {
-        match next.lose(&BTreeSet::from([shard]), session.flush_point.get()) {
-            Ok(()) => _ = lost.insert(shard),
-            Err(below) => session.status.refused.borrow_mut().push((shard, below)),
+fn without<R: Runtime>(
+    session: &Session<R>,
+    failed: BTreeMap<ShardPosition, Loss>,
+) -> (Replicas, BTreeSet<ShardPosition>) {
+    let restarted = |shard: &ShardPosition| session.shards[*shard].restarted.get();
+    let restarted: BTreeSet<_> = (0..session.shards.len()).filter(restarted).collect();
+    let since = session.flush_point.get();
+    let (next, lost, refused) = lose_in_order(&session.replicas.borrow(), failed, &restarted, since);
+    session.status.refused.borrow_mut().extend(refused);
+    (next, lost)
+}
+
+/// `restarted`: shards that may have to be given up yet. One that is merely unreachable is kept as long as they could
+/// not both go.
+fn lose_in_order(
+    replicas: &Replicas,
+    failed: BTreeMap<ShardPosition, Loss>,
+    restarted: &BTreeSet<ShardPosition>,
+    since: Version,
+) -> (Replicas, BTreeSet<ShardPosition>, Vec<(ShardPosition, BelowMinimum)>) {
+    let (mut next, mut lost, mut refused) = (replicas.clone(), BTreeSet::new(), Vec::new());
+    let mut failed: Vec<_> = failed.into_iter().filter(|(shard, _)| replicas.holds_in_sync(*shard)).collect();
+    failed.sort_by(|(_, a), (_, b)| a.cmp(b));
+    for (shard, loss) in failed {
+        let mut without = next.clone();
+        let losing = match &loss {
+            Loss::Missing(slices) => without.lose_slices(shard, slices),
+            Loss::Lost | Loss::Restarted => without.lose(&BTreeSet::from([shard]), since),
+            Loss::Unreachable => {
+                let with_restarted = restarted.iter().copied().chain([shard]).collect();
+                let both = next.clone().lose(&with_restarted, since);
+                both.and_then(|()| without.lose(&BTreeSet::from([shard]), since))
+            }
+        };
+        match losing {
+            Ok(()) => {
+                lost.insert(shard);
+                next = without;
+            }
+            Err(below) => refused.push((shard, below)),
         }
     }
-    (next, lost)
+    (next, lost, refused)
 }
 
 /// Tries until the outcome is known; false: the session ended.
@@ -176,5 +226,51 @@ fn settle<R: Runtime>(session: &Session<R>, value: &[u8], reads: &[Option<Entry>
             session.end("the volume's record or status was changed by somebody else".to_string());
             Settled::Ended
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use torus_schema::ids::{Epoch, NodeNumber, ShardId, ShardIndex};
+
+    fn three_nodes(min: usize) -> Replicas {
+        let shard = |node| ShardId { node: NodeNumber(node), shard: ShardIndex(0) };
+        let placed = (0..4).map(|slice| (SliceId(slice), (1..=3).map(shard).collect()));
+        Replicas::new(placed.collect(), min, &StatusRecord::default())
+    }
+
+    fn since() -> Version {
+        Version::new(Epoch(2), 9)
+    }
+
+    #[test]
+    fn who_lost_something_goes_stale_before_who_is_merely_away() {
+        let failed = BTreeMap::from([(0, Loss::Unreachable), (1, Loss::Restarted), (2, Loss::Lost)]);
+        let (_, lost, refused) = lose_in_order(&three_nodes(1), failed.clone(), &BTreeSet::new(), since());
+        assert_eq!(lost, BTreeSet::from([1, 2]));
+        assert_eq!(refused.iter().map(|(shard, _)| *shard).collect::<Vec<_>>(), [0]);
+        let (_, lost, _) = lose_in_order(&three_nodes(2), failed, &BTreeSet::new(), since());
+        assert_eq!(lost, BTreeSet::from([2]));
+    }
+
+    #[test]
+    fn who_is_away_is_kept_while_it_may_be_needed_for_one_that_restarted() {
+        let failed = BTreeMap::from([(0, Loss::Unreachable)]);
+        let restarted = BTreeSet::from([1]);
+        let (_, lost, refused) = lose_in_order(&three_nodes(2), failed.clone(), &restarted, since());
+        assert!(lost.is_empty() && refused.len() == 1);
+        let (_, lost, _) = lose_in_order(&three_nodes(1), failed, &restarted, since());
+        assert_eq!(lost, BTreeSet::from([0]), "both could go");
+    }
+
+    #[test]
+    fn slices_that_are_missing_are_stale_since_zero_and_the_others_stay() {
+        let failed = BTreeMap::from([(1, Loss::Missing(vec![SliceId(3)]))]);
+        let (next, lost, _) = lose_in_order(&three_nodes(2), failed, &BTreeSet::from([1]), since());
+        assert_eq!(lost, BTreeSet::from([1]));
+        assert_eq!(next.slices_in_sync_on(1), [SliceId(0), SliceId(1), SliceId(2)]);
+        let stale = &next.to_status().stale;
+        assert_eq!((stale.len(), stale[0].since.sequence), (1, 0));
     }
 }

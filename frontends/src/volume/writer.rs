@@ -1,19 +1,30 @@
 //! Writes and clears: fan-out to every in-sync replica at once, acknowledged when all have it (protocol rule 6).
 
 use super::plan::{Piece, blocks_covered, blocks_touched, pieces};
+use super::replay::{Kept, cost};
 use super::replicas::ShardPosition;
 use super::session::Session;
 use crate::device::VolumeError;
 use bytes::{Bytes, BytesMut};
+use std::cell::Cell;
 use std::ops::Range;
 use std::rc::Rc;
 use torus_rpc::message::{Answer, Operation};
 use torus_rpc::runtime::Runtime;
 use torus_schema::ids::{BlockIndex, Version};
-use torus_schema::limits::{BLOCK_BYTES, UNFLUSHED_BYTES_MAX, UNFLUSHED_BYTES_WHEN_FULL_MAX};
+use torus_schema::limits::{BLOCK_BYTES, UNFLUSHED_BYTES_WHEN_FULL_MAX};
+
+/// Whether a request has drawn a version: from then on it can be waited for or not, but no longer be given up.
+pub type Begun = Cell<bool>;
 
 impl<R: Runtime> Session<R> {
-    pub async fn write(self: &Rc<Self>, offset: u64, data: Bytes, durable: bool) -> Result<(), VolumeError> {
+    pub async fn write(
+        self: &Rc<Self>,
+        offset: u64,
+        data: Bytes,
+        durable: bool,
+        begun: &Begun,
+    ) -> Result<(), VolumeError> {
         self.check_range(offset, data.len() as u64)?;
         let touched = blocks_touched(offset, data.len() as u64);
         let guard = self.locks.lock(touched.clone()).await;
@@ -22,11 +33,10 @@ impl<R: Runtime> Session<R> {
         let durable = durable || self.record.write_through;
         let writes = pieces(touched.clone()).map(|piece| {
             let start = ((piece.first.0 - touched.start) * BLOCK_BYTES) as usize;
-            self.write_piece(piece, data.slice(start..start + piece.bytes()), durable)
+            self.write_piece(piece, data.slice(start..start + piece.bytes()), durable, begun)
         });
         let written = all(writes.collect()).await;
         drop(guard);
-        self.wrote(data.len() as u64);
         written
     }
 
@@ -37,6 +47,7 @@ impl<R: Runtime> Session<R> {
         length: u64,
         durable: bool,
         advisory: bool,
+        begun: &Begun,
     ) -> Result<(), VolumeError> {
         self.check_range(offset, length)?;
         let (touched, covered) = (blocks_touched(offset, length), blocks_covered(offset, length));
@@ -47,7 +58,7 @@ impl<R: Runtime> Session<R> {
             for edge in [offset..head, tail..offset + length] {
                 if edge.start < edge.end {
                     let zeros = Bytes::from(vec![0; (edge.end - edge.start) as usize]);
-                    Box::pin(self.write(edge.start, zeros, durable)).await?;
+                    Box::pin(self.write(edge.start, zeros, durable, begun)).await?;
                 }
             }
         }
@@ -55,7 +66,8 @@ impl<R: Runtime> Session<R> {
             return self.check();
         }
         let guard = self.locks.lock(covered.clone()).await;
-        let clears = self.slots_of(&covered).into_iter().map(|slot| self.clear_slot(slot, covered.clone(), durable));
+        let slots = self.slots_of(&covered).into_iter();
+        let clears = slots.map(|slot| self.clear_slot(slot, covered.clone(), durable, begun));
         let cleared = all(clears.collect()).await;
         drop(guard);
         cleared
@@ -77,7 +89,7 @@ impl<R: Runtime> Session<R> {
             return Ok(());
         }
         // Both generations take room until then.
-        if self.unflushed_bytes.get() >= UNFLUSHED_BYTES_WHEN_FULL_MAX {
+        if self.replay.borrow().bytes() >= UNFLUSHED_BYTES_WHEN_FULL_MAX {
             self.flush().await?;
         }
         if self.find_full(&blocks).await.is_none() {
@@ -141,59 +153,92 @@ impl<R: Runtime> Session<R> {
         Ok(whole.freeze())
     }
 
-    async fn write_piece(self: &Rc<Self>, piece: Piece, payload: Bytes, durable: bool) -> Result<(), VolumeError> {
+    async fn write_piece(
+        self: &Rc<Self>,
+        piece: Piece,
+        payload: Bytes,
+        durable: bool,
+        begun: &Begun,
+    ) -> Result<(), VolumeError> {
         let blocks = payload.chunks_exact(BLOCK_BYTES as usize);
         let checksums: Vec<u32> = blocks.map(crc32c::crc32c).collect();
         assert_eq!(checksums.len(), piece.count as usize);
         let slot = self.placement.slot_of(piece.first.extent());
-        let version = self.begin()?;
-        let operation = Operation::Write { first: piece.first, version, durable, checksums };
-        self.replicate(slot, &operation, &payload, durable).await?;
-        self.settle(version);
+        let operation = |version| Operation::Write { first: piece.first, version, durable, checksums };
+        let record = self.begin(slot, operation, payload, begun).await?;
+        self.replicate(&record, durable).await?;
+        self.settle(record.sequence);
         Ok(())
     }
 
-    async fn clear_slot(self: &Rc<Self>, slot: usize, blocks: Range<u64>, durable: bool) -> Result<(), VolumeError> {
+    async fn clear_slot(
+        self: &Rc<Self>,
+        slot: usize,
+        blocks: Range<u64>,
+        durable: bool,
+        begun: &Begun,
+    ) -> Result<(), VolumeError> {
         self.retaining.cleared.set(true);
-        let version = self.begin()?;
-        let operation = Operation::Clear {
+        let operation = |version| Operation::Clear {
             first: BlockIndex(blocks.start),
             count: blocks.end - blocks.start,
             slice: self.placement.slices()[slot],
             version,
             durable,
         };
-        self.replicate(slot, &operation, &Bytes::new(), durable).await?;
-        self.settle(version);
+        let record = self.begin(slot, operation, Bytes::new(), begun).await?;
+        self.replicate(&record, durable).await?;
+        self.settle(record.sequence);
         Ok(())
     }
 
-    fn begin(&self) -> Result<Version, VolumeError> {
+    /// Waits for room among what is kept, then draws the version. The record is kept before anybody is sent it: a
+    /// replica may have it, lose it and be asked for it again before the first answer arrives.
+    async fn begin(
+        self: &Rc<Self>,
+        slot: usize,
+        operation: impl FnOnce(Version) -> Operation,
+        payload: Bytes,
+        begun: &Begun,
+    ) -> Result<Rc<Kept>, VolumeError> {
+        self.room(cost(payload.len() as u64)).await;
         self.check()?;
         let Some(sequence) = self.window.borrow_mut().begin() else {
             self.end("the epoch has no sequence left; attach the volume again".to_string());
             return Err(VolumeError::SessionEnded { because: "no sequence left".to_string() });
         };
-        Ok(Version::new(self.epoch, sequence))
+        begun.set(true);
+        let operation = operation(Version::new(self.epoch, sequence));
+        let record = Rc::new(Kept { sequence, slot, operation, payload });
+        self.replay.borrow_mut().keep(record.clone());
+        Ok(record)
+    }
+
+    /// There is some at once when it returns, or the session has ended.
+    async fn room(self: &Rc<Self>, cost: u64) {
+        if self.replay.borrow().has_room(cost) {
+            return;
+        }
+        let _short = CountedDown::count(&self.short_of_room);
+        self.relieve();
+        let budget = self.replay.borrow().budget();
+        let ready = || (self.ended.borrow().is_some() || self.replay.borrow().has_room(cost)).then_some(());
+        budget.released.until(ready).await;
     }
 
     /// Only what every required replica has is settled: a write that failed stays unresolved for good, and with it
     /// the flush point (protocol rule 1).
-    fn settle(&self, version: Version) {
-        self.window.borrow_mut().resolve(version.sequence);
+    fn settle(self: &Rc<Self>, sequence: u64) {
+        self.window.borrow_mut().resolve(sequence);
+        self.relieve();
     }
 
-    async fn replicate(
-        self: &Rc<Self>,
-        slot: usize,
-        operation: &Operation,
-        payload: &Bytes,
-        durable: bool,
-    ) -> Result<(), VolumeError> {
+    async fn replicate(self: &Rc<Self>, record: &Kept, durable: bool) -> Result<(), VolumeError> {
+        let slot = record.slot;
         let replicas: Vec<_> = self.replicas.borrow().in_sync(slot).collect();
         let sends = replicas.into_iter().map(|position| async move {
             let required = || self.replicas.borrow().is_in_sync(slot, position);
-            let done = self.require(position, required, operation, payload).await?;
+            let done = self.require(position, required, &record.operation, &record.payload).await?;
             if done.is_some() && !durable {
                 let shard = &self.shards[position];
                 shard.written.set(shard.written.get() + 1);
@@ -219,15 +264,21 @@ impl<R: Runtime> Session<R> {
         touched.dedup();
         touched
     }
+}
 
-    /// Bounds what would have to be reconciled, and lets the shards free what was overwritten.
-    fn wrote(self: &Rc<Self>, bytes: u64) {
-        let unflushed = self.unflushed_bytes.get() + bytes;
-        self.unflushed_bytes.set(unflushed);
-        if unflushed >= UNFLUSHED_BYTES_MAX {
-            self.unflushed_bytes.set(0);
-            self.flush_soon();
-        }
+/// Counts down however the caller ends.
+struct CountedDown<'a>(&'a Cell<usize>);
+
+impl<'a> CountedDown<'a> {
+    fn count(count: &'a Cell<usize>) -> Self {
+        count.set(count.get() + 1);
+        Self(count)
+    }
+}
+
+impl Drop for CountedDown<'_> {
+    fn drop(&mut self) {
+        self.0.set(self.0.get() - 1);
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use torus_engine::disk::simulated::SimulatedDisk;
 use torus_engine::shard::supervisor::{Media, Supervisor};
 use torus_engine::shard::{PeerTable, Shard, ShardIdentity};
-use torus_frontends::volume::{Attacher, VolumeExports};
+use torus_frontends::volume::{Attacher, ReplayLimits, VolumeExports, VolumeSettings};
 use torus_rpc::message::{Answer, Envelope, Operation, Reply};
 use torus_rpc::metadata::memory::MemoryStore;
 use torus_rpc::metadata::{Metadata, Transaction, Write};
@@ -45,7 +45,7 @@ const KEY: &str = "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1
 pub struct Node {
     pub id: NodeId,
     pub address: String,
-    pub disk: Disk,
+    pub disk: RefCell<Disk>,
     pub process: Cell<Option<ProcessId>>,
     pub shard: RefCell<Option<SimulatedShard>>,
 }
@@ -88,7 +88,7 @@ impl Cluster {
         let node = |number: usize| Node {
             id: NodeId::from_bytes(seeded_uuid(world)),
             address: format!("node-{number}"),
-            disk: SimulatedDisk::new(operator.clone(), world.random_u64(), SHARD_BYTES),
+            disk: RefCell::new(SimulatedDisk::new(operator.clone(), world.random_u64(), SHARD_BYTES)),
             process: Cell::default(),
             shard: RefCell::default(),
         };
@@ -101,12 +101,23 @@ impl Cluster {
         let cluster = Self { inner: Rc::new(inner) };
         cluster.write_records().await;
         for number in 0..nodes {
-            let runtime = cluster.runtime(cluster.world.start_process());
-            let node = &cluster.nodes[number];
-            Shard::format(&runtime, &node.disk, cluster.identity(number), SEGMENT_BYTES).await.expect("an empty disk");
+            cluster.format(number).await;
             cluster.start_node(number).await;
         }
         cluster
+    }
+
+    async fn format(&self, number: usize) {
+        let runtime = self.runtime(self.world.start_process());
+        let disk = self.nodes[number].disk.borrow().clone();
+        Shard::format(&runtime, &disk, self.identity(number), SEGMENT_BYTES).await.expect("an empty disk");
+    }
+
+    /// A stopped node gets an empty disk under its old identity.
+    pub async fn replace_disk(&self, number: usize) {
+        let clock = Here { world: self.world.clone(), process: self.world.start_process() };
+        *self.nodes[number].disk.borrow_mut() = SimulatedDisk::new(clock, self.world.random_u64(), SHARD_BYTES);
+        self.format(number).await;
     }
 
     fn identity(&self, node: usize) -> ShardIdentity {
@@ -160,7 +171,8 @@ impl Cluster {
         let process = self.world.start_process();
         let key = ClusterKey::from_hex(KEY).expect("32 bytes");
         let runtime = self.runtime(process);
-        let opened = Supervisor::start(runtime, Plugged(node.disk.clone()), self.identity(number), key).await;
+        let disk = node.disk.borrow().clone();
+        let opened = Supervisor::start(runtime, Plugged(disk), self.identity(number), key).await;
         let shard = opened.expect("a shard opens after any crash");
         shard.set_peers(self.peers().await);
         let serving = shard.clone();
@@ -193,13 +205,13 @@ impl Cluster {
     /// kill -9: the machine and what it was told to write live on.
     pub fn kill_node(&self, number: usize) {
         self.stop_process(number);
-        self.nodes[number].disk.kill();
+        self.nodes[number].disk.borrow().kill();
     }
 
     /// The power fails: what was not synced is lost, kept or torn.
     pub fn fail_power(&self, number: usize) {
         self.stop_process(number);
-        self.nodes[number].disk.crash(self.world.random_u64());
+        self.nodes[number].disk.borrow().crash(self.world.random_u64());
     }
 
     fn stop_process(&self, number: usize) {
@@ -215,13 +227,23 @@ impl Cluster {
     }
 
     pub fn client(&self, name: &str, force: bool) -> Client {
+        // Half of the seeds make volumes flush by themselves and writes wait for room.
+        let (volume_bytes, process_bytes) = (64 * 1024, 96 * 1024);
+        let replay = match self.world.seed() % 2 {
+            0 => ReplayLimits::default(),
+            _ => ReplayLimits { volume_bytes, process_bytes },
+        };
+        self.client_with(name, force, VolumeSettings { io_timeout: None, replay })
+    }
+
+    pub fn client_with(&self, name: &str, force: bool, settings: VolumeSettings) -> Client {
         let process = self.world.start_process();
         let here = Here { world: self.world.clone(), process };
         let store = self.store.another_client(here.clone());
         let distant = DistantStore { store: store.clone(), here };
         let runtime = SimulatedRuntime::new(&self.world, process, distant);
         let attacher = Attacher { host: name.to_string(), process: "simulation".to_string(), pid: 1, force };
-        let exports = VolumeExports::new(runtime.clone(), attacher);
+        let exports = VolumeExports::with_settings(runtime.clone(), attacher, settings);
         Client { process, exports, store, runtime }
     }
 

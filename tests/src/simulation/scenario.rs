@@ -15,8 +15,8 @@ use torus_schema::limits::BLOCKS_PER_EXTENT;
 pub const VOLUME: &str = "volume";
 const VOLUME_BYTES: u64 = 64 << 20;
 /// First blocks of the areas that are worked on, one worker each: extents of different slices.
-const AREAS: [u64; 4] = [0, 3 * BLOCKS_PER_EXTENT - 8, 7 * BLOCKS_PER_EXTENT, 11 * BLOCKS_PER_EXTENT + 1000];
-const AREA_BLOCKS: u64 = 16;
+pub const AREAS: [u64; 4] = [0, 3 * BLOCKS_PER_EXTENT - 8, 7 * BLOCKS_PER_EXTENT, 11 * BLOCKS_PER_EXTENT + 1000];
+pub const AREA_BLOCKS: u64 = 16;
 /// No operation waits longer for what never comes; the world has healed by then.
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -184,7 +184,7 @@ impl Run {
 
     /// The node lives on; its shard is opened anew by itself.
     async fn fail_disk(&self, node: usize) {
-        let disk = &self.cluster.nodes[node].disk;
+        let disk = self.cluster.nodes[node].disk.borrow().clone();
         let kind = self.world.random_below(4);
         tracing::info!(now = ?self.world.now().0, node, kind, "the disk fails");
         match kind {

@@ -1,0 +1,221 @@
+//! What becomes of a replica that failed. One task per shard finds out; requests to it wait meanwhile.
+//!
+//! | it is | and can be done without | otherwise |
+//! |---|---|---|
+//! | another life of the shard | opened again, everything above F replayed to it, in sync as before | the same |
+//! | unreachable | stale since F | waited for: opened again when it is back, and replayed to if it restarted |
+//! | not to be trusted | stale since F | the session ends: what was acknowledged may be gone |
+//! | without slices it should have | those are stale since zero | the session ends |
+//!
+//! While records are replayed the session still names the shard's former life, so that no request of ours can reach
+//! the new one before it has everything we acknowledged: a read would go back, a flush would cover what is not there
+//! (protocol rule 9, interleavings 5 and 12).
+
+use super::attach::{address_of, ask_open};
+use super::replay::Kept;
+use super::replicas::{BelowMinimum, ShardPosition};
+use super::session::{Failure, Session, Verdict, verdict};
+use super::status::Loss;
+use futures::{StreamExt, TryStreamExt, stream};
+use std::rc::Rc;
+use std::time::Duration;
+use torus_rpc::message::{Opened, Operation, Refusal};
+use torus_rpc::runtime::{Class, Clock, Peer, Runtime, Spawn};
+use torus_schema::ids::Incarnation;
+use torus_schema::limits::{LINK_DEAD_AFTER, REPLAYS_IN_FLIGHT_MAX};
+
+/// Between two attempts where waiting is all that can be done.
+const RETRY_AFTER: Duration = Duration::from_millis(100);
+
+impl<R: Runtime> Session<R> {
+    /// A request to the life `asked_of` of the shard failed.
+    pub fn recover(
+        self: &Rc<Self>,
+        position: ShardPosition,
+        asked_of: Incarnation,
+        failure: Failure,
+        verdict: Verdict,
+    ) {
+        let shard = &self.shards[position];
+        if verdict == Verdict::Fenced {
+            return self.end(format!("shard {} says: {failure}", shard.id));
+        }
+        // It has recovered since: the request is to be made again.
+        if shard.incarnation.get() != asked_of || shard.recovering.replace(true) {
+            return;
+        }
+        tracing::warn!(volume = %self.record.name, shard = %shard.id, %failure, "replica failed");
+        let session = self.clone();
+        self.runtime.spawn().spawn(Class::Foreground, async move {
+            session.find_out(position, failure, verdict).await;
+            let shard = &session.shards[position];
+            shard.restarted.set(false);
+            shard.recovering.set(false);
+            session.changed.notify();
+        });
+    }
+
+    async fn find_out(self: &Rc<Self>, position: ShardPosition, mut failure: Failure, mut verdict: Verdict) {
+        let shard = &self.shards[position];
+        let started = self.runtime.clock().now();
+        let mut waiting = None;
+        let mut attempts = 0;
+        while self.is_needed(position) {
+            let patient = self.runtime.clock().now().since(started) < LINK_DEAD_AFTER;
+            match verdict {
+                Verdict::Fenced => return self.end(format!("shard {} says: {failure}", shard.id)),
+                Verdict::Lost => {
+                    if let Err(below) = self.mark_stale(position, Loss::Lost).await {
+                        self.end_for_loss(position, &failure, below);
+                    }
+                    return;
+                }
+                // A shard whose disk failed soon opens it anew, or never.
+                Verdict::Unreachable | Verdict::Restarted if verdict == Verdict::Unreachable || !patient => {
+                    let loss = if shard.restarted.get() { Loss::Restarted } else { Loss::Unreachable };
+                    let Err(below) = self.mark_stale(position, loss).await else { return };
+                    waiting.get_or_insert_with(|| Waiting::begin(self, position, &failure, below));
+                    self.runtime.clock().sleep(RETRY_AFTER).await;
+                    self.look_up(position).await;
+                }
+                Verdict::Restarted if attempts == 0 => {}
+                _ => self.runtime.clock().sleep(RETRY_AFTER).await,
+            }
+            attempts += 1;
+            match self.open_again(position).await {
+                Ok(()) => return,
+                Err(found) => {
+                    verdict = super::session::verdict(&found);
+                    failure = found;
+                }
+            }
+        }
+    }
+
+    fn is_needed(&self, position: ShardPosition) -> bool {
+        self.ended.borrow().is_none() && self.replicas.borrow().holds_in_sync(position)
+    }
+
+    fn end_for_loss(&self, position: ShardPosition, why: &dyn std::fmt::Display, below: BelowMinimum) {
+        self.end(format!(
+            "shard {} lost data ({why}) and slice {} would keep {} of at least {} replicas",
+            self.shards[position].id, below.slice, below.remaining, below.min
+        ));
+    }
+
+    /// Its node may have been started on another port.
+    async fn look_up(&self, position: ShardPosition) {
+        let shard = &self.shards[position];
+        let peer = shard.peer.borrow().clone();
+        match address_of(&self.runtime, peer.node, shard.id).await {
+            Ok(address) if address != peer.address => {
+                tracing::info!(shard = %shard.id, from = %peer.address, to = %address, "the shard listens elsewhere");
+                *shard.peer.borrow_mut() = Rc::new(Peer { address, ..(*peer).clone() });
+            }
+            Ok(_) => {}
+            Err(error) => tracing::debug!(shard = %shard.id, %error, "cannot look up where the shard listens"),
+        }
+    }
+
+    /// In sync as before when it returns, or no longer required.
+    async fn open_again(self: &Rc<Self>, position: ShardPosition) -> Result<(), Failure> {
+        let shard = &self.shards[position];
+        while self.is_needed(position) {
+            let opened = ask_open(self, position).await?;
+            let Opened { incarnation, flush_point, missing, .. } = opened;
+            if flush_point > self.flush_point.get() {
+                let ours = self.flush_point.get();
+                let because = format!("the shard says everything up to {flush_point} is flushed, the writer {ours}");
+                return Err(Failure::Refused(Refusal::Malformed { because }));
+            }
+            shard.restarted.set(incarnation != shard.incarnation.get());
+            if !missing.is_empty() {
+                let why = format!("it has no instances of slices {missing:?}");
+                tracing::error!(volume = %self.record.name, shard = %shard.id, %why, "replica lost data");
+                if let Err(below) = self.mark_stale(position, Loss::Missing(missing)).await {
+                    self.end_for_loss(position, &why, below);
+                }
+                continue;
+            }
+            if shard.restarted.get() {
+                self.replay(position, incarnation).await?;
+                // Nothing of it is durable there; a flush that begins now, or is under way, has to ask.
+                shard.written.set(shard.written.get() + 1);
+                shard.incarnation.set(incarnation);
+            }
+            return Ok(());
+        }
+        Ok(())
+    }
+
+    /// Everything it was sent in its former life and did not make durable. What is begun from now on is not among it:
+    /// its former life can have answered none of that.
+    async fn replay(self: &Rc<Self>, position: ShardPosition, incarnation: Incarnation) -> Result<(), Failure> {
+        let shard = &self.shards[position];
+        let records = self.replay.borrow().of_slots(|slot| self.replicas.borrow().is_in_sync(slot, position));
+        let (count, bytes) = (records.len(), records.iter().map(|record| record.payload.len()).sum::<usize>());
+        tracing::warn!(volume = %self.record.name, shard = %shard.id, records = count, bytes, "replica restarted; replaying");
+        let replays = stream::iter(records).map(|record| self.replay_one(position, incarnation, record));
+        replays.buffer_unordered(REPLAYS_IN_FLIGHT_MAX).try_collect::<()>().await?;
+        tracing::info!(volume = %self.record.name, shard = %shard.id, records = count, "replayed");
+        Ok(())
+    }
+
+    async fn replay_one(
+        self: &Rc<Self>,
+        position: ShardPosition,
+        incarnation: Incarnation,
+        record: Rc<Kept>,
+    ) -> Result<(), Failure> {
+        let operation = undurable(&record.operation);
+        let operation = operation.as_ref().unwrap_or(&record.operation);
+        while self.ended.borrow().is_none() && self.replicas.borrow().is_in_sync(record.slot, position) {
+            let shard = &self.shards[position];
+            match self.ask_incarnation(shard, incarnation, operation, &record.payload).await {
+                Ok(_) => return Ok(()),
+                Err(failure) => match verdict(&failure) {
+                    Verdict::Busy | Verdict::Full | Verdict::Local => self.runtime.clock().sleep(RETRY_AFTER).await,
+                    _ => return Err(failure),
+                },
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What was answered as durable was not lost, and what was not answered is sent again by whoever waits for it: an
+/// fdatasync for each record would only make it slow.
+fn undurable(operation: &Operation) -> Option<Operation> {
+    let mut changed = match operation {
+        Operation::Write { durable: true, .. } | Operation::Clear { durable: true, .. } => operation.clone(),
+        _ => return None,
+    };
+    if let Operation::Write { durable, .. } | Operation::Clear { durable, .. } = &mut changed {
+        *durable = false;
+    }
+    Some(changed)
+}
+
+/// As long as one of these is there, requests of the volume wait for a replica: one line when that begins, and one
+/// when it ends.
+struct Waiting<R: Runtime>(Rc<Session<R>>);
+
+impl<R: Runtime> Waiting<R> {
+    fn begin(session: &Rc<Session<R>>, position: ShardPosition, failure: &Failure, below: BelowMinimum) -> Self {
+        let shard = session.shards[position].id;
+        if session.waiting.replace(session.waiting.get() + 1) == 0 {
+            tracing::warn!(volume = %session.record.name, %shard, %failure, slice = %below.slice,
+                would_remain = below.remaining, at_least = below.min, "too few replicas; I/O waits");
+        }
+        Self(session.clone())
+    }
+}
+
+impl<R: Runtime> Drop for Waiting<R> {
+    fn drop(&mut self) {
+        self.0.waiting.set(self.0.waiting.get() - 1);
+        if self.0.waiting.get() == 0 && self.0.ended.borrow().is_none() {
+            tracing::warn!(volume = %self.0.record.name, "enough replicas again; I/O goes on");
+        }
+    }
+}
