@@ -256,11 +256,17 @@ impl Scan {
         });
     }
 
-    /// The segment had a footer: all that were there when it was written are there.
+    /// The segment had a footer: what it counted is there, and no more. One more is a batch that a start dropped, since it
+    /// could not read the header then; nobody knows what else was decided without it.
     fn miss(&mut self, trailer: &Trailer, found: usize) {
-        if found < trailer.batches as usize {
+        if found != trailer.batches as usize {
             let (segment, expected) = (trailer.identity.segment.0, trailer.batches);
-            tracing::error!(segment, found, expected, "batches are gone together with the footer that listed them");
+            tracing::error!(
+                segment,
+                found,
+                expected,
+                "batches are gone, or have come back, together with the footer that listed them"
+            );
             self.lost = true;
         }
     }
