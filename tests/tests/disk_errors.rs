@@ -131,8 +131,13 @@ fn a_disk_that_refuses_writes_is_left_alone_and_taken_again_when_it_works() {
     assert!(server.process.stop().success());
     let server = cluster.serve();
     witness.verify(&mut connect(&server, "demo"), Promise::Acknowledged).unwrap().unwrap();
-    // The shard serves: a new volume takes it for a replica in good order.
-    create(&cluster, "after", "3");
+    // The shard serves: a new volume takes it for a replica in good order. It may have been opened and have failed some
+    // times before there was room, so that it takes a moment.
+    wait::until("a new volume on all three", || {
+        let size = format!("{}MiB", BYTES >> 20);
+        let created = cluster.torusblk(&["volume", "create", "after", &size, "--replicas", "3"]);
+        created.status.success().then_some(())
+    });
     let mut other = Witness::new(BYTES, 2);
     let mut client = connect(&server, "after");
     other.load(&mut client, 300, 100).unwrap();
