@@ -22,6 +22,9 @@ use super::{BLOCK, BatchNumber, FormatError};
 use torus_schema::ids::{ClusterId, NodeId, ShardIndex};
 use torus_schema::limits::{BLOCK_BYTES, SHARD_BYTES_MAX};
 
+/// Opening, header, footer, and blocks to speak of.
+pub const SEGMENT_BLOCKS_MIN: u64 = 16;
+const SEGMENT_BYTES_MIN: u64 = SEGMENT_BLOCKS_MIN * BLOCK_BYTES;
 pub const SUPERBLOCK_BLOCKS: u64 = 2;
 const MAGIC: &[u8; 8] = b"TORUSSUP";
 const WHAT: &str = "superblock";
@@ -70,8 +73,9 @@ impl Superblock {
         let lost_below = BatchNumber(reader.counter("lost below")?);
         reader.expect("size beyond the largest", size_bytes.max(SHARD_BYTES_MAX), SHARD_BYTES_MAX)?;
         let segment_fits =
-            (BLOCK_BYTES..=size_bytes).contains(&segment_bytes) && segment_bytes.is_multiple_of(BLOCK_BYTES);
-        reader.expect("size of a segment", segment_bytes, if segment_fits { segment_bytes } else { BLOCK_BYTES })?;
+            (SEGMENT_BYTES_MIN..=size_bytes).contains(&segment_bytes) && segment_bytes.is_multiple_of(BLOCK_BYTES);
+        let expected = if segment_fits { segment_bytes } else { SEGMENT_BYTES_MIN };
+        reader.expect("size of a segment", segment_bytes, expected)?;
         Ok(Self { cluster, node, shard: ShardIndex(shard as u16), size_bytes, segment_bytes, revision, lost_below })
     }
 }

@@ -15,7 +15,7 @@ use crate::log::footer::Footer;
 use crate::log::recovery::{self, FoundSegment, ReadFooter, Scan};
 use crate::log::search::read_twice;
 use crate::log::space::Space;
-use crate::log::superblock::{SUPERBLOCK_BLOCKS, Superblock, decode_either};
+use crate::log::superblock::{SEGMENT_BLOCKS_MIN, SUPERBLOCK_BLOCKS, Superblock, decode_either};
 use crate::log::{BLOCK, BatchNumber, FormatError, Geometry, Position, SegmentIndex};
 use futures::StreamExt;
 use futures::stream;
@@ -32,8 +32,6 @@ const FOOTERS_IN_FLIGHT: usize = 6;
 const FOOTER_BYTES_HELD: usize = 18 << 20;
 /// The reserve, and something to use.
 const SEGMENTS_MIN: u32 = 6;
-/// Opening, header, footer, and blocks to speak of.
-const SEGMENT_BLOCKS_MIN: u64 = 16;
 
 impl<R: Runtime> Shard<R> {
     /// Makes the disk a shard without data. Refuses one that is a shard already.
