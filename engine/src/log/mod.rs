@@ -27,7 +27,8 @@ pub mod batch;
 mod bytes;
 pub mod footer;
 mod numbers;
-pub mod policy;
+#[cfg(test)]
+mod policy;
 pub mod record;
 pub mod recovery;
 pub mod search;

@@ -19,6 +19,19 @@ pub struct Pair {
 }
 
 impl Pair {
+    /// Under one version, which comes back, something else here than there.
+    pub async fn write_two_things(&self, block: u64) -> Version {
+        let version = self.here.next_version();
+        self.there.next_version();
+        let (operation, payload) = Client::write_operation(block, 1, version, false);
+        self.here.call_with(operation, payload).await.unwrap();
+        let other: bytes::Bytes = vec![9; BLOCK_BYTES as usize].into();
+        let checksums = vec![crc32c::crc32c(&other)];
+        let operation = Operation::Write { first: BlockIndex(block), version, durable: false, checksums };
+        self.there.call_with(operation, other).await.unwrap();
+        version
+    }
+
     pub async fn new(world: &World) -> Self {
         let mut clients = Vec::new();
         for node in [2, 3] {
@@ -139,14 +152,7 @@ fn a_peer_that_has_another_version_is_no_help_and_one_with_another_content_an_al
         pair.write(3, 2).await;
         // The other replica goes on with block 3, and was given something else as block 4.
         pair.there.write(3, 1).await.unwrap();
-        let version = pair.here.next_version();
-        pair.there.next_version();
-        let (operation, payload) = Client::write_operation(4, 1, version, false);
-        pair.here.call_with(operation, payload).await.unwrap();
-        let other: bytes::Bytes = vec![9; BLOCK_BYTES as usize].into();
-        let checksums = vec![crc32c::crc32c(&other)];
-        let operation = Operation::Write { first: BlockIndex(4), version, durable: false, checksums };
-        pair.there.call_with(operation, other).await.unwrap();
+        pair.write_two_things(4).await;
         pair.here.rot(3);
         pair.here.rot(4);
         assert!(pair.here.read(3, 2).await.is_err());

@@ -4,7 +4,6 @@ use super::harness::*;
 use super::repair::Pair;
 use crate::shard::{ScrubPass, ScrubReport};
 use std::time::Duration;
-use torus_rpc::message::Operation;
 use torus_schema::ids::*;
 use torus_schema::limits::{BLOCK_BYTES, MIB};
 
@@ -63,14 +62,7 @@ fn two_whole_different_copies_of_one_version_are_told_once_and_left_alone() {
         let pair = Pair::new(&world).await;
         pair.link(&world);
         pair.write(3, 2).await;
-        let version = pair.here.next_version();
-        pair.there.next_version();
-        let (operation, payload) = Client::write_operation(4, 1, version, false);
-        pair.here.call_with(operation, payload).await.unwrap();
-        let other: bytes::Bytes = vec![9; BLOCK_BYTES as usize].into();
-        let checksums = vec![crc32c::crc32c(&other)];
-        let operation = Operation::Write { first: BlockIndex(4), version, durable: false, checksums };
-        pair.there.call_with(operation, other).await.unwrap();
+        let version = pair.write_two_things(4).await;
         for started_s in [100, 200] {
             pair.here.machine.shard().start_scrub(pass(started_s), RATE);
             assert_eq!(finished(&pair.here).await.conflicts, 1);
