@@ -112,7 +112,7 @@ async fn build<R: Runtime>(
     let replicas = Replicas::new(placed.collect(), usize::from(record.min_replicas), &owned.status.0);
     let mut shards = Vec::new();
     for id in replicas.shards() {
-        shards.push(shard(&runtime, &owned.ring, &cluster, *id).await?);
+        shards.push(shard(&runtime, &owned.ring, &cluster, &record, *id).await?);
     }
     let open =
         Open { token: key.sign(record.id, owned.epoch, &owner_name(&owned.owner)), owner: owner_name(&owned.owner) };
@@ -178,6 +178,7 @@ async fn shard<R: Runtime>(
     runtime: &R,
     ring: &Ring,
     cluster: &ClusterRecord,
+    record: &VolumeRecord,
     id: ShardId,
 ) -> Result<Shard, VolumeError> {
     let node =
@@ -187,6 +188,7 @@ async fn shard<R: Runtime>(
     Ok(Shard {
         id,
         peer: RefCell::new(Rc::new(peer)),
+        generation: Cell::new(ring.instance_generation(id.node, record.generation)),
         incarnation: Cell::new(Incarnation(0)),
         full: Cell::new(false),
         recovering: Cell::new(false),
