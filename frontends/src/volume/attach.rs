@@ -8,7 +8,7 @@ use super::reconcile::reconcile;
 use super::replay::{Budget, ReplayBuffer};
 use super::replicas::Replicas;
 use super::session::{Failure, Open, Session, Shard, Verdict, verdict};
-use super::status::{Loss, StatusKeeper};
+use super::status::{Loss, StatusKeeper, times_in};
 use super::window::Window;
 use crate::device::VolumeError;
 use bytes::Bytes;
@@ -37,6 +37,8 @@ pub struct Attacher {
     pub pid: u32,
     /// Take the volume over from a live owner.
     pub force: bool,
+    /// Only to bring stale replicas up to date: it lets go as soon as anybody wants the volume.
+    pub repair: bool,
 }
 
 pub(super) fn metadata_error(error: MetadataError) -> VolumeError {
@@ -136,6 +138,7 @@ async fn build<R: Runtime>(
             failed: RefCell::default(),
             refused: RefCell::default(),
             running: Cell::new(false),
+            stale_s: RefCell::new(times_in(&owned.status.0)),
             pending_since: Cell::new(None),
         },
         window: RefCell::new(Window::default()),
