@@ -12,10 +12,10 @@ use std::process::{Command, ExitStatus};
 use std::time::Duration;
 use tempfile::TempDir;
 use torus_engine::datadir::Identity;
-use torus_rpc::metadata::Metadata;
 use torus_rpc::metadata::any::AnyMetadata;
+use torus_rpc::metadata::{Metadata, Transaction, Write};
 use torus_schema::ids::NodeId;
-use torus_schema::records::{self, HeartbeatRecord, NodeRecord, keys};
+use torus_schema::records::{self, HeartbeatRecord, NodeRecord, StatusRecord, keys};
 
 /// The smallest node there is.
 pub const NODE_SIZE: &str = "512MiB";
@@ -214,6 +214,27 @@ impl Cluster {
         let key = keys::heartbeat(self.node_id(node));
         let entry = block_on(self.metadata().get(&key)).expect("the store answers")?;
         Some(records::decode(&key, &entry.value).expect("a heartbeat can be read"))
+    }
+
+    /// A server that was killed holds its volumes until its lease ends. That it is dead is certain, so they are taken
+    /// away by hand: to wait for it each time shows nothing more.
+    pub fn free_volumes(&self) {
+        let metadata = self.metadata();
+        let owners = block_on(metadata.range(&keys::owners())).expect("the store answers").entries;
+        let writes = owners.into_iter().map(|owner| Write::Delete { key: owner.key }).collect();
+        block_on(metadata.transact(Transaction { writes, ..Default::default() })).expect("the store answers");
+    }
+
+    /// Whether every replica of every volume is in sync within `deadline`, without anybody's help.
+    pub fn await_in_sync(&self, deadline: Duration) -> bool {
+        let metadata = self.metadata();
+        let in_sync = wait::within(deadline, || {
+            let entries = block_on(metadata.range(&keys::statuses())).ok()?.entries;
+            let mut statuses =
+                entries.iter().map(|entry| records::decode::<StatusRecord>(&entry.key, &entry.value).expect("ours"));
+            statuses.all(|status| status.stale.is_empty()).then_some(())
+        });
+        in_sync.is_some()
     }
 
     /// With the cluster's URL.

@@ -7,16 +7,13 @@
 //!
 //! `TORUS_TROUBLE_SECONDS=1800` makes it as long as one likes, `TORUS_TROUBLE_SEED` changes what happens.
 
-use futures::executor::block_on;
 use nix::sys::signal::Signal;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
-use torus_rpc::metadata::Metadata;
-use torus_schema::records::{StatusRecord, decode, keys};
 use torus_tests::cluster::{Cluster, ClusterOptions, NbdServer, STORE_HOST, client_host, hosts_for, node_host};
-use torus_tests::nbd::NbdClient;
+use torus_tests::nbd::connect;
 use torus_tests::network::Network;
 use torus_tests::store::StoreKind;
 use torus_tests::tools::fio_verified;
@@ -185,26 +182,9 @@ impl Bed {
     /// Every replica of every volume, by itself.
     fn await_in_sync(&mut self) -> Duration {
         let started = Instant::now();
-        let metadata = self.cluster.metadata();
-        let stale = || {
-            let entries = block_on(metadata.range(&keys::statuses())).ok()?.entries;
-            let statuses = entries.iter().map(|entry| decode::<StatusRecord>(&entry.key, &entry.value).expect("ours"));
-            statuses.map(|status| status.stale.len()).reduce(|a, b| a + b).or(Some(0))
-        };
-        let in_sync = wait::within(IN_SYNC_WITHIN, || stale().filter(|stale| *stale == 0));
-        if in_sync.is_none() {
-            panic!("not in sync after {IN_SYNC_WITHIN:?}:\n{}", self.server.process.log());
-        }
+        assert!(self.cluster.await_in_sync(IN_SYNC_WITHIN), "not in sync:\n{}", self.server.process.log());
         started.elapsed()
     }
-}
-
-fn connect(server: SocketAddr, volume: &str) -> NbdClient {
-    wait::until("the volume to answer", || {
-        let mut client = NbdClient::connect(server, volume).ok()?;
-        client.read(0, 4096).ok()?.ok()?;
-        Some(client)
-    })
 }
 
 /// Writes and now and then reads everything back, without an error, until told to stop. Gives how much was written.
