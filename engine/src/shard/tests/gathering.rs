@@ -12,7 +12,7 @@ use torus_rpc::message::{Retention, Revoked};
 use torus_schema::ids::{BlockIndex, Epoch, RingGeneration, SliceId, Version, VolumeId};
 
 const GEOMETRY: Geometry = Geometry { segments: 24, blocks: 2048 };
-const HISTORIES: u64 = 300;
+const HISTORIES: u64 = 100;
 
 /// Numbers that look random, the same for a seed.
 struct Dice(u64);
