@@ -134,6 +134,20 @@ pub const METADATA_PROBE_AFTER: Duration = Duration::from_secs(10);
 pub const OWNER_LEASE_TTL: Duration = Duration::from_secs(10);
 /// Clock drift between hosts over one lease, allowed for on both sides.
 pub const LEASE_DRIFT: Duration = Duration::from_millis(500);
+/// A client that wants a volume waits for its repair owner to let go this much longer than that one's lease may live.
+pub const REPAIR_LETS_GO_WITHIN: Duration = Duration::from_secs(2);
+/// Volumes that one storage node repairs at once: each costs it an attach and memory, and the nodes bound the traffic.
+pub const REPAIRS_OWNED_MAX: usize = 4;
+/// Before the first in rank takes an unowned volume over for repair, and for each rank more: a client that restarts or
+/// moves is back by then.
+pub const REPAIR_OWNER_AFTER: Duration = Duration::from_secs(5);
+/// A repair owner that got nowhere for this long lets go; the pause before its next attempt grows from the second to
+/// the third.
+pub const REPAIR_STUCK_AFTER: Duration = Duration::from_secs(60);
+pub const REPAIR_BACKOFF_MIN: Duration = Duration::from_secs(10);
+pub const REPAIR_BACKOFF_MAX: Duration = Duration::from_secs(600);
+/// How often a volume's writer says how far a resync is, for `torusadm status`.
+pub const RESYNC_TOLD_INTERVAL: Duration = Duration::from_secs(5);
 /// Lease of a node's heartbeat, and how often it is renewed.
 pub const HEARTBEAT_LEASE_TTL: Duration = Duration::from_secs(10);
 pub const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(3);

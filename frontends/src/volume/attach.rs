@@ -66,6 +66,24 @@ pub(super) async fn attach<R: Runtime>(
     attacher: &Attacher,
 ) -> Result<Rc<Session<R>>, VolumeError> {
     let volume = find(&runtime, name).await?;
+    let session = begin(runtime.clone(), links, lease, budget, (volume, name), attacher).await?;
+    if let Err(error) = open_and_reconcile(&session).await {
+        session.end(format!("attach failed: {error}"));
+        give_up(&runtime, volume, session.status.owner_revision.get()).await;
+        return Err(error);
+    }
+    Ok(session)
+}
+
+/// Owned, and nothing asked of its replicas yet.
+pub(super) async fn begin<R: Runtime>(
+    runtime: R,
+    links: Rc<Links<R>>,
+    lease: Rc<ProcessLease<R>>,
+    budget: Rc<Budget>,
+    (volume, name): (VolumeId, &str),
+    attacher: &Attacher,
+) -> Result<Rc<Session<R>>, VolumeError> {
     let owned = own(&runtime, &lease, volume, name, attacher).await?;
     let epoch = owned.epoch;
     tracing::info!(volume = name, %epoch, "attached; opening its replicas");
@@ -79,11 +97,6 @@ pub(super) async fn attach<R: Runtime>(
     };
     // Before anything that may take long: the lease may end meanwhile.
     runtime.spawn().spawn(Class::Foreground, keep_owning(session.clone()));
-    if let Err(error) = open_and_reconcile(&session).await {
-        session.end(format!("attach failed: {error}"));
-        give_up(&runtime, volume, session.status.owner_revision.get()).await;
-        return Err(error);
-    }
     Ok(session)
 }
 
@@ -214,7 +227,7 @@ pub(super) async fn address_of<R: Runtime>(runtime: &R, node: NodeId, id: ShardI
     Ok(found.address.clone())
 }
 
-async fn open_and_reconcile<R: Runtime>(session: &Rc<Session<R>>) -> Result<(), VolumeError> {
+pub(super) async fn open_and_reconcile<R: Runtime>(session: &Rc<Session<R>>) -> Result<(), VolumeError> {
     if let Some(below) = session.replicas.borrow().below_minimum() {
         let because = format!(
             "slice {} has {} replicas in sync, at least {} are needed; bring back the nodes that hold them",
@@ -272,7 +285,13 @@ pub(super) async fn lose<R: Runtime>(
             let because = format!("this host cannot connect to shard {id}, which may be well: {failure}");
             return Err(VolumeError::NotReady { because });
         }
-        Verdict::Lost | Verdict::Restarted => Loss::Lost,
+        Verdict::Lost => Loss::Lost,
+        // A repair that cannot reach a replica in sync must not make it stale: clients may reach it.
+        _ if session.owner.repair => {
+            let because = format!("shard {id}, in sync, cannot be opened from here: {failure}");
+            return Err(VolumeError::NotReady { because });
+        }
+        Verdict::Restarted => Loss::Lost,
         Verdict::Unreachable | Verdict::Busy | Verdict::Full => Loss::Unreachable,
     };
     tracing::warn!(volume = %session.record.name, shard = %id, %failure, "replica failed");

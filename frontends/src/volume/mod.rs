@@ -6,8 +6,10 @@
 //! * `writer`, `reads`, `flush`   the three things it does
 //! * `recover`    what becomes of a replica that failed: open again and replay, or stale, or waited for
 //! * `replay`     the records a restarted replica may lack, and the bounds on them (pure)
+//! * `places`     nodes that were replaced by others while volumes are attached
 //! * `retain`     what the shards are told to keep
 //! * `status`     marking replicas stale; `replicas` which are in sync (pure)
+//! * `wanted`     volumes that are owned only for repair are let go when a client wants them
 //! * `lease`      what ownership hangs on
 //! * `links`      connections to shards, shared by all volumes of the executor
 //! * `plan`, `locks`, `window`    ranges cut into frames, ranges under way, sequences under way (pure)
@@ -19,6 +21,7 @@ mod lease;
 mod links;
 mod locks;
 mod own;
+mod places;
 mod plan;
 mod reads;
 mod reconcile;
@@ -28,6 +31,7 @@ mod replicas;
 mod retain;
 mod session;
 mod status;
+mod wanted;
 mod window;
 mod writer;
 

@@ -72,6 +72,11 @@ impl<R: Runtime> Session<R> {
                 }
                 // A shard whose disk failed soon opens it anew, or never.
                 Verdict::Unreachable | Verdict::Restarted if verdict == Verdict::Unreachable || !patient => {
+                    if self.owner.repair {
+                        // Clients may reach it: a repair must not make it stale.
+                        return self
+                            .end(format!("shard {}, in sync, cannot be reached from here: {failure}", shard.id));
+                    }
                     let loss = if shard.restarted.get() { Loss::Restarted } else { Loss::Unreachable };
                     let Err(below) = self.mark_stale(position, loss).await else { return };
                     waiting.get_or_insert_with(|| Waiting::begin(self, position, &failure, below));
