@@ -370,6 +370,11 @@ impl Index {
 }
 
 impl Index {
+    /// Blocks of the volume with data.
+    pub fn blocks_of(&self, volume: VolumeId) -> u64 {
+        self.volumes.get(&volume).map_or(0, |volume| volume.blocks)
+    }
+
     /// Blocks with data.
     pub fn blocks(&self) -> u64 {
         self.volumes.values().map(|volume| volume.blocks).sum()

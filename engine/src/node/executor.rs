@@ -18,6 +18,7 @@ use std::os::fd::{FromRawFd, IntoRawFd};
 use std::rc::Rc;
 use std::sync::Arc;
 use thiserror::Error;
+use torus_rpc::control::{HeldVolume, ShardInstances};
 use torus_rpc::message::{Envelope, Operation, Reply};
 use torus_rpc::runtime::Disk;
 use torus_rpc::runtime::glommio::{self as executor, GlommioRuntime};
@@ -121,6 +122,7 @@ enum Command {
     StartScrub { pass: ScrubPass, rate_bytes_s: u64 },
     StopScrub(oneshot::Sender<Option<ScrubPass>>),
     Damage { limit: usize, answer: oneshot::Sender<DamageReport> },
+    Held(Option<VolumeId>, oneshot::Sender<Result<Vec<HeldVolume>, String>>),
     Close(oneshot::Sender<()>),
 }
 
@@ -192,6 +194,15 @@ impl ShardThread {
         self.ask(|answer| Command::Damage { limit, answer }).await
     }
 
+    pub async fn held(&self, only: Option<VolumeId>) -> Result<ShardInstances, ShardThreadError> {
+        let held = self.ask(|answer| Command::Held(only, answer)).await?;
+        let (volumes, failed) = match held {
+            Ok(volumes) => (volumes, None),
+            Err(because) => (Vec::new(), Some(because)),
+        };
+        Ok(ShardInstances { index: self.index, failed, volumes })
+    }
+
     /// No connection is accepted any more, what is in flight ends, and everything is durable.
     pub async fn close(&self) -> Result<(), ShardThreadError> {
         self.ask(Command::Close).await
@@ -256,6 +267,9 @@ async fn serve(
             }
             Command::Damage { limit, answer } => {
                 let _ = answer.send(shard.damage(limit));
+            }
+            Command::Held(only, answer) => {
+                let _ = answer.send(shard.held(only).map_err(|refusal| refusal.to_string()));
             }
             Command::Close(answer) => {
                 accepting.cancel().await;

@@ -7,6 +7,7 @@
 //! * `retention` what the writer needs kept, taken back, or mapped
 //! * `reads`     blocks from the disk, verified
 //! * `volumes`   instances, writers, flush points
+//! * `held`      what there is of each volume
 //! * `damage`    what cannot be read as it was written
 //! * `peers`     who else holds a slice
 //! * `repair`    what is damaged is fetched from them
@@ -28,6 +29,7 @@ mod append;
 mod cleaner;
 mod damage;
 mod grow;
+mod held;
 mod history;
 mod ledger;
 mod peers;

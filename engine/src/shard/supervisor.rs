@@ -24,6 +24,7 @@ use std::future::Future;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
+use torus_rpc::control::HeldVolume;
 use torus_rpc::message::{Answer, Envelope, Operation, Refusal, Reply};
 use torus_rpc::notify::Notify;
 use torus_rpc::runtime::{Class, Clock, Instant, Runtime, Spawn};
@@ -146,6 +147,11 @@ impl<R: Runtime, M: Media<R>> Supervisor<R, M> {
     /// At most `limit` of each list.
     pub fn damage(&self, limit: usize) -> DamageReport {
         self.shard().map(|shard| shard.damage(limit)).unwrap_or_default()
+    }
+
+    /// An error: the disk is away.
+    pub fn held(&self, only: Option<VolumeId>) -> Result<Vec<HeldVolume>, Refusal> {
+        Ok(self.open_shard()?.held(only))
     }
 
     pub fn set_peers(&self, table: Arc<PeerTable>) {
