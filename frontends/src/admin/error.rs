@@ -52,6 +52,23 @@ pub enum AdminError {
     NotMember { node: String },
     #[error("node {node} has no heartbeat: start it first, a node that is down cannot take data")]
     PeerDown { node: String },
+    #[error("node {node} still has a heartbeat: stop it first (moving the data of a node that lives is not built yet)")]
+    PeerUp { node: String },
+    #[error(
+        "node {node} has {found} shards, {expected} are to be replaced; it lacks {lacks}: start one with --shards {expected}"
+    )]
+    LacksShards { node: String, found: usize, expected: usize, lacks: String },
+    #[error(
+        "shard {shard} of the new node has {found}, about {expected} are to be put there (as full as the other nodes are); \
+         use a larger node, or --force"
+    )]
+    TooSmall { shard: String, found: String, expected: String },
+    #[error(
+        "without the old node {volumes} volumes have fewer replicas in sync than their minimum: {examples}; bring back the old node \
+         or other replicas first. With --force these cannot be attached until the old node is back by `peer replace` in the \
+         other direction and `volume promote`"
+    )]
+    ReplaceBelowMinimum { volumes: usize, examples: String },
     #[error(
         "this change would move data of {affected} of {volumes} volumes ({examples}); ring changes under data come later: \
          change the ring before volumes are created, or delete these volumes first"

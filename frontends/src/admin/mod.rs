@@ -1,8 +1,10 @@
 //! Administration: what `torusadm` and `torusblk volume` do, one file per noun. Nothing here prints: a command gives a
 //! `Report`, and the programs in `bin/` show it.
 //!
-//! * `cluster`   `init` and `status`
-//! * `peer`      storage nodes, and which of them are in the ring
+//! * `cluster`   `init`
+//! * `status`    healthy or not, and why; `facts` is what it looks at
+//! * `peer`      storage nodes, and which of them are in the ring; `peer_replace` one for another
+//! * `standing`  how the replicas of a volume stand
 //! * `ring`      the ring document
 //! * `volume`    the noun both programs share; `volume_create`, `volume_delete`, `volume_show`
 //! * `scrub`     reading and verifying everything, and what was found
@@ -12,16 +14,22 @@
 
 pub mod cluster;
 mod error;
+mod facts;
 pub mod output;
 pub mod peer;
+pub mod peer_replace;
 pub mod ring;
 pub mod scrub;
 mod snapshot;
+mod standing;
+pub mod status;
 pub mod volume;
 pub mod volume_create;
 pub mod volume_delete;
 mod volume_show;
 
+#[cfg(test)]
+mod operator_tests;
 #[cfg(test)]
 mod tests;
 

@@ -95,6 +95,20 @@ pub async fn by_volume<M: Metadata, T: serde::de::DeserializeOwned>(
     Ok(found)
 }
 
+/// With the revision of each.
+pub type Statuses = BTreeMap<VolumeId, (StatusRecord, Revision)>;
+
+pub async fn statuses<M: Metadata>(metadata: &M) -> Result<Statuses, AdminError> {
+    let prefix = keys::statuses();
+    let mut found = BTreeMap::new();
+    for entry in metadata.range(&prefix).await?.entries {
+        let volume = entry.key[prefix.len()..].parse();
+        let volume = volume.map_err(|_| AdminError::Record(format!("the key {} does not end in a uuid", entry.key)))?;
+        found.insert(volume, (decode(&entry.key, &entry.value)?, entry.mod_revision));
+    }
+    Ok(found)
+}
+
 /// One volume and all that is known of it, as of one moment.
 pub struct Found {
     pub name_entry: Entry,

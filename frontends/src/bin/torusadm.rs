@@ -9,6 +9,7 @@ use torus_frontends::admin::cluster::{self, InitArguments};
 use torus_frontends::admin::peer::{self, PeerCommand};
 use torus_frontends::admin::ring::{self, RingCommand};
 use torus_frontends::admin::scrub::{self, ScrubCommand};
+use torus_frontends::admin::status;
 use torus_frontends::admin::volume::{self, VolumeCommand};
 use torus_rpc::runtime::Runtime;
 
@@ -38,7 +39,7 @@ struct Arguments {
 enum Command {
     /// Make a new cluster in an empty metadata store
     Init(InitArguments),
-    /// Nodes and volumes in a few lines
+    /// Healthy or not, and why: nodes, degraded volumes and their resync, what needs somebody
     Status,
     /// Storage nodes: list them, put them into the ring, take them out
     #[command(subcommand)]
@@ -59,12 +60,14 @@ enum Command {
 fn main() -> ExitCode {
     let Arguments { global, command } = Arguments::parse();
     let deadline = global.deadline;
-    execute(&global, async move |runtime| {
+    // It waits until all is copied.
+    let is_long = matches!(command, Command::Peer(PeerCommand::Replace(_)));
+    execute(&global, is_long, async move |runtime| {
         let metadata = runtime.metadata();
         match &command {
             Command::Init(arguments) => cluster::init(runtime, arguments).await,
-            Command::Status => cluster::status(metadata).await,
-            Command::Peer(command) => peer::run(metadata, command).await,
+            Command::Status => status::status(metadata, deadline).await,
+            Command::Peer(command) => peer::run(runtime, command, |said| eprintln!("{said}")).await,
             Command::ListPeers => peer::list(metadata).await,
             Command::Ring(command) => ring::run(metadata, command).await,
             Command::Scrub(command) => scrub::run(metadata, command, deadline).await,

@@ -43,7 +43,7 @@ fn main() -> ExitCode {
     let deadline = global.deadline;
     match command {
         Command::Volume(command) => {
-            execute(&global, async move |runtime| volume::run(runtime, &command, deadline, progress).await)
+            execute(&global, false, async move |runtime| volume::run(runtime, &command, deadline, progress).await)
         }
         Command::Serve(arguments) => {
             let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));

@@ -51,8 +51,12 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
     Ok(Duration::from_millis(milliseconds))
 }
 
-/// Runs the command within its deadline and shows what came of it.
-pub fn execute(global: &Global, command: impl AsyncFnOnce(&CommandRuntime) -> Result<Report, AdminError>) -> ExitCode {
+/// Runs the command within its deadline, unless it `is_long`, and shows what came of it.
+pub fn execute(
+    global: &Global,
+    is_long: bool,
+    command: impl AsyncFnOnce(&CommandRuntime) -> Result<Report, AdminError>,
+) -> ExitCode {
     let metadata = match AnyMetadata::connect(&global.metadata, global.metadata_deadline()) {
         Ok(metadata) => metadata,
         Err(error) => return fail(&error),
@@ -60,6 +64,9 @@ pub fn execute(global: &Global, command: impl AsyncFnOnce(&CommandRuntime) -> Re
     let deadline = global.deadline;
     let result = run("torus-command", None, async move {
         let runtime = CommandRuntime::new(metadata);
+        if is_long {
+            return command(&runtime).await;
+        }
         let limit = runtime.clock().sleep(deadline);
         match select(pin!(command(&runtime)), pin!(limit)).await {
             Either::Left((result, _)) => result,
