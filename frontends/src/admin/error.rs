@@ -83,6 +83,8 @@ pub enum AdminError {
     #[error("there is no slice {found}; the ring has {slices}, counted from 0")]
     NoSlice { found: SliceId, slices: u32 },
 
+    #[error("offset {offset} lies beyond the end of volume {name:?}, which has {size} bytes")]
+    OffsetBeyond { name: String, offset: u64, size: u64 },
     #[error("there is no volume {name:?}; `volume list` shows those there are")]
     NoVolume { name: String },
     #[error("the name {name:?} is taken by volume {volume}; choose another, or `volume delete` that one")]

@@ -7,6 +7,7 @@
 //! * `standing`  how the replicas of a volume stand
 //! * `ring`      the ring document
 //! * `volume`    the noun both programs share; `volume_create`, `volume_delete`, `volume_show`
+//! * `why`       where a byte lies, and what each replica has there
 //! * `scrub`     reading and verifying everything, and what was found
 //! * `snapshot`  what stands in the metadata store, read and checked
 //! * `output`    tables, JSON and CSV
@@ -27,6 +28,7 @@ pub mod volume;
 pub mod volume_create;
 pub mod volume_delete;
 mod volume_show;
+pub mod why;
 
 #[cfg(test)]
 mod operator_tests;

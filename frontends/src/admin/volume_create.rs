@@ -209,7 +209,7 @@ async fn tell_shards<R: Runtime>(
     Ok(())
 }
 
-fn peer_of(cluster: &Cluster, nodes: &Nodes, shard: ShardId) -> Result<Peer, String> {
+pub(super) fn peer_of(cluster: &Cluster, nodes: &Nodes, shard: ShardId) -> Result<Peer, String> {
     let node = cluster.ring.node(shard.node).ok_or("the ring has no such node")?;
     let record = nodes.records.get(&node.id).ok_or_else(|| format!("node {} never joined the cluster", node.id))?;
     let data = record.shards.iter().find(|known| known.index == shard.shard);

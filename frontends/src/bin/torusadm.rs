@@ -11,6 +11,7 @@ use torus_frontends::admin::ring::{self, RingCommand};
 use torus_frontends::admin::scrub::{self, ScrubCommand};
 use torus_frontends::admin::status;
 use torus_frontends::admin::volume::{self, VolumeCommand};
+use torus_frontends::admin::why::{self, WhyArguments};
 use torus_rpc::runtime::Runtime;
 
 const EXAMPLES: &str = "\
@@ -41,6 +42,8 @@ enum Command {
     Init(InitArguments),
     /// Healthy or not, and why: nodes, degraded volumes and their resync, what needs somebody
     Status,
+    /// Where a byte of a volume lies, and what each of its replicas has there
+    Why(WhyArguments),
     /// Storage nodes: list them, put them into the ring, take them out
     #[command(subcommand)]
     Peer(PeerCommand),
@@ -67,6 +70,7 @@ fn main() -> ExitCode {
         match &command {
             Command::Init(arguments) => cluster::init(runtime, arguments).await,
             Command::Status => status::status(metadata, deadline).await,
+            Command::Why(arguments) => why::why(runtime, arguments, deadline).await,
             Command::Peer(command) => peer::run(runtime, command, |said| eprintln!("{said}")).await,
             Command::ListPeers => peer::list(metadata).await,
             Command::Ring(command) => ring::run(metadata, command).await,
