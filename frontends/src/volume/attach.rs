@@ -7,6 +7,7 @@ use super::own::{Owned, give_up, keep_owning, own};
 use super::reconcile::reconcile;
 use super::replay::{Budget, ReplayBuffer};
 use super::replicas::Replicas;
+use super::resync::keep_in_sync;
 use super::session::{Failure, Open, Session, Shard, Verdict, verdict};
 use super::status::{Loss, StatusKeeper};
 use super::window::Window;
@@ -19,7 +20,7 @@ use torus_rpc::message::{Answer, Opened, Operation, Refusal};
 use torus_rpc::metadata::{Entry, Metadata, MetadataError};
 use torus_rpc::runtime::{Class, Clock, Peer, Random, Runtime, Spawn};
 use torus_rpc::token::ClusterKey;
-use torus_schema::ids::{Incarnation, NodeId, ShardId, SliceId, VolumeId};
+use torus_schema::ids::{Epoch, Incarnation, NodeId, ShardId, SliceId, VolumeId};
 use torus_schema::limits::LINK_DEAD_AFTER;
 use torus_schema::records::{
     ClusterRecord, NameRecord, NodeRecord, OwnerRecord, VolumeRecord, VolumeState, decode, keys,
@@ -28,6 +29,8 @@ use torus_schema::ring::placement::Placement;
 use torus_schema::ring::table::Ring;
 
 const RETRY_AFTER: Duration = Duration::from_millis(100);
+/// Whose token creates instances: no writer, and no epoch.
+const CREATOR: &str = "create";
 
 /// Who attaches, as others will read it.
 #[derive(Clone, Debug)]
@@ -82,6 +85,7 @@ pub(super) async fn attach<R: Runtime>(
         give_up(&runtime, volume, session.status.owner_revision.get()).await;
         return Err(error);
     }
+    runtime.spawn().spawn(Class::Background, keep_in_sync(session.clone()));
     Ok(session)
 }
 
@@ -114,8 +118,13 @@ async fn build<R: Runtime>(
     for id in replicas.shards() {
         shards.push(shard(&runtime, &owned.ring, &cluster, *id).await?);
     }
-    let open =
-        Open { token: key.sign(record.id, owned.epoch, &owner_name(&owned.owner)), owner: owner_name(&owned.owner) };
+    let owner = owner_name(&owned.owner);
+    let open = Open {
+        token: key.sign(record.id, owned.epoch, &owner),
+        owner,
+        creation: key.sign(record.id, Epoch(0), CREATOR),
+        ring_slices: owned.ring.slices(),
+    };
     let session = |this: &Weak<Session<R>>| Session {
         lots: Cell::new(runtime.random().u64() | 1),
         runtime,
@@ -136,11 +145,14 @@ async fn build<R: Runtime>(
             failed: RefCell::default(),
             refused: RefCell::default(),
             running: Cell::new(false),
+            finished: RefCell::default(),
+            distrusted: RefCell::default(),
             pending_since: Cell::new(None),
         },
         window: RefCell::new(Window::default()),
         locks: Default::default(),
         retaining: Default::default(),
+        resyncing: Default::default(),
         flush_point: Cell::new(owned.flush_point),
         replay: RefCell::new(ReplayBuffer::new(budget, this.clone())),
         short_of_room: Cell::new(0),
@@ -191,6 +203,7 @@ async fn shard<R: Runtime>(
         full: Cell::new(false),
         recovering: Cell::new(false),
         restarted: Cell::new(false),
+        flush_point_held: Cell::new(None),
         written: Cell::new(0),
         synced: Cell::new(0),
         outstanding: Cell::new(0),
@@ -284,7 +297,8 @@ pub(super) async fn lose<R: Runtime>(
 async fn open_shard<R: Runtime>(session: &Session<R>, shard: usize) -> Result<Opened, Failure> {
     let started = session.runtime.clock().now();
     loop {
-        match ask_open(session, shard).await {
+        let slices = session.replicas.borrow().slices_in_sync_on(shard);
+        match ask_open(session, shard, slices).await {
             Err(Failure::Link(_)) if session.runtime.clock().now().since(started) < LINK_DEAD_AFTER => {
                 session.runtime.clock().sleep(RETRY_AFTER).await;
             }
@@ -293,9 +307,12 @@ async fn open_shard<R: Runtime>(session: &Session<R>, shard: usize) -> Result<Op
     }
 }
 
-pub(super) async fn ask_open<R: Runtime>(session: &Session<R>, shard: usize) -> Result<Opened, Failure> {
-    let slices = session.replicas.borrow().slices_in_sync_on(shard);
-    let Open { token, owner } = &session.open;
+pub(super) async fn ask_open<R: Runtime>(
+    session: &Session<R>,
+    shard: usize,
+    slices: Vec<SliceId>,
+) -> Result<Opened, Failure> {
+    let Open { token, owner, .. } = &session.open;
     let operation = Operation::Open { token: *token, owner: owner.clone(), slices };
     match session.ask(&session.shards[shard], &operation, &Bytes::new()).await?.0 {
         Answer::Opened(opened) => Ok(opened),

@@ -6,6 +6,7 @@
 //! * `writer`, `reads`, `flush`   the three things it does
 //! * `recover`    what becomes of a replica that failed: open again and replay, or stale, or waited for
 //! * `replay`     the records a restarted replica may lack, and the bounds on them (pure)
+//! * `resync`     stale replicas are brought back
 //! * `retain`     what the shards are told to keep
 //! * `status`     marking replicas stale; `replicas` which are in sync (pure)
 //! * `lease`      what ownership hangs on
@@ -25,6 +26,7 @@ mod reconcile;
 mod recover;
 mod replay;
 mod replicas;
+mod resync;
 mod retain;
 mod session;
 mod status;
