@@ -38,6 +38,8 @@ pub struct ShardOptions {
     /// For tests.
     pub faults: FaultFile,
     pub cpu: Option<usize>,
+    /// Written by resyncs at most.
+    pub resync_bytes_s: u64,
 }
 
 impl ShardOptions {
@@ -232,7 +234,9 @@ impl Media<ShardRuntime> for Area {
 async fn open(options: &ShardOptions, key: ClusterKey) -> Result<Rc<SupervisedShard>, String> {
     let runtime = ShardRuntime::new(NoMetadata);
     let media = Area(options.area.clone(), options.faults.clone());
-    Supervisor::start(runtime, media, options.identity, key).await.map_err(|error| error.to_string())
+    let shard = Supervisor::start(runtime, media, options.identity, key).await.map_err(|error| error.to_string())?;
+    shard.set_resync_limit(options.resync_bytes_s);
+    Ok(shard)
 }
 
 /// Until it is told to close, or the main thread is gone.

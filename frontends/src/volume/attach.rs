@@ -7,6 +7,8 @@ use super::own::{Owned, give_up, keep_owning, own};
 use super::reconcile::reconcile;
 use super::replay::{Budget, ReplayBuffer};
 use super::replicas::Replicas;
+use super::resync::keep_in_sync;
+use super::resync_told::keep_telling;
 use super::session::{Failure, Open, Session, Shard, Verdict, verdict};
 use super::status::{Loss, StatusKeeper, times_in};
 use super::window::Window;
@@ -19,7 +21,7 @@ use torus_rpc::message::{Answer, Opened, Operation, Refusal};
 use torus_rpc::metadata::{Entry, Metadata, MetadataError};
 use torus_rpc::runtime::{Class, Clock, Peer, Random, Runtime, Spawn};
 use torus_rpc::token::ClusterKey;
-use torus_schema::ids::{Incarnation, NodeId, ShardId, SliceId, VolumeId};
+use torus_schema::ids::{Epoch, Incarnation, NodeId, ShardId, SliceId, VolumeId};
 use torus_schema::limits::LINK_DEAD_AFTER;
 use torus_schema::records::{
     ClusterRecord, NameRecord, NodeRecord, OwnerRecord, VolumeRecord, VolumeState, decode, keys,
@@ -28,6 +30,8 @@ use torus_schema::ring::placement::Placement;
 use torus_schema::ring::table::Ring;
 
 const RETRY_AFTER: Duration = Duration::from_millis(100);
+/// Whose token creates instances: no writer, and no epoch.
+const CREATOR: &str = "create";
 
 /// Who attaches, as others will read it.
 #[derive(Clone, Debug)]
@@ -72,7 +76,16 @@ pub(super) async fn attach<R: Runtime>(
         give_up(&runtime, volume, session.status.owner_revision.get()).await;
         return Err(error);
     }
+    session.serve();
     Ok(session)
+}
+
+impl<R: Runtime> Session<R> {
+    /// It is open: from now on it brings back by itself what is stale, and says how far it is.
+    pub fn serve(self: &Rc<Self>) {
+        self.runtime.spawn().spawn(Class::Background, keep_in_sync(self.clone()));
+        self.runtime.spawn().spawn(Class::Background, keep_telling(self.clone()));
+    }
 }
 
 /// Owned, and nothing asked of its replicas yet.
@@ -129,8 +142,13 @@ async fn build<R: Runtime>(
     for id in replicas.shards() {
         shards.push(shard(&runtime, &owned.ring, &cluster, &record, *id).await?);
     }
-    let open =
-        Open { token: key.sign(record.id, owned.epoch, &owner_name(&owned.owner)), owner: owner_name(&owned.owner) };
+    let owner = owner_name(&owned.owner);
+    let open = Open {
+        token: key.sign(record.id, owned.epoch, &owner),
+        owner,
+        creation: key.sign(record.id, Epoch(0), CREATOR),
+        ring_slices: owned.ring.slices(),
+    };
     let session = |this: &Weak<Session<R>>| Session {
         lots: Cell::new(runtime.random().u64() | 1),
         runtime,
@@ -152,11 +170,14 @@ async fn build<R: Runtime>(
             refused: RefCell::default(),
             running: Cell::new(false),
             stale_s: RefCell::new(times_in(&owned.status.0)),
+            finished: RefCell::default(),
+            distrusted: RefCell::default(),
             pending_since: Cell::new(None),
         },
         window: RefCell::new(Window::default()),
         locks: Default::default(),
         retaining: Default::default(),
+        resyncing: Default::default(),
         flush_point: Cell::new(owned.flush_point),
         replay: RefCell::new(ReplayBuffer::new(budget, this.clone())),
         short_of_room: Cell::new(0),
@@ -209,6 +230,7 @@ async fn shard<R: Runtime>(
         full: Cell::new(false),
         recovering: Cell::new(false),
         restarted: Cell::new(false),
+        flush_point_held: Cell::new(None),
         written: Cell::new(0),
         synced: Cell::new(0),
         outstanding: Cell::new(0),
@@ -308,7 +330,8 @@ pub(super) async fn lose<R: Runtime>(
 async fn open_shard<R: Runtime>(session: &Session<R>, shard: usize) -> Result<Opened, Failure> {
     let started = session.runtime.clock().now();
     loop {
-        match ask_open(session, shard).await {
+        let slices = session.replicas.borrow().slices_in_sync_on(shard);
+        match ask_open(session, shard, slices).await {
             Err(Failure::Link(_)) if session.runtime.clock().now().since(started) < LINK_DEAD_AFTER => {
                 session.runtime.clock().sleep(RETRY_AFTER).await;
             }
@@ -317,9 +340,12 @@ async fn open_shard<R: Runtime>(session: &Session<R>, shard: usize) -> Result<Op
     }
 }
 
-pub(super) async fn ask_open<R: Runtime>(session: &Session<R>, shard: usize) -> Result<Opened, Failure> {
-    let slices = session.replicas.borrow().slices_in_sync_on(shard);
-    let Open { token, owner } = &session.open;
+pub(super) async fn ask_open<R: Runtime>(
+    session: &Session<R>,
+    shard: usize,
+    slices: Vec<SliceId>,
+) -> Result<Opened, Failure> {
+    let Open { token, owner, .. } = &session.open;
     let operation = Operation::Open { token: *token, owner: owner.clone(), slices };
     match session.ask(&session.shards[shard], &operation, &Bytes::new()).await?.0 {
         Answer::Opened(opened) => Ok(opened),

@@ -7,6 +7,7 @@
 //! * `recover`    what becomes of a replica that failed: open again and replay, or stale, or waited for
 //! * `replay`     the records a restarted replica may lack, and the bounds on them (pure)
 //! * `places`     nodes that were replaced by others while volumes are attached
+//! * `resync`     stale replicas are brought back; `resync_told` how far that is; `repair_owner` where nobody is attached
 //! * `retain`     what the shards are told to keep
 //! * `status`     marking replicas stale; `replicas` which are in sync (pure)
 //! * `wanted`     volumes that are owned only for repair are let go when a client wants them
@@ -26,8 +27,11 @@ mod plan;
 mod reads;
 mod reconcile;
 mod recover;
+mod repair_owner;
 mod replay;
 mod replicas;
+mod resync;
+mod resync_told;
 mod retain;
 mod session;
 mod status;
@@ -37,4 +41,5 @@ mod writer;
 
 pub use attach::{Attacher, find};
 pub use exports::{AttachedVolume, VolumeExports, VolumeSettings};
+pub use repair_owner::RepairOwner;
 pub use replay::ReplayLimits;

@@ -147,8 +147,12 @@ impl<R: Runtime> Session<R> {
         let shard = &self.shards[position];
         let address = address_of(&self.runtime, given.node, shard.id).await?;
         loop {
+            self.abort_sync(position, &"its node was replaced");
+            let settled = || self.ended.borrow().is_some() || !self.replicas.borrow().is_finishing(position);
+            self.changed.until(|| settled().then_some(())).await;
             let slices = self.replicas.borrow().slices_in_sync_on(position);
-            if slices.is_empty() || self.ended.borrow().is_some() {
+            let is_syncing = self.replicas.borrow().is_syncing(position);
+            if (slices.is_empty() && !is_syncing) || self.ended.borrow().is_some() {
                 break;
             }
             let marked = self.mark_stale(position, Loss::Missing(slices)).await;

@@ -205,11 +205,9 @@ impl<R: Runtime> Shared<R> {
             let now = self.runtime.clock().now();
             view.note_unowned(now, || REPAIR_OWNER_AFTER * (self.runtime.random().u64() % 512) as u32 / 1024);
             let pause = if view.unowned.is_empty() { None } else { Some(self.look(&view, now).await?) };
-            let changes = select(
-                select(pin!(status_changes.next()), pin!(owner_changes.next())),
-                select(pin!(ring_changes.next()), pin!(self.pause(pause))),
-            );
-            match changes.await {
+            let (status, owner) = (pin!(status_changes.next()), pin!(owner_changes.next()));
+            let (ring, pause) = (pin!(ring_changes.next()), pin!(self.pause(pause)));
+            match select(select(status, owner), select(ring, pause)).await {
                 Either::Left((Either::Left((events, _)), _)) => {
                     each(events?, |key, value| view.status(key, value));
                 }
@@ -313,9 +311,9 @@ impl<R: Runtime> Shared<R> {
         tracing::info!(volume = %record.name, "owned for repair");
         let result = {
             let work = pin!(work(&session));
-            let stopping = self.changed.until(|| self.stopping.get().then_some(()));
-            let interrupted = pin!(select(pin!(wanting.wanted()), pin!(stopping)));
-            match select(work, interrupted).await {
+            let stopping = pin!(self.changed.until(|| self.stopping.get().then_some(())));
+            let wanted = pin!(wanting.wanted());
+            match select(work, select(wanted, stopping)).await {
                 Either::Left((result, _)) => result,
                 Either::Right((Either::Left(_), _)) => Ok(Outcome::Wanted),
                 Either::Right((Either::Right(_), _)) => Ok(Outcome::Stopping),

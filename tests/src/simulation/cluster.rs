@@ -40,7 +40,7 @@ impl Media<Runtime> for Plugged {
 pub const SEGMENT_BYTES: u64 = 256 * 1024;
 pub const SHARD_BYTES: u64 = 64 * SEGMENT_BYTES;
 const SLICES: u32 = 16;
-const KEY: &str = "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f";
+pub(super) const KEY: &str = "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f";
 
 pub struct Node {
     pub id: NodeId,

@@ -5,6 +5,7 @@
 //! * `retention`  what is kept, what goes, what never was
 //! * `recovery`  row by row
 //! * `repair`    damage, and peers that mend it
+//! * `resync`    a stale replica takes what it lacks
 //! * `scrub`     passes over everything
 //! * `supervisor` disks that fail under a shard
 //! * `space`     cleaning, full, dropping
@@ -17,6 +18,7 @@ mod recovery;
 mod recovery_table;
 mod repair;
 mod requests;
+mod resync;
 mod retention;
 mod scrub;
 mod segments_ahead;
