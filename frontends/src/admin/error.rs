@@ -109,6 +109,16 @@ pub enum AdminError {
     TooFewNodes { replicas: u8, nodes: usize },
     #[error("volume {name:?} could not be created on {place}: {because}; {undone}")]
     Instances { name: String, place: String, because: String, undone: String },
+    #[error("volume {name:?}: the instances of shard {shard} could not be created: {because}; try again")]
+    InstancesOn { name: String, shard: String, because: String },
+    #[error("there is nothing of volume {name:?} that {node} could be promoted for: {because}")]
+    NothingToPromote { name: String, node: String, because: String },
+    #[error(
+        "--yes-lose-writes-since {found}: what would be lost is everything since {expected}; look at it without this option first"
+    )]
+    OtherLoss { found: String, expected: String },
+    #[error("volume {name:?} was attached or changed meanwhile; nothing was done, look again")]
+    ChangedMeanwhile { name: String },
     #[error("volume {name:?} stays unfinished ({because}); `volume delete {name}` cleans up, then create it again")]
     Unfinished { name: String, because: MetadataError },
     #[error("volume {name:?} was deleted while it was being created")]

@@ -115,6 +115,8 @@ pub struct Found {
     pub entry: Entry,
     pub record: VolumeRecord,
     pub status: StatusRecord,
+    /// Of the status, if there is one.
+    pub status_revision: Option<Revision>,
     pub epoch: Option<torus_schema::records::EpochRecord>,
     pub owner: Option<OwnerRecord>,
 }
@@ -134,11 +136,13 @@ impl Found {
         let mut entries = read_together(metadata, reads).await?.into_iter();
         let mut next = || entries.next().flatten();
         let (name_entry, entry) = (next().ok_or_else(missing)?, next().ok_or_else(missing)?);
+        let status = next();
         Ok(Self {
             record: decode(&entry.key, &entry.value)?,
             name_entry,
             entry,
-            status: decode_optional(next())?.unwrap_or_default(),
+            status_revision: status.as_ref().map(|entry| entry.mod_revision),
+            status: decode_optional(status)?.unwrap_or_default(),
             epoch: decode_optional(next())?,
             owner: decode_optional(next())?,
         })
