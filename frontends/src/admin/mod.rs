@@ -6,8 +6,8 @@
 //! * `peer`      storage nodes, and which of them are in the ring; `peer_replace` one for another
 //! * `standing`  how the replicas of a volume stand
 //! * `ring`      the ring document
-//! * `volume`    the noun both programs share; `volume_create`, `volume_delete`, `volume_show`,
-//!   `volume_set`, `volume_promote`; `unowned` while nobody has it attached
+//! * `volume`    the noun both programs share; `volume_create`, `volume_compare`, `volume_delete`,
+//!   `volume_show`, `volume_set`, `volume_promote`; `unowned` while nobody has it attached
 //! * `why`       where a byte lies, and what each replica has there
 //! * `scrub`     reading and verifying everything, and what was found
 //! * `snapshot`  what stands in the metadata store, read and checked
@@ -27,6 +27,7 @@ mod standing;
 pub mod status;
 mod unowned;
 pub mod volume;
+mod volume_compare;
 pub mod volume_create;
 pub mod volume_delete;
 pub mod volume_promote;

@@ -78,7 +78,7 @@ pub(super) fn assess(facts: &Facts, now_s: u64) -> Report {
     }
     let rows = rows(facts, volumes.stale_slices());
     let document = document(facts, health, &volumes, &orphans);
-    Report { title, header: vec!["WHAT", "STATE"], rows, summary, json: document, warnings: vec![] }
+    Report { title, header: vec!["WHAT", "STATE"], rows, summary, json: document, ..Report::default() }
 }
 
 fn rows(facts: &Facts, stale_slices: usize) -> Vec<Vec<String>> {

@@ -4,7 +4,7 @@ use super::volume_create::{NewVolume, check_name, check_size, create};
 use super::volume_delete::{Wait, delete};
 use super::volume_promote::{self, PromoteArguments};
 use super::volume_set::{self, SetArguments};
-use super::{AdminError, Report, snapshot, volume_show};
+use super::{AdminError, Report, snapshot, volume_compare, volume_show};
 use clap::{Args, Subcommand};
 use serde_json::json as object;
 use std::time::Duration;
@@ -25,12 +25,21 @@ pub enum VolumeCommand {
     List,
     /// Show all that is known of a volume: record, owner, stale replicas, where it lies
     Show { name: String },
+    /// Compare what all replicas in sync hold, by version and checksum of each block; best while nobody writes
+    Compare { name: String },
     /// Delete a volume that nobody has attached; its space comes back as the nodes confirm
     Delete(DeleteArguments),
     /// Change a volume that nobody has attached
     Set(SetArguments),
     /// Have a node's stale replicas count where every replica in sync is lost for good: LOSES WRITES, and shows which
     Promote(PromoteArguments),
+}
+
+impl VolumeCommand {
+    /// It takes as long as it takes, and shows how far it is.
+    pub fn is_long(&self) -> bool {
+        matches!(self, Self::Compare { .. })
+    }
 }
 
 #[derive(Args, Clone, Debug)]
@@ -80,6 +89,7 @@ pub async fn run<R: Runtime>(
     progress: impl FnMut(&[String]),
 ) -> Result<Report, AdminError> {
     match command {
+        VolumeCommand::Compare { name } => volume_compare::compare(runtime, name, deadline, progress).await,
         VolumeCommand::Create(arguments) => run_create(runtime, arguments, deadline).await,
         VolumeCommand::List => volume_show::list(runtime.metadata()).await,
         VolumeCommand::Show { name } => volume_show::show(runtime.metadata(), name).await,

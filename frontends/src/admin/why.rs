@@ -8,7 +8,7 @@ use super::{AdminError, Report};
 use bytes::Bytes;
 use clap::Args;
 use futures::future::{Either, select};
-use serde_json::json as object;
+use serde_json::{Value, json as object};
 use std::pin::pin;
 use std::time::Duration;
 use torus_rpc::message::{Answer, Envelope, Operation, Refusal, Token};
@@ -105,30 +105,13 @@ pub async fn why<R: Runtime>(runtime: &R, arguments: &WhyArguments, deadline: Du
         ask(runtime, peer, volume.id, block, token, deadline / 2)
     });
     let contents = futures::future::join_all(asked).await;
-    let (mut rows, mut documents) = (Vec::new(), Vec::new());
-    for ((shard, stale), content) in standing.replicas.iter().zip(&contents) {
-        let state = state(*stale, content, resync.as_ref(), *shard);
-        let peer = peer_of(&cluster, &nodes, *shard).ok();
-        let address = peer.as_ref().map_or("-", |peer| peer.address.as_str());
-        let node = cluster.ring.node(shard.node).map(|node| node.id);
-        let (version, checksum) = (content.version(), content.checksum());
-        rows.push(vec![
-            node.map_or("-".to_string(), |id| id.to_string()),
-            shard.shard.to_string(),
-            address.to_string(),
-            state.clone(),
-            version.map_or("-".to_string(), |version| version.to_string()),
-            checksum.map_or("-".to_string(), |checksum| format!("{checksum:08x}")),
-            content.word(),
-        ]);
-        documents.push(object!({
-            "node": node, "number": shard.node, "shard": shard.shard, "address": address, "state": state,
-            "in_sync": stale.is_none(),
-            "version": version.map(|version| version.to_string()),
-            "checksum": checksum.map(|checksum| format!("{checksum:08x}")),
-            "content": content.word(),
-        }));
-    }
+    let asked = standing.replicas.iter().zip(&contents);
+    let (rows, documents) = asked
+        .map(|((shard, stale), content)| {
+            let state = state(*stale, content, resync.as_ref(), *shard);
+            row(&cluster, &nodes, *shard, (state, stale.is_none()), content)
+        })
+        .unzip::<_, _, Vec<_>, Vec<_>>();
     let (extent, slice) = (block.extent(), standing.slice);
     let place = format!("offset {}: block {block}, extent {extent}, slice {slice}", arguments.offset);
     let in_sync = standing.replicas.iter().zip(&contents).filter(|((_, stale), _)| stale.is_none());
@@ -151,6 +134,35 @@ pub async fn why<R: Runtime>(runtime: &R, arguments: &WhyArguments, deadline: Du
         }),
         ..Report::default()
     })
+}
+
+fn row(
+    cluster: &Cluster,
+    nodes: &Nodes,
+    shard: ShardId,
+    (state, is_in_sync): (String, bool),
+    content: &Content,
+) -> (Vec<String>, Value) {
+    let peer = peer_of(cluster, nodes, shard).ok();
+    let address = peer.as_ref().map_or("-", |peer| peer.address.as_str());
+    let node = cluster.ring.node(shard.node).map(|node| node.id);
+    let version = content.version().map(|version| version.to_string());
+    let checksum = content.checksum().map(|checksum| format!("{checksum:08x}"));
+    let document = object!({
+        "node": node, "number": shard.node, "shard": shard.shard, "address": address, "state": state,
+        "in_sync": is_in_sync, "version": version, "checksum": checksum, "content": content.word(),
+    });
+    let dash = || "-".to_string();
+    let row = vec![
+        node.map_or_else(dash, |id| id.to_string()),
+        shard.shard.to_string(),
+        address.to_string(),
+        state,
+        version.unwrap_or_else(dash),
+        checksum.unwrap_or_else(dash),
+        content.word(),
+    ];
+    (row, document)
 }
 
 fn state(stale: Option<&StaleReplica>, content: &Content, resync: Option<&ResyncRecord>, shard: ShardId) -> String {

@@ -63,8 +63,12 @@ enum Command {
 fn main() -> ExitCode {
     let Arguments { global, command } = Arguments::parse();
     let deadline = global.deadline;
-    // It waits until all is copied.
-    let is_long = matches!(command, Command::Peer(PeerCommand::Replace(_)));
+    let is_long = match &command {
+        Command::Volume(command) => command.is_long(),
+        // It waits until all is copied.
+        Command::Peer(PeerCommand::Replace(_)) => true,
+        _ => false,
+    };
     execute(&global, is_long, async move |runtime| {
         let metadata = runtime.metadata();
         match &command {

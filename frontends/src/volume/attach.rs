@@ -18,7 +18,7 @@ use std::cell::{Cell, RefCell};
 use std::rc::{Rc, Weak};
 use std::time::Duration;
 use torus_rpc::message::{Answer, Opened, Operation, Refusal};
-use torus_rpc::metadata::{Entry, Metadata, MetadataError};
+use torus_rpc::metadata::{Entry, Metadata, MetadataError, Revision};
 use torus_rpc::runtime::{Class, Clock, Peer, Random, Runtime, Spawn};
 use torus_rpc::token::ClusterKey;
 use torus_schema::ids::{Epoch, Incarnation, NodeId, ShardId, SliceId, VolumeId};
@@ -124,7 +124,7 @@ async fn build<R: Runtime>(
     budget: Rc<Budget>,
     owned: Owned,
 ) -> Result<Rc<Session<R>>, VolumeError> {
-    let (record, volume_revision) = owned.volume;
+    let (record, volume_revision) = owned.volume.clone();
     if record.state != VolumeState::Ready {
         let because = "its creation was not finished; delete it and create it again".to_string();
         return Err(VolumeError::NotReady { because });
@@ -149,6 +149,7 @@ async fn build<R: Runtime>(
         creation: key.sign(record.id, Epoch(0), CREATOR),
         ring_slices: owned.ring.slices(),
     };
+    let keeper = status_keeper(&owned, volume_revision);
     let session = |this: &Weak<Session<R>>| Session {
         lots: Cell::new(runtime.random().u64() | 1),
         runtime,
@@ -160,20 +161,7 @@ async fn build<R: Runtime>(
         placement,
         shards,
         replicas: RefCell::new(replicas),
-        status: StatusKeeper {
-            owner_revision: Cell::new(owned.owner_revision),
-            epoch_revision: owned.epoch_revision,
-            owner_lease: Cell::new(owned.owner_lease),
-            volume_revision,
-            status_revision: Cell::new(owned.status.1),
-            failed: RefCell::default(),
-            refused: RefCell::default(),
-            running: Cell::new(false),
-            stale_s: RefCell::new(times_in(&owned.status.0)),
-            finished: RefCell::default(),
-            distrusted: RefCell::default(),
-            pending_since: Cell::new(None),
-        },
+        status: keeper,
         window: RefCell::new(Window::default()),
         locks: Default::default(),
         retaining: Default::default(),
@@ -188,6 +176,23 @@ async fn build<R: Runtime>(
         changed: Default::default(),
     };
     Ok(Rc::new_cyclic(session))
+}
+
+fn status_keeper(owned: &Owned, volume_revision: Revision) -> StatusKeeper {
+    StatusKeeper {
+        owner_revision: Cell::new(owned.owner_revision),
+        epoch_revision: owned.epoch_revision,
+        owner_lease: Cell::new(owned.owner_lease),
+        volume_revision,
+        status_revision: Cell::new(owned.status.1),
+        failed: RefCell::default(),
+        refused: RefCell::default(),
+        running: Cell::new(false),
+        stale_s: RefCell::new(times_in(&owned.status.0)),
+        finished: RefCell::default(),
+        distrusted: RefCell::default(),
+        pending_since: Cell::new(None),
+    }
 }
 
 /// Records come from a store that others write to.
