@@ -8,6 +8,8 @@ interface NodeControl {
   scrub @1 (order :ScrubOrder) -> (status :ScrubStatus);
   # What cannot be read as it was written, at most so many of each list and shard.
   damage @2 (limit :UInt32) -> (shards :List(ShardDamage));
+  # What the shards hold of a volume (its uuid), or of all (empty).
+  instances @3 (volume :Text) -> (shards :List(ShardInstances));
 }
 
 struct NodeStatus {
@@ -119,4 +121,30 @@ struct ConflictingBlock {
   peerNode @6 :Text;
   peerShard @7 :UInt16;
   ageS @8 :UInt64;
+}
+
+struct ShardInstances {
+  index @0 :UInt16;
+  # Why the shard answers nothing; empty: all is well.
+  failed @1 :Text;
+  volumes @2 :List(HeldVolume);
+}
+
+struct HeldVolume {
+  # Uuid.
+  volume @0 :Text;
+  epoch @1 :UInt32;
+  flushEpoch @2 :UInt32;
+  flushSequence @3 :UInt64;
+  # With data.
+  blocks @4 :UInt64;
+  slices @5 :List(HeldSlices);
+}
+
+# Slices that are alike.
+struct HeldSlices {
+  generation @0 :UInt64;
+  # Nothing of them was lost since they were created.
+  valid @1 :Bool;
+  slices @2 :List(UInt32);
 }

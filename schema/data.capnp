@@ -40,6 +40,7 @@ struct Request {
     revoke @18 :Revoke;
     map @19 :BlockRange;
     peerRead @20 :PeerRead;
+    resync @21 :Resync;
   }
 }
 
@@ -94,6 +95,9 @@ struct Describe {
   # Newest records above this version, from this block on, in block order.
   above @0 :Version;
   from @1 :UInt64;
+  # Only of this slice, if it is set.
+  ofSlice @2 :Bool;
+  slice @3 :UInt32;
 }
 
 struct Retain {
@@ -124,6 +128,27 @@ struct PeerRead {
   data @3 :Bool;
 }
 
+struct Resync {
+  # To a stale replica: what it lacks or has too much of a slice, from a block on, it takes from another shard. The
+  # envelope is the replica's; the source is asked with its own incarnation and generation.
+  slice @0 :UInt32;
+  since @1 :Version;
+  # What the source has up to here is final.
+  through @2 :Version;
+  sourceNodeHigh @3 :UInt64;
+  sourceNodeLow @4 :UInt64;
+  sourceShard @5 :UInt16;
+  sourceAddress @6 :Text;
+  sourceIncarnation @7 :Id;
+  from @8 :UInt64;
+  # Moved by this request at most.
+  blocksMax @9 :UInt32;
+  # Else only versions that never were are taken back.
+  pull @10 :Bool;
+  # Of the source's instances.
+  sourceGeneration @11 :UInt64;
+}
+
 struct Reply {
   # The shard takes no new data from clients: its reserve is reached.
   full @0 :Bool;
@@ -142,6 +167,7 @@ struct Reply {
     retained @11 :Void;
     revoked @12 :Void;
     mapped @13 :List(Run);
+    resynced @14 :Resynced;
   }
 }
 
@@ -174,6 +200,16 @@ struct Described {
   more @2 :Bool;
 }
 
+struct Resynced {
+  # Where to go on, if there is more.
+  more @0 :Bool;
+  next @1 :UInt64;
+  # Blocks compared, blocks taken from the source, versions taken back.
+  examined @2 :UInt64;
+  pulled @3 :UInt64;
+  revoked @4 :UInt64;
+}
+
 struct Descriptor {
   first @0 :UInt64;
   # Above 1 only for cleared blocks.
@@ -202,7 +238,15 @@ struct Refusal {
     malformed @9 :Text;
     # Hello: place and both values.
     wrongPeer @10 :Text;
+    # The shard that was to be the source of a resync does not do.
+    source @11 :Source;
   }
+}
+
+struct Source {
+  because @0 :Text;
+  # It is not the incarnation it was said to be, or no longer open.
+  restarted @1 :Bool;
 }
 
 struct Corrupt {

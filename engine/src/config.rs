@@ -187,6 +187,9 @@ pub struct NodeArguments {
     /// node of 1 TiB or less takes what reads 1 TiB in 24 hours (12.1 MiB), a larger one what reads it all in 24 hours
     #[arg(long, value_name = "SIZE", value_parser = parse_rate)]
     pub scrub_rate: Option<u64>,
+    /// Bytes a second that resyncs write to each shard at most; less while clients would wait for them
+    #[arg(long, value_name = "SIZE", default_value = "200MiB", value_parser = parse_rate)]
+    pub resync_rate: u64,
     /// For tests: which disk operations fail now, see `disk::faulty`
     #[arg(long, value_name = "PATH", hide = true)]
     pub fault_file: Option<PathBuf>,

@@ -11,9 +11,9 @@ use std::pin::Pin;
 use std::rc::Rc;
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::compat::{TokioAsyncReadCompatExt, TokioAsyncWriteCompatExt};
-use torus_rpc::control::{self, ScrubOrder, ScrubStatus, ShardDamage};
+use torus_rpc::control::{self, ScrubOrder, ScrubStatus, ShardDamage, ShardInstances};
 use torus_schema::control_capnp::node_control;
-use torus_schema::ids::ShardIndex;
+use torus_schema::ids::{ShardIndex, VolumeId};
 use torus_schema::limits;
 
 /// What a node tells about itself.
@@ -59,6 +59,8 @@ pub trait Reporter: 'static {
     fn scrub(&self, order: ScrubOrder) -> Answered<ScrubStatus>;
     /// At most `limit` of each list and shard.
     fn damage(&self, limit: u32) -> Answered<Vec<ShardDamage>>;
+    /// Of one volume, or of all.
+    fn instances(&self, only: Option<VolumeId>) -> Answered<Vec<ShardInstances>>;
 }
 
 pub type Answered<T> = Pin<Box<dyn Future<Output = Result<T, String>>>>;
@@ -184,6 +186,28 @@ impl node_control::Server for Control {
         }
         Ok(())
     }
+
+    async fn instances(
+        self: Rc<Self>,
+        params: node_control::InstancesParams,
+        mut results: node_control::InstancesResults,
+    ) -> Result<(), capnp::Error> {
+        let wanted = params.get()?.get_volume()?.to_string()?;
+        let volume = match wanted.as_str() {
+            "" => None,
+            text => {
+                let found = text.parse::<VolumeId>();
+                let failed = |_| capnp::Error::failed(format!("found {text:?}, expected the uuid of a volume"));
+                Some(found.map_err(failed)?)
+            }
+        };
+        let held = self.reporter.instances(volume).await.map_err(capnp::Error::failed)?;
+        let mut shards = results.get().init_shards(u32::try_from(held.len()).unwrap_or(0));
+        for (position, shard) in (0u32..).zip(&held) {
+            control::set_instances(shards.reborrow().get(position), shard);
+        }
+        Ok(())
+    }
 }
 
 /// The other side, for tools and tests: one question, one answer.
@@ -260,6 +284,10 @@ mod tests {
         }
 
         fn damage(&self, _limit: u32) -> Answered<Vec<ShardDamage>> {
+            Box::pin(async { Ok(Vec::new()) })
+        }
+
+        fn instances(&self, _only: Option<VolumeId>) -> Answered<Vec<ShardInstances>> {
             Box::pin(async { Ok(Vec::new()) })
         }
     }

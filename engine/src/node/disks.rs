@@ -104,6 +104,7 @@ impl Disks<'_> {
             area,
             faults: FaultFile::new(self.arguments.fault_file.as_deref()),
             cpu: pinning.as_ref().map(|cpus| cpus[usize::from(shard.0)]),
+            resync_bytes_s: self.arguments.resync_rate,
         };
         (0..identity.shards).map(ShardIndex).zip(areas).map(option).collect()
     }

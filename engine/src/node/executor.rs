@@ -18,6 +18,7 @@ use std::os::fd::{FromRawFd, IntoRawFd};
 use std::rc::Rc;
 use std::sync::Arc;
 use thiserror::Error;
+use torus_rpc::control::{HeldVolume, ShardInstances};
 use torus_rpc::message::{Envelope, Operation, Reply};
 use torus_rpc::runtime::Disk;
 use torus_rpc::runtime::glommio::{self as executor, GlommioRuntime};
@@ -37,6 +38,8 @@ pub struct ShardOptions {
     /// For tests.
     pub faults: FaultFile,
     pub cpu: Option<usize>,
+    /// Written by resyncs at most.
+    pub resync_bytes_s: u64,
 }
 
 impl ShardOptions {
@@ -121,6 +124,7 @@ enum Command {
     StartScrub { pass: ScrubPass, rate_bytes_s: u64 },
     StopScrub(oneshot::Sender<Option<ScrubPass>>),
     Damage { limit: usize, answer: oneshot::Sender<DamageReport> },
+    Held(Option<VolumeId>, oneshot::Sender<Result<Vec<HeldVolume>, String>>),
     Close(oneshot::Sender<()>),
 }
 
@@ -192,6 +196,15 @@ impl ShardThread {
         self.ask(|answer| Command::Damage { limit, answer }).await
     }
 
+    pub async fn held(&self, only: Option<VolumeId>) -> Result<ShardInstances, ShardThreadError> {
+        let held = self.ask(|answer| Command::Held(only, answer)).await?;
+        let (volumes, failed) = match held {
+            Ok(volumes) => (volumes, None),
+            Err(because) => (Vec::new(), Some(because)),
+        };
+        Ok(ShardInstances { index: self.index, failed, volumes })
+    }
+
     /// No connection is accepted any more, what is in flight ends, and everything is durable.
     pub async fn close(&self) -> Result<(), ShardThreadError> {
         self.ask(Command::Close).await
@@ -221,7 +234,9 @@ impl Media<ShardRuntime> for Area {
 async fn open(options: &ShardOptions, key: ClusterKey) -> Result<Rc<SupervisedShard>, String> {
     let runtime = ShardRuntime::new(NoMetadata);
     let media = Area(options.area.clone(), options.faults.clone());
-    Supervisor::start(runtime, media, options.identity, key).await.map_err(|error| error.to_string())
+    let shard = Supervisor::start(runtime, media, options.identity, key).await.map_err(|error| error.to_string())?;
+    shard.set_resync_limit(options.resync_bytes_s);
+    Ok(shard)
 }
 
 /// Until it is told to close, or the main thread is gone.
@@ -256,6 +271,9 @@ async fn serve(
             }
             Command::Damage { limit, answer } => {
                 let _ = answer.send(shard.damage(limit));
+            }
+            Command::Held(only, answer) => {
+                let _ = answer.send(shard.held(only).map_err(|refusal| refusal.to_string()));
             }
             Command::Close(answer) => {
                 accepting.cancel().await;

@@ -9,6 +9,7 @@
 //! * `joining`      the node's place in the ring, for `--auto-join`
 //! * `deleting`     volumes that were deleted
 //! * `peers`        who else holds what, for the shards
+//! * `repairing`    volumes with stale replicas that nobody has attached
 //! * `scrub`        when the shards are scrubbed
 //!
 //! The main thread runs tokio for the metadata store, the control port and signals; it never touches data. While the
@@ -21,6 +22,7 @@ pub mod joining;
 pub mod membership;
 pub mod no_metadata;
 pub mod peers;
+mod repairing;
 pub mod scrub;
 pub mod shards;
 
@@ -31,6 +33,7 @@ use crate::node::disks::Disks;
 use crate::node::executor::{ShardThread, ShardThreadError};
 use crate::node::joining::Joined;
 use crate::node::membership::{Membership, MembershipError};
+use crate::node::repairing::Repairing;
 use crate::node::scrub::Scrubber;
 use crate::node::shards::{NodeReporter, Shards};
 use std::convert::Infallible;
@@ -119,6 +122,7 @@ struct Node<'a> {
     dir: &'a DataDir,
     shards: Rc<Shards>,
     scrubber: Rc<Scrubber>,
+    repairing: Option<Repairing>,
     control: tokio::net::TcpListener,
     reporter: Rc<NodeReporter>,
     /// Held, so that nobody mounts or formats them meanwhile.
@@ -162,6 +166,7 @@ impl<'a> Node<'a> {
         let size_bytes = identity.shard_bytes * u64::from(identity.shards);
         let scrubber = Scrubber::new(shards.clone(), arguments.scrub_rate, size_bytes, dir.read_scrub_note()?);
         let (scrubber, started_s) = (Rc::new(scrubber), membership.started_s());
+        let repairing = Repairing::start(metadata.clone(), identity.node, &record.host);
         let reporter = NodeReporter { record, started_s, shards: shards.clone(), scrubber: scrubber.clone() };
         Ok(Node {
             id: identity.node,
@@ -171,6 +176,7 @@ impl<'a> Node<'a> {
             dir,
             shards,
             scrubber,
+            repairing,
             control: listeners.control,
             reporter: Rc::new(reporter),
             _devices: devices,
@@ -190,6 +196,10 @@ impl<'a> Node<'a> {
         };
         control.abort();
         let leave = async {
+            // Before the shards, which it may be at work on.
+            if let Some(repairing) = self.repairing {
+                repairing.stop().await;
+            }
             self.shards.close().await?;
             self.membership.leave().await?;
             Ok::<(), NodeError>(())

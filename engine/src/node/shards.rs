@@ -9,7 +9,7 @@ use crate::shard::{Conflict, DamageReport, Damaged, ListedDamage, PeerTable, Scr
 use futures::future::try_join_all;
 use std::rc::Rc;
 use std::sync::Arc;
-use torus_rpc::control::{ConflictingBlock, DamagedBlock, ScrubOrder, ScrubStatus, ShardDamage};
+use torus_rpc::control::{ConflictingBlock, DamagedBlock, ScrubOrder, ScrubStatus, ShardDamage, ShardInstances};
 use torus_rpc::runtime::Instant;
 use torus_schema::ids::{ShardIndex, VolumeId};
 use torus_schema::limits::{DAMAGE_TOLD_MAX, SEGMENT_BYTES};
@@ -66,6 +66,10 @@ impl Shards {
         let limit = limit.min(DAMAGE_TOLD_MAX) as usize;
         let reports = try_join_all(self.threads.iter().map(|thread| thread.damage(limit))).await?;
         Ok(self.threads.iter().zip(&reports).map(|(thread, report)| damage_of(thread.index, report)).collect())
+    }
+
+    pub async fn held(&self, only: Option<VolumeId>) -> Result<Vec<ShardInstances>, ShardThreadError> {
+        try_join_all(self.threads.iter().map(|thread| thread.held(only))).await
     }
 
     /// All at once; each makes its data durable.
@@ -162,6 +166,11 @@ impl Reporter for NodeReporter {
     fn damage(&self, limit: u32) -> Answered<Vec<ShardDamage>> {
         let shards = self.shards.clone();
         Box::pin(async move { shards.damage(limit).await.map_err(|error| error.to_string()) })
+    }
+
+    fn instances(&self, only: Option<VolumeId>) -> Answered<Vec<ShardInstances>> {
+        let shards = self.shards.clone();
+        Box::pin(async move { shards.held(only).await.map_err(|error| error.to_string()) })
     }
 }
 

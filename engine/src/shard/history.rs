@@ -40,6 +40,19 @@ impl Contents {
         }
     }
 
+    /// All versions there are of the block above `above`, up to `through`, current and kept.
+    pub fn versions_of(&self, place: Place, above: Version, through: Version) -> Vec<Version> {
+        let mut versions = self.clears_over(place.volume, place.slice, place.block);
+        versions.push(self.index.find(place).version());
+        if let Some(volume) = self.volumes.get(&place.volume) {
+            versions.extend(volume.pins.versions(place.block));
+        }
+        versions.retain(|version| *version > above && *version <= through);
+        versions.sort_unstable();
+        versions.dedup();
+        versions
+    }
+
     pub fn is_revoked(&self, volume: VolumeId, block: BlockIndex, version: Version) -> bool {
         self.volumes.get(&volume).is_some_and(|volume| volume.revoked.contains(&(block, version)))
     }

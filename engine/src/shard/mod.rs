@@ -5,8 +5,10 @@
 //!
 //! * `requests`  what is asked, checked and answered
 //! * `retention` what the writer needs kept, taken back, or mapped
+//! * `resync`    a stale replica takes what it lacks
 //! * `reads`     blocks from the disk, verified
 //! * `volumes`   instances, writers, flush points
+//! * `held`      what there is of each volume
 //! * `damage`    what cannot be read as it was written
 //! * `peers`     who else holds a slice
 //! * `repair`    what is damaged is fetched from them
@@ -30,6 +32,7 @@ mod cleaner;
 mod damage;
 mod gather;
 mod grow;
+mod held;
 mod history;
 mod ledger;
 mod peers;
@@ -39,6 +42,7 @@ mod reads;
 mod repair;
 mod replay;
 mod requests;
+mod resync;
 mod retention;
 mod scrub;
 mod start;
@@ -57,6 +61,7 @@ pub use peers::PeerTable;
 use peers::Peers;
 use queue::{Need, Queue, Syncs};
 pub use reads::Chunk;
+use resync::Resyncs;
 use scrub::Scrub;
 pub use scrub::{ScrubPass, ScrubReport};
 use state::Contents;
@@ -170,6 +175,7 @@ pub struct Shard<R: Runtime> {
     /// Told when there is something to repair or to scrub, and when that has to stop.
     background: Notify,
     peers: Peers<R::Link>,
+    resyncs: Resyncs,
     /// Dropped with the shard: who holds the other end learns that nothing of it is in flight.
     gone: RefCell<Option<oneshot::Sender<()>>>,
     pump_planned: Cell<bool>,
@@ -185,11 +191,17 @@ impl<R: Runtime> Shard<R> {
         operation: Operation,
         payload: Bytes,
     ) -> (Reply, Chunks<R>) {
+        let began = self.runtime.clock().now();
+        let of_data = matches!(operation, Operation::Read { .. } | Operation::Write { .. } | Operation::Clear { .. });
         let result = if self.state.borrow().closing {
             Err(Refusal::Disk { because: "the shard is being closed".to_string() })
         } else {
             self.answer(&envelope, operation, payload).await
         };
+        if of_data {
+            let now = self.runtime.clock().now();
+            self.resyncs.pacer.borrow_mut().answered(now, now.since(began));
+        }
         let state = &mut *self.state.borrow_mut();
         let (answer, chunks) = result.unwrap_or_else(|refusal| {
             state.statistics.refused += 1;

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use torus_rpc::error::LinkError;
 use torus_rpc::message::{Answer, Envelope, Operation};
 use torus_rpc::runtime::{Clock, Connect, Link, Peer, Runtime};
-use torus_schema::ids::{ClusterId, NodeId, ShardId, SliceId};
+use torus_schema::ids::{ClusterId, NodeId, ShardId, ShardIndex, SliceId};
 use torus_schema::records::NodeRecord;
 use torus_schema::ring::table::Ring;
 
@@ -78,6 +78,11 @@ impl<L: Link> Peers<L> {
 
     pub fn others(&self, ring_slices: u32, slice: SliceId) -> Vec<Peer> {
         self.table.borrow().others(ring_slices, slice, &self.own)
+    }
+
+    /// As somebody else says where it is.
+    pub fn at(&self, node: NodeId, shard: ShardIndex, address: &str) -> Peer {
+        Peer { cluster: self.own.cluster, node, shard, address: address.to_string() }
     }
 
     pub fn close_links(&self) {

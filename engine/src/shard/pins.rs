@@ -128,6 +128,12 @@ impl Pins {
         Some(Entry { position: held.position, checksum: held.checksum, version: kept.version })
     }
 
+    /// All that is kept of the block, ascending.
+    pub fn versions(&self, block: BlockIndex) -> impl Iterator<Item = Version> + '_ {
+        let range = Kept { block, version: Version::ZERO }..=Kept { block, version: HIGHEST };
+        self.kept.range(range).map(|(kept, _)| kept.version)
+    }
+
     /// Says of every kept version of the block anew what superseded it, because something was taken back.
     pub fn rechain(&mut self, block: BlockIndex, next_above: impl Fn(Version) -> Version, bounds: &Bounds) {
         let range = Kept { block, version: Version::ZERO }..=Kept { block, version: HIGHEST };

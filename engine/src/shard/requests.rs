@@ -61,13 +61,14 @@ impl<R: Runtime> Shard<R> {
                 // The writer may have been fenced meanwhile; what is synced is synced, and it may know.
                 Answer::Flushed
             }
-            Operation::Describe { above, from } => self.describe(envelope, above, from)?,
+            Operation::Describe { above, from, slice } => self.describe(envelope, above, from, slice)?,
             Operation::Retain(retention) => self.retain(envelope, retention).await?,
             Operation::Revoke { revoked } => self.revoke(envelope, revoked).await?,
             Operation::Map { first, count } => self.map(envelope, first, count)?,
             Operation::PeerRead { token, first, count, data } => {
                 return self.peer_read(envelope.volume, &token, (first, count), data).await;
             }
+            Operation::Resync(asked) => self.resync(envelope, &asked).await?,
         };
         Ok((answer, Vec::new()))
     }
@@ -247,8 +248,14 @@ impl<R: Runtime> Shard<R> {
         self.append(Need::Note, Record::Clear(clear), Bytes::new()).await
     }
 
-    fn describe(&self, envelope: &Envelope, above: Version, from: BlockIndex) -> Result<Answer, Refusal> {
-        self.check(envelope, None)?;
+    fn describe(
+        &self,
+        envelope: &Envelope,
+        above: Version,
+        from: BlockIndex,
+        slice: Option<SliceId>,
+    ) -> Result<Answer, Refusal> {
+        self.check(envelope, slice)?;
         if from.0 > VOLUME_BLOCKS_MAX {
             return Err(malformed(format!("from block {from}, a volume has at most {VOLUME_BLOCKS_MAX}")));
         }
@@ -257,7 +264,7 @@ impl<R: Runtime> Shard<R> {
         let layout = contents.volumes.get(&envelope.volume).and_then(|volume| volume.layout.as_ref());
         let placement = &layout.ok_or(Refusal::NotOpen)?.placement;
         let limit = DESCRIPTORS_PER_REPLY_MAX;
-        let (descriptors, next) = contents.index.describe(envelope.volume, above, from, placement, limit);
+        let (descriptors, next) = contents.index.describe(envelope.volume, above, from, (placement, slice), limit);
         Ok(Answer::Described { descriptors, next })
     }
 }

@@ -103,6 +103,7 @@ impl<R: Runtime> Shard<R> {
             changed: Notify::default(),
             background: Notify::default(),
             peers: Peers::new(identity),
+            resyncs: Default::default(),
             gone: RefCell::default(),
             pump_planned: Cell::new(false),
         });

@@ -24,12 +24,13 @@ use std::future::Future;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
+use torus_rpc::control::HeldVolume;
 use torus_rpc::message::{Answer, Envelope, Operation, Refusal, Reply};
 use torus_rpc::notify::Notify;
 use torus_rpc::runtime::{Class, Clock, Instant, Runtime, Spawn};
 use torus_rpc::token::ClusterKey;
 use torus_schema::ids::VolumeId;
-use torus_schema::limits::{DISK_REOPEN_PAUSE_MAX, DISK_REOPEN_PAUSE_MIN};
+use torus_schema::limits::{DISK_REOPEN_PAUSE_MAX, DISK_REOPEN_PAUSE_MIN, RESYNC_BYTES_S};
 
 /// Where a shard's disk comes from, again after each failure.
 pub trait Media<R: Runtime>: 'static {
@@ -47,6 +48,7 @@ pub struct Supervisor<R: Runtime, M> {
     changed: Notify,
     closing: Cell<bool>,
     failures: Cell<u32>,
+    resync_bytes_s: Cell<u64>,
 }
 
 enum Current<R: Runtime> {
@@ -84,6 +86,7 @@ impl<R: Runtime, M: Media<R>> Supervisor<R, M> {
             changed: Notify::default(),
             closing: Cell::new(false),
             failures: Cell::new(0),
+            resync_bytes_s: Cell::new(RESYNC_BYTES_S),
         });
         supervisor.runtime.spawn().spawn(Class::Foreground, supervisor.clone().supervise());
         Ok(supervisor)
@@ -148,6 +151,17 @@ impl<R: Runtime, M: Media<R>> Supervisor<R, M> {
         self.shard().map(|shard| shard.damage(limit)).unwrap_or_default()
     }
 
+    /// An error: the disk is away.
+    pub fn held(&self, only: Option<VolumeId>) -> Result<Vec<HeldVolume>, Refusal> {
+        Ok(self.open_shard()?.held(only))
+    }
+
+    /// Bytes a second that resyncs write at most.
+    pub fn set_resync_limit(&self, bytes_s: u64) {
+        self.resync_bytes_s.set(bytes_s);
+        self.shard().into_iter().for_each(|shard| shard.set_resync_limit(bytes_s));
+    }
+
     pub fn set_peers(&self, table: Arc<PeerTable>) {
         *self.peers.borrow_mut() = table.clone();
         if let Some(shard) = self.shard() {
@@ -177,6 +191,7 @@ impl<R: Runtime, M: Media<R>> Supervisor<R, M> {
             }
             let Some(shard) = self.reopen(&mut pause).await else { return };
             shard.set_peers(self.peers.borrow().clone());
+            shard.set_resync_limit(self.resync_bytes_s.get());
             *self.current.borrow_mut() = Current::Open(shard);
             self.changed.notify();
         }

@@ -52,6 +52,23 @@ pub enum AdminError {
     NotMember { node: String },
     #[error("node {node} has no heartbeat: start it first, a node that is down cannot take data")]
     PeerDown { node: String },
+    #[error("node {node} still has a heartbeat: stop it first (moving the data of a node that lives is not built yet)")]
+    PeerUp { node: String },
+    #[error(
+        "node {node} has {found} shards, {expected} are to be replaced; it lacks {lacks}: start one with --shards {expected}"
+    )]
+    LacksShards { node: String, found: usize, expected: usize, lacks: String },
+    #[error(
+        "shard {shard} of the new node has {found}, about {expected} are to be put there (as full as the other nodes are); \
+         use a larger node, or --force"
+    )]
+    TooSmall { shard: String, found: String, expected: String },
+    #[error(
+        "without the old node {volumes} volumes have fewer replicas in sync than their minimum: {examples}; bring back the old node \
+         or other replicas first. With --force these cannot be attached until the old node is back by `peer replace` in the \
+         other direction and `volume promote`"
+    )]
+    ReplaceBelowMinimum { volumes: usize, examples: String },
     #[error(
         "this change would move data of {affected} of {volumes} volumes ({examples}); ring changes under data come later: \
          change the ring before volumes are created, or delete these volumes first"
@@ -66,6 +83,8 @@ pub enum AdminError {
     #[error("there is no slice {found}; the ring has {slices}, counted from 0")]
     NoSlice { found: SliceId, slices: u32 },
 
+    #[error("offset {offset} lies beyond the end of volume {name:?}, which has {size} bytes")]
+    OffsetBeyond { name: String, offset: u64, size: u64 },
     #[error("there is no volume {name:?}; `volume list` shows those there are")]
     NoVolume { name: String },
     #[error("the name {name:?} is taken by volume {volume}; choose another, or `volume delete` that one")]
@@ -90,6 +109,16 @@ pub enum AdminError {
     TooFewNodes { replicas: u8, nodes: usize },
     #[error("volume {name:?} could not be created on {place}: {because}; {undone}")]
     Instances { name: String, place: String, because: String, undone: String },
+    #[error("volume {name:?}: the instances of shard {shard} could not be created: {because}; try again")]
+    InstancesOn { name: String, shard: String, because: String },
+    #[error("there is nothing of volume {name:?} that {node} could be promoted for: {because}")]
+    NothingToPromote { name: String, node: String, because: String },
+    #[error(
+        "--yes-lose-writes-since {found}: what would be lost is everything since {expected}; look at it without this option first"
+    )]
+    OtherLoss { found: String, expected: String },
+    #[error("volume {name:?} was attached or changed meanwhile; nothing was done, look again")]
+    ChangedMeanwhile { name: String },
     #[error("volume {name:?} stays unfinished ({because}); `volume delete {name}` cleans up, then create it again")]
     Unfinished { name: String, because: MetadataError },
     #[error("volume {name:?} was deleted while it was being created")]

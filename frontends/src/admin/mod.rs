@@ -1,10 +1,14 @@
 //! Administration: what `torusadm` and `torusblk volume` do, one file per noun. Nothing here prints: a command gives a
 //! `Report`, and the programs in `bin/` show it.
 //!
-//! * `cluster`   `init` and `status`
-//! * `peer`      storage nodes, and which of them are in the ring
+//! * `cluster`   `init`
+//! * `status`    healthy or not, and why; `facts` is what it looks at
+//! * `peer`      storage nodes, and which of them are in the ring; `peer_replace` one for another
+//! * `standing`  how the replicas of a volume stand
 //! * `ring`      the ring document
-//! * `volume`    the noun both programs share; `volume_create`, `volume_compare`, `volume_delete`, `volume_show`
+//! * `volume`    the noun both programs share; `volume_create`, `volume_compare`, `volume_delete`,
+//!   `volume_show`, `volume_set`, `volume_promote`; `unowned` while nobody has it attached
+//! * `why`       where a byte lies, and what each replica has there
 //! * `scrub`     reading and verifying everything, and what was found
 //! * `snapshot`  what stands in the metadata store, read and checked
 //! * `output`    tables, JSON and CSV
@@ -12,17 +16,27 @@
 
 pub mod cluster;
 mod error;
+mod facts;
 pub mod output;
 pub mod peer;
+pub mod peer_replace;
 pub mod ring;
 pub mod scrub;
 mod snapshot;
+mod standing;
+pub mod status;
+mod unowned;
 pub mod volume;
 mod volume_compare;
 pub mod volume_create;
 pub mod volume_delete;
+pub mod volume_promote;
+mod volume_set;
 mod volume_show;
+pub mod why;
 
+#[cfg(test)]
+mod operator_tests;
 #[cfg(test)]
 mod tests;
 

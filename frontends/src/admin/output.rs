@@ -14,6 +14,8 @@ pub enum Format {
 
 #[derive(Clone, Debug, Default)]
 pub struct Report {
+    /// The one line that says most, above all else; not in CSV.
+    pub title: String,
     pub header: Vec<&'static str>,
     pub rows: Vec<Vec<String>>,
     /// Lines below the table; not in CSV, unless there is no table.
@@ -41,6 +43,10 @@ impl Report {
 
     fn table(&self) -> String {
         let mut text = String::new();
+        if !self.title.is_empty() {
+            text.push_str(&self.title);
+            text.push('\n');
+        }
         if !self.header.is_empty() {
             let mut grid = Grid::new();
             grid.load_style(comfy_table::presets::ASCII_MARKDOWN);

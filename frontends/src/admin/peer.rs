@@ -2,12 +2,14 @@
 //! in the ring.
 
 use super::output::{ago, json, percent};
+use super::peer_replace::{self, ReplaceArguments};
 use super::snapshot::{self, Cluster, Nodes};
 use super::{AdminError, Report, now_s};
 use clap::{Args, Subcommand};
 use serde_json::json as object;
 use std::collections::BTreeSet;
 use torus_rpc::metadata::{Compare, Metadata, Transaction, Write};
+use torus_rpc::runtime::Runtime;
 use torus_schema::ids::{NodeId, ShardId};
 use torus_schema::limits::RING_BYTES_MAX;
 use torus_schema::records::{NodeRecord, StatusRecord, VolumeRecord, encode, keys};
@@ -26,6 +28,11 @@ pub enum PeerCommand {
     Add(Selection),
     /// Take nodes out of the ring
     Remove(Selection),
+    /// Give the places of a node that is gone to one that is up and not in the ring, and have it filled
+    #[command(
+        after_help = "Example: node 10.0.0.7 died for good, 10.0.0.9 was started\n  peer replace 10.0.0.7:7000 10.0.0.9:7000"
+    )]
+    Replace(ReplaceArguments),
 }
 
 #[derive(Args, Clone, Debug)]
@@ -38,8 +45,11 @@ pub struct Selection {
     pub all_peers: bool,
 }
 
-pub async fn run<M: Metadata>(metadata: &M, command: &PeerCommand) -> Result<Report, AdminError> {
+/// `tell` hears how far a replacement is.
+pub async fn run<R: Runtime>(runtime: &R, command: &PeerCommand, tell: impl FnMut(&str)) -> Result<Report, AdminError> {
+    let metadata = runtime.metadata();
     match command {
+        PeerCommand::Replace(arguments) => peer_replace::run(runtime, arguments, tell).await,
         PeerCommand::List => list(metadata).await,
         PeerCommand::Add(selection) => change(metadata, selection, add).await,
         PeerCommand::Remove(selection) => change(metadata, selection, remove).await,
@@ -110,7 +120,7 @@ pub async fn list<M: Metadata>(metadata: &M) -> Result<Report, AdminError> {
         summary: vec![format!("Balanced: {balanced} Usage: {usage}")],
         json: object!({"peers": documents, "balanced": balanced, "usage": usage}),
         warnings,
-        failed: false,
+        ..Report::default()
     })
 }
 

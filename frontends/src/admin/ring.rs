@@ -114,8 +114,7 @@ fn inspect_shards(ring: &Ring, nodes: &Nodes, replicas: u8) -> Report {
             "replicas": replicas,
             "nodes": documents,
         }),
-        warnings: vec![],
-        failed: false,
+        ..Report::default()
     }
 }
 
@@ -143,7 +142,6 @@ fn inspect_slice(ring: &Ring, nodes: &Nodes, slice: SliceId) -> Result<Report, A
         rows,
         summary: vec![format!("slice {slice}: a volume of n replicas uses the first n")],
         json: object!({"slice": slice, "replicas": documents}),
-        warnings: vec![],
-        failed: false,
+        ..Report::default()
     })
 }

@@ -95,12 +95,28 @@ pub async fn by_volume<M: Metadata, T: serde::de::DeserializeOwned>(
     Ok(found)
 }
 
+/// With the revision of each.
+pub type Statuses = BTreeMap<VolumeId, (StatusRecord, Revision)>;
+
+pub async fn statuses<M: Metadata>(metadata: &M) -> Result<Statuses, AdminError> {
+    let prefix = keys::statuses();
+    let mut found = BTreeMap::new();
+    for entry in metadata.range(&prefix).await?.entries {
+        let volume = entry.key[prefix.len()..].parse();
+        let volume = volume.map_err(|_| AdminError::Record(format!("the key {} does not end in a uuid", entry.key)))?;
+        found.insert(volume, (decode(&entry.key, &entry.value)?, entry.mod_revision));
+    }
+    Ok(found)
+}
+
 /// One volume and all that is known of it, as of one moment.
 pub struct Found {
     pub name_entry: Entry,
     pub entry: Entry,
     pub record: VolumeRecord,
     pub status: StatusRecord,
+    /// Of the status, if there is one.
+    pub status_revision: Option<Revision>,
     pub epoch: Option<torus_schema::records::EpochRecord>,
     pub owner: Option<OwnerRecord>,
 }
@@ -120,11 +136,13 @@ impl Found {
         let mut entries = read_together(metadata, reads).await?.into_iter();
         let mut next = || entries.next().flatten();
         let (name_entry, entry) = (next().ok_or_else(missing)?, next().ok_or_else(missing)?);
+        let status = next();
         Ok(Self {
             record: decode(&entry.key, &entry.value)?,
             name_entry,
             entry,
-            status: decode_optional(next())?.unwrap_or_default(),
+            status_revision: status.as_ref().map(|entry| entry.mod_revision),
+            status: decode_optional(status)?.unwrap_or_default(),
             epoch: decode_optional(next())?,
             owner: decode_optional(next())?,
         })

@@ -2,6 +2,8 @@
 
 use super::volume_create::{NewVolume, check_name, check_size, create};
 use super::volume_delete::{Wait, delete};
+use super::volume_promote::{self, PromoteArguments};
+use super::volume_set::{self, SetArguments};
 use super::{AdminError, Report, snapshot, volume_compare, volume_show};
 use clap::{Args, Subcommand};
 use serde_json::json as object;
@@ -27,6 +29,10 @@ pub enum VolumeCommand {
     Compare { name: String },
     /// Delete a volume that nobody has attached; its space comes back as the nodes confirm
     Delete(DeleteArguments),
+    /// Change a volume that nobody has attached
+    Set(SetArguments),
+    /// Have a node's stale replicas count where every replica in sync is lost for good: LOSES WRITES, and shows which
+    Promote(PromoteArguments),
 }
 
 impl VolumeCommand {
@@ -88,6 +94,8 @@ pub async fn run<R: Runtime>(
         VolumeCommand::List => volume_show::list(runtime.metadata()).await,
         VolumeCommand::Show { name } => volume_show::show(runtime.metadata(), name).await,
         VolumeCommand::Delete(arguments) => run_delete(runtime, arguments, deadline, progress).await,
+        VolumeCommand::Set(arguments) => volume_set::set(runtime, arguments).await,
+        VolumeCommand::Promote(arguments) => volume_promote::run(runtime, arguments, deadline).await,
     }
 }
 

@@ -241,7 +241,7 @@ impl<R: Runtime> Comparing<'_, R> {
         });
         // A table of nothing would only puzzle.
         let header = if rows.is_empty() { vec![] } else { vec!["OFFSET", "ON", "HOLDS"] };
-        Report { header, rows, summary, json, warnings, failed }
+        Report { header, rows, summary, json, warnings, failed, ..Report::default() }
     }
 }
 

@@ -173,6 +173,39 @@ pub(super) fn slices_by_shard(ring: &Ring, record: &VolumeRecord) -> BTreeMap<Sh
     by_shard
 }
 
+/// On one shard, in the generation it is to have them in now.
+pub(super) async fn create_instances_on<R: Runtime>(
+    runtime: &R,
+    cluster: &Cluster,
+    nodes: &Nodes,
+    record: &VolumeRecord,
+    shard: ShardId,
+    slices: Vec<SliceId>,
+    limit: Duration,
+) -> Result<(), AdminError> {
+    let key = ClusterKey::from_hex(&cluster.record.key)?;
+    let failed = |because| AdminError::InstancesOn { name: record.name.clone(), shard: shard.to_string(), because };
+    let peer = peer_of(cluster, nodes, shard).map_err(failed)?;
+    let record =
+        VolumeRecord { generation: cluster.ring.instance_generation(shard.node, record.generation), ..record.clone() };
+    let operation = creation(&key, cluster, &record, slices);
+    let call = pin!(tell(runtime, &peer, &record, &operation));
+    match select(call, pin!(runtime.clock().sleep(limit))).await {
+        Either::Left((result, _)) => result.map_err(failed),
+        Either::Right(_) => Err(failed(format!("{} did not answer within {limit:?}", peer.address))),
+    }
+}
+
+fn creation(key: &ClusterKey, cluster: &Cluster, record: &VolumeRecord, slices: Vec<SliceId>) -> Operation {
+    Operation::CreateInstances {
+        token: key.sign(record.id, Epoch(0), TOKEN_OWNER),
+        placement: record.placement,
+        width: record.width,
+        ring_slices: cluster.ring.slices(),
+        slices,
+    }
+}
+
 /// Creates the instances everywhere, or says where that failed first and why.
 async fn tell_shards<R: Runtime>(
     runtime: &R,
@@ -188,13 +221,7 @@ async fn tell_shards<R: Runtime>(
         async move {
             let peer = peer_of(cluster, nodes, shard).map_err(|because| (format!("shard {shard}"), because))?;
             let place = format!("shard {} of node {}", shard.shard, nodes.name(peer.node));
-            let operation = Operation::CreateInstances {
-                token: key.sign(record.id, Epoch(0), TOKEN_OWNER),
-                placement: record.placement,
-                width: record.width,
-                ring_slices: cluster.ring.slices(),
-                slices,
-            };
+            let operation = creation(key, cluster, record, slices);
             let call = pin!(tell(runtime, &peer, record, &operation));
             match select(call, pin!(runtime.clock().sleep(limit))).await {
                 Either::Left((result, _)) => result.map_err(|because| (place, because)),
@@ -209,7 +236,7 @@ async fn tell_shards<R: Runtime>(
     Ok(())
 }
 
-fn peer_of(cluster: &Cluster, nodes: &Nodes, shard: ShardId) -> Result<Peer, String> {
+pub(super) fn peer_of(cluster: &Cluster, nodes: &Nodes, shard: ShardId) -> Result<Peer, String> {
     let node = cluster.ring.node(shard.node).ok_or("the ring has no such node")?;
     let record = nodes.records.get(&node.id).ok_or_else(|| format!("node {} never joined the cluster", node.id))?;
     let data = record.shards.iter().find(|known| known.index == shard.shard);

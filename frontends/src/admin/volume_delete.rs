@@ -2,6 +2,7 @@
 //! something of it. On that record, and on nothing else, they drop it, and each takes itself off the list.
 
 use super::snapshot::{Cluster, Found, Nodes};
+use super::unowned::without_owner;
 use super::volume_create::slices_by_shard;
 use super::{AdminError, now_s};
 use futures::future::{Either, select};
@@ -38,7 +39,7 @@ pub async fn delete<R: Runtime>(
     mut progress: impl FnMut(&[String]),
 ) -> Result<Deleted, AdminError> {
     let metadata = runtime.metadata();
-    let (volume, mut holders, revision) = write_deleting(metadata, name).await?;
+    let (volume, mut holders, revision) = delete_unowned(runtime, name).await?;
     let nodes = Nodes::read(metadata).await?;
     let names = |holders: &[NodeId]| holders.iter().map(|id| nodes.name(*id)).collect::<Vec<_>>();
     if let Wait::AtMost(limit) = wait {
@@ -49,6 +50,17 @@ pub async fn delete<R: Runtime>(
         }
     }
     Ok(Deleted { volume, awaited: names(&holders) })
+}
+
+/// A repair is no reason to keep a volume.
+async fn delete_unowned<R: Runtime>(
+    runtime: &R,
+    name: &str,
+) -> Result<(VolumeRecord, Vec<NodeId>, Revision), AdminError> {
+    let (_, unowned) = without_owner(runtime, name).await?;
+    let result = write_deleting(runtime.metadata(), name).await;
+    unowned.release(runtime).await;
+    result
 }
 
 /// Also who holds something of it, and the revision of the record.
@@ -98,7 +110,7 @@ async fn write_deleting<M: Metadata>(
     Err(AdminError::Contended { attempts: ATTEMPTS })
 }
 
-fn attached(name: &str, owner: &OwnerRecord) -> AdminError {
+pub(super) fn attached(name: &str, owner: &OwnerRecord) -> AdminError {
     AdminError::Attached {
         name: name.to_string(),
         host: owner.host.clone(),

@@ -9,7 +9,9 @@ use torus_frontends::admin::cluster::{self, InitArguments};
 use torus_frontends::admin::peer::{self, PeerCommand};
 use torus_frontends::admin::ring::{self, RingCommand};
 use torus_frontends::admin::scrub::{self, ScrubCommand};
+use torus_frontends::admin::status;
 use torus_frontends::admin::volume::{self, VolumeCommand};
+use torus_frontends::admin::why::{self, WhyArguments};
 use torus_rpc::runtime::Runtime;
 
 const EXAMPLES: &str = "\
@@ -38,8 +40,10 @@ struct Arguments {
 enum Command {
     /// Make a new cluster in an empty metadata store
     Init(InitArguments),
-    /// Nodes and volumes in a few lines
+    /// Healthy or not, and why: nodes, degraded volumes and their resync, what needs somebody
     Status,
+    /// Where a byte of a volume lies, and what each of its replicas has there
+    Why(WhyArguments),
     /// Storage nodes: list them, put them into the ring, take them out
     #[command(subcommand)]
     Peer(PeerCommand),
@@ -59,13 +63,19 @@ enum Command {
 fn main() -> ExitCode {
     let Arguments { global, command } = Arguments::parse();
     let deadline = global.deadline;
-    let is_long = matches!(&command, Command::Volume(command) if command.is_long());
+    let is_long = match &command {
+        Command::Volume(command) => command.is_long(),
+        // It waits until all is copied.
+        Command::Peer(PeerCommand::Replace(_)) => true,
+        _ => false,
+    };
     execute(&global, is_long, async move |runtime| {
         let metadata = runtime.metadata();
         match &command {
             Command::Init(arguments) => cluster::init(runtime, arguments).await,
-            Command::Status => cluster::status(metadata).await,
-            Command::Peer(command) => peer::run(metadata, command).await,
+            Command::Status => status::status(metadata, deadline).await,
+            Command::Why(arguments) => why::why(runtime, arguments, deadline).await,
+            Command::Peer(command) => peer::run(runtime, command, |said| eprintln!("{said}")).await,
             Command::ListPeers => peer::list(metadata).await,
             Command::Ring(command) => ring::run(metadata, command).await,
             Command::Scrub(command) => scrub::run(metadata, command, deadline).await,

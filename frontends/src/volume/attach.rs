@@ -7,6 +7,8 @@ use super::own::{Owned, give_up, keep_owning, own};
 use super::reconcile::reconcile;
 use super::replay::{Budget, ReplayBuffer};
 use super::replicas::Replicas;
+use super::resync::keep_in_sync;
+use super::resync_told::keep_telling;
 use super::session::{Failure, Open, Session, Shard, Verdict, verdict};
 use super::status::{Loss, StatusKeeper, times_in};
 use super::window::Window;
@@ -16,10 +18,10 @@ use std::cell::{Cell, RefCell};
 use std::rc::{Rc, Weak};
 use std::time::Duration;
 use torus_rpc::message::{Answer, Opened, Operation, Refusal};
-use torus_rpc::metadata::{Entry, Metadata, MetadataError};
+use torus_rpc::metadata::{Entry, Metadata, MetadataError, Revision};
 use torus_rpc::runtime::{Class, Clock, Peer, Random, Runtime, Spawn};
 use torus_rpc::token::ClusterKey;
-use torus_schema::ids::{Incarnation, NodeId, ShardId, SliceId, VolumeId};
+use torus_schema::ids::{Epoch, Incarnation, NodeId, ShardId, SliceId, VolumeId};
 use torus_schema::limits::LINK_DEAD_AFTER;
 use torus_schema::records::{
     ClusterRecord, NameRecord, NodeRecord, OwnerRecord, VolumeRecord, VolumeState, decode, keys,
@@ -28,6 +30,8 @@ use torus_schema::ring::placement::Placement;
 use torus_schema::ring::table::Ring;
 
 const RETRY_AFTER: Duration = Duration::from_millis(100);
+/// Whose token creates instances: no writer, and no epoch.
+const CREATOR: &str = "create";
 
 /// Who attaches, as others will read it.
 #[derive(Clone, Debug)]
@@ -66,6 +70,33 @@ pub(super) async fn attach<R: Runtime>(
     attacher: &Attacher,
 ) -> Result<Rc<Session<R>>, VolumeError> {
     let volume = find(&runtime, name).await?;
+    let session = begin(runtime.clone(), links, lease, budget, (volume, name), attacher).await?;
+    if let Err(error) = open_and_reconcile(&session).await {
+        session.end(format!("attach failed: {error}"));
+        give_up(&runtime, volume, session.status.owner_revision.get()).await;
+        return Err(error);
+    }
+    session.serve();
+    Ok(session)
+}
+
+impl<R: Runtime> Session<R> {
+    /// It is open: from now on it brings back by itself what is stale, and says how far it is.
+    pub fn serve(self: &Rc<Self>) {
+        self.runtime.spawn().spawn(Class::Background, keep_in_sync(self.clone()));
+        self.runtime.spawn().spawn(Class::Background, keep_telling(self.clone()));
+    }
+}
+
+/// Owned, and nothing asked of its replicas yet.
+pub(super) async fn begin<R: Runtime>(
+    runtime: R,
+    links: Rc<Links<R>>,
+    lease: Rc<ProcessLease<R>>,
+    budget: Rc<Budget>,
+    (volume, name): (VolumeId, &str),
+    attacher: &Attacher,
+) -> Result<Rc<Session<R>>, VolumeError> {
     let owned = own(&runtime, &lease, volume, name, attacher).await?;
     let epoch = owned.epoch;
     tracing::info!(volume = name, %epoch, "attached; opening its replicas");
@@ -79,11 +110,6 @@ pub(super) async fn attach<R: Runtime>(
     };
     // Before anything that may take long: the lease may end meanwhile.
     runtime.spawn().spawn(Class::Foreground, keep_owning(session.clone()));
-    if let Err(error) = open_and_reconcile(&session).await {
-        session.end(format!("attach failed: {error}"));
-        give_up(&runtime, volume, session.status.owner_revision.get()).await;
-        return Err(error);
-    }
     Ok(session)
 }
 
@@ -98,7 +124,7 @@ async fn build<R: Runtime>(
     budget: Rc<Budget>,
     owned: Owned,
 ) -> Result<Rc<Session<R>>, VolumeError> {
-    let (record, volume_revision) = owned.volume;
+    let (record, volume_revision) = owned.volume.clone();
     if record.state != VolumeState::Ready {
         let because = "its creation was not finished; delete it and create it again".to_string();
         return Err(VolumeError::NotReady { because });
@@ -116,8 +142,14 @@ async fn build<R: Runtime>(
     for id in replicas.shards() {
         shards.push(shard(&runtime, &owned.ring, &cluster, &record, *id).await?);
     }
-    let open =
-        Open { token: key.sign(record.id, owned.epoch, &owner_name(&owned.owner)), owner: owner_name(&owned.owner) };
+    let owner = owner_name(&owned.owner);
+    let open = Open {
+        token: key.sign(record.id, owned.epoch, &owner),
+        owner,
+        creation: key.sign(record.id, Epoch(0), CREATOR),
+        ring_slices: owned.ring.slices(),
+    };
+    let keeper = status_keeper(&owned, volume_revision);
     let session = |this: &Weak<Session<R>>| Session {
         lots: Cell::new(runtime.random().u64() | 1),
         runtime,
@@ -129,21 +161,11 @@ async fn build<R: Runtime>(
         placement,
         shards,
         replicas: RefCell::new(replicas),
-        status: StatusKeeper {
-            owner_revision: Cell::new(owned.owner_revision),
-            epoch_revision: owned.epoch_revision,
-            owner_lease: Cell::new(owned.owner_lease),
-            volume_revision,
-            status_revision: Cell::new(owned.status.1),
-            failed: RefCell::default(),
-            refused: RefCell::default(),
-            running: Cell::new(false),
-            stale_s: RefCell::new(times_in(&owned.status.0)),
-            pending_since: Cell::new(None),
-        },
+        status: keeper,
         window: RefCell::new(Window::default()),
         locks: Default::default(),
         retaining: Default::default(),
+        resyncing: Default::default(),
         flush_point: Cell::new(owned.flush_point),
         replay: RefCell::new(ReplayBuffer::new(budget, this.clone())),
         short_of_room: Cell::new(0),
@@ -154,6 +176,23 @@ async fn build<R: Runtime>(
         changed: Default::default(),
     };
     Ok(Rc::new_cyclic(session))
+}
+
+fn status_keeper(owned: &Owned, volume_revision: Revision) -> StatusKeeper {
+    StatusKeeper {
+        owner_revision: Cell::new(owned.owner_revision),
+        epoch_revision: owned.epoch_revision,
+        owner_lease: Cell::new(owned.owner_lease),
+        volume_revision,
+        status_revision: Cell::new(owned.status.1),
+        failed: RefCell::default(),
+        refused: RefCell::default(),
+        running: Cell::new(false),
+        stale_s: RefCell::new(times_in(&owned.status.0)),
+        finished: RefCell::default(),
+        distrusted: RefCell::default(),
+        pending_since: Cell::new(None),
+    }
 }
 
 /// Records come from a store that others write to.
@@ -196,6 +235,7 @@ async fn shard<R: Runtime>(
         full: Cell::new(false),
         recovering: Cell::new(false),
         restarted: Cell::new(false),
+        flush_point_held: Cell::new(None),
         written: Cell::new(0),
         synced: Cell::new(0),
         outstanding: Cell::new(0),
@@ -214,7 +254,7 @@ pub(super) async fn address_of<R: Runtime>(runtime: &R, node: NodeId, id: ShardI
     Ok(found.address.clone())
 }
 
-async fn open_and_reconcile<R: Runtime>(session: &Rc<Session<R>>) -> Result<(), VolumeError> {
+pub(super) async fn open_and_reconcile<R: Runtime>(session: &Rc<Session<R>>) -> Result<(), VolumeError> {
     if let Some(below) = session.replicas.borrow().below_minimum() {
         let because = format!(
             "slice {} has {} replicas in sync, at least {} are needed; bring back the nodes that hold them",
@@ -272,7 +312,13 @@ pub(super) async fn lose<R: Runtime>(
             let because = format!("this host cannot connect to shard {id}, which may be well: {failure}");
             return Err(VolumeError::NotReady { because });
         }
-        Verdict::Lost | Verdict::Restarted => Loss::Lost,
+        Verdict::Lost => Loss::Lost,
+        // A repair that cannot reach a replica in sync must not make it stale: clients may reach it.
+        _ if session.owner.repair => {
+            let because = format!("shard {id}, in sync, cannot be opened from here: {failure}");
+            return Err(VolumeError::NotReady { because });
+        }
+        Verdict::Restarted => Loss::Lost,
         Verdict::Unreachable | Verdict::Busy | Verdict::Full => Loss::Unreachable,
     };
     tracing::warn!(volume = %session.record.name, shard = %id, %failure, "replica failed");
@@ -289,7 +335,8 @@ pub(super) async fn lose<R: Runtime>(
 async fn open_shard<R: Runtime>(session: &Session<R>, shard: usize) -> Result<Opened, Failure> {
     let started = session.runtime.clock().now();
     loop {
-        match ask_open(session, shard).await {
+        let slices = session.replicas.borrow().slices_in_sync_on(shard);
+        match ask_open(session, shard, slices).await {
             Err(Failure::Link(_)) if session.runtime.clock().now().since(started) < LINK_DEAD_AFTER => {
                 session.runtime.clock().sleep(RETRY_AFTER).await;
             }
@@ -298,9 +345,12 @@ async fn open_shard<R: Runtime>(session: &Session<R>, shard: usize) -> Result<Op
     }
 }
 
-pub(super) async fn ask_open<R: Runtime>(session: &Session<R>, shard: usize) -> Result<Opened, Failure> {
-    let slices = session.replicas.borrow().slices_in_sync_on(shard);
-    let Open { token, owner } = &session.open;
+pub(super) async fn ask_open<R: Runtime>(
+    session: &Session<R>,
+    shard: usize,
+    slices: Vec<SliceId>,
+) -> Result<Opened, Failure> {
+    let Open { token, owner, .. } = &session.open;
     let operation = Operation::Open { token: *token, owner: owner.clone(), slices };
     match session.ask(&session.shards[shard], &operation, &Bytes::new()).await?.0 {
         Answer::Opened(opened) => Ok(opened),

@@ -5,6 +5,7 @@ use super::attach::{Attacher, attach, find, metadata_error};
 use super::lease::ProcessLease;
 use super::links::Links;
 use super::own::give_up;
+use super::places::Places;
 use super::replay::{Budget, ReplayLimits};
 use super::session::Session;
 use super::writer::Begun;
@@ -55,6 +56,7 @@ struct Shared<R: Runtime> {
     lease: RefCell<Option<Rc<ProcessLease<R>>>>,
     volumes: RefCell<AHashMap<VolumeId, Entry<R>>>,
     changed: Notify,
+    places: Places<R>,
 }
 
 enum Entry<R: Runtime> {
@@ -80,10 +82,12 @@ impl<R: Runtime> VolumeExports<R> {
 
     pub fn with_settings(runtime: R, attacher: Attacher, settings: VolumeSettings) -> Self {
         let links = Links::new(runtime.clone());
+        let places = Places::new(runtime.clone());
         let shared = Shared {
             runtime,
             attacher,
             io_timeout: settings.io_timeout,
+            places,
             links,
             budget: Budget::new(settings.replay),
             lease: RefCell::default(),
@@ -161,7 +165,9 @@ impl<R: Runtime> Shared<R> {
             }
         };
         let (links, budget) = (self.links.clone(), self.budget.clone());
-        attach(self.runtime.clone(), links, lease, budget, name, &self.attacher).await
+        let session = attach(self.runtime.clone(), links, lease, budget, name, &self.attacher).await?;
+        self.places.follow(&session);
+        Ok(session)
     }
 
     /// Takes an attached volume out if `wanted`, leaving it busy; whoever takes it releases it.

@@ -1,4 +1,4 @@
-//! Flush: an fdatasync on every in-sync shard that has answered a write since its last one, then the flush point moves
+//! Flush: an fdatasync on every shard with replicas in sync or on their way back that has answered a write since its last one, then the flush point moves
 //! (protocol rule 8).
 
 use super::replay::Flushable;
@@ -52,14 +52,14 @@ impl<R: Runtime> Session<R> {
 
     fn is_dirty(&self, shard: ShardPosition) -> bool {
         let state = &self.shards[shard];
-        state.written.get() != state.synced.get() && self.replicas.borrow().holds_in_sync(shard)
+        state.written.get() != state.synced.get() && self.replicas.borrow().requires(shard)
     }
 
     async fn flush_shard(self: &Rc<Self>, position: ShardPosition) -> Result<(), VolumeError> {
         let shard = &self.shards[position];
         // A write that is answered meanwhile leaves the shard dirty (interleaving 9).
         let covered = shard.written.get();
-        let required = || self.replicas.borrow().holds_in_sync(position);
+        let required = || self.replicas.borrow().requires(position);
         if self.require(position, required, &Operation::Flush, &Bytes::new()).await?.is_some() {
             shard.synced.set(shard.synced.get().max(covered));
         }

@@ -6,8 +6,11 @@
 //! * `writer`, `reads`, `flush`   the three things it does
 //! * `recover`    what becomes of a replica that failed: open again and replay, or stale, or waited for
 //! * `replay`     the records a restarted replica may lack, and the bounds on them (pure)
+//! * `places`     nodes that were replaced by others while volumes are attached
+//! * `resync`     stale replicas are brought back; `resync_told` how far that is; `repair_owner` where nobody is attached
 //! * `retain`     what the shards are told to keep
 //! * `status`     marking replicas stale; `replicas` which are in sync (pure)
+//! * `wanted`     volumes that are owned only for repair are let go when a client wants them
 //! * `lease`      what ownership hangs on
 //! * `links`      connections to shards, shared by all volumes of the executor
 //! * `plan`, `locks`, `window`    ranges cut into frames, ranges under way, sequences under way (pure)
@@ -19,18 +22,24 @@ mod lease;
 mod links;
 mod locks;
 mod own;
+mod places;
 mod plan;
 mod reads;
 mod reconcile;
 mod recover;
+mod repair_owner;
 mod replay;
 mod replicas;
+mod resync;
+mod resync_told;
 mod retain;
 mod session;
 mod status;
+mod wanted;
 mod window;
 mod writer;
 
 pub use attach::{Attacher, find};
 pub use exports::{AttachedVolume, VolumeExports, VolumeSettings};
+pub use repair_owner::RepairOwner;
 pub use replay::ReplayLimits;

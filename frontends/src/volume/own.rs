@@ -4,13 +4,14 @@
 use super::attach::{Attacher, decoded, metadata_error, record_error};
 use super::lease::ProcessLease;
 use super::session::Session;
+use super::wanted::{want, want_no_more};
 use crate::device::VolumeError;
 use std::rc::Rc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use torus_rpc::metadata::{Compare, Entry, LeaseId, Metadata, MetadataError, Revision, Transaction, Write};
-use torus_rpc::runtime::{Clock, Runtime};
+use torus_rpc::runtime::{Clock, Instant, Runtime};
 use torus_schema::ids::{Epoch, Version, VolumeId};
-use torus_schema::limits::{LEASE_DRIFT, OWNER_LEASE_TTL};
+use torus_schema::limits::{LEASE_DRIFT, OWNER_LEASE_TTL, REPAIR_LETS_GO_WITHIN};
 use torus_schema::records::{EpochRecord, OwnerRecord, StatusRecord, VolumeRecord, encode, keys};
 use torus_schema::ring::record::RingRecord;
 use torus_schema::ring::table::Ring;
@@ -38,6 +39,23 @@ pub(super) async fn own<R: Runtime>(
     name: &str,
     attacher: &Attacher,
 ) -> Result<Owned, VolumeError> {
+    let mut wanting = None;
+    let owned = own_in_turn(runtime, lease, volume, name, attacher, &mut wanting).await;
+    if wanting.is_some() {
+        want_no_more(runtime, volume).await;
+    }
+    owned
+}
+
+/// `wanting`: since when we wait for a repair to let go.
+async fn own_in_turn<R: Runtime>(
+    runtime: &R,
+    lease: &Rc<ProcessLease<R>>,
+    volume: VolumeId,
+    name: &str,
+    attacher: &Attacher,
+    wanting: &mut Option<Instant>,
+) -> Result<Owned, VolumeError> {
     let mut forced = false;
     let mut waited_for = None;
     loop {
@@ -58,6 +76,17 @@ pub(super) async fn own<R: Runtime>(
         match try_own(runtime, lease, volume, name, attacher, &epoch, may_own).await? {
             Attempt::Owned(owned) => return Ok(*owned),
             Attempt::Again => {}
+            // It serves nobody, so nobody has to be asked; one that hangs is taken over.
+            Attempt::Other(entry) if !attacher.repair && !forced && decoded::<OwnerRecord>(&entry)?.repair => {
+                let now = runtime.clock().now();
+                if now.since(*wanting.get_or_insert(now)) > OWNER_LEASE_TTL + REPAIR_LETS_GO_WITHIN {
+                    take_over(runtime, volume, &entry).await?;
+                    forced = true;
+                } else {
+                    want(runtime, lease, volume, attacher).await?;
+                    runtime.clock().sleep(RETRY_AFTER).await;
+                }
+            }
             Attempt::Other(entry) if attacher.force && !forced => {
                 take_over(runtime, volume, &entry).await?;
                 forced = true;

@@ -77,7 +77,7 @@ async fn describe<R: Runtime>(session: &Session<R>, shard: ShardPosition) -> Res
     let mut all = Vec::new();
     let mut from = BlockIndex(0);
     loop {
-        let operation = Operation::Describe { above: session.flush_point.get(), from };
+        let operation = Operation::Describe { above: session.flush_point.get(), from, slice: None };
         match session.ask(&session.shards[shard], &operation, &Bytes::new()).await?.0 {
             Answer::Described { descriptors, next } => {
                 all.extend(descriptors);

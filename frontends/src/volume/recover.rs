@@ -44,6 +44,7 @@ impl<R: Runtime> Session<R> {
         if shard.incarnation.get() != asked_of || shard.recovering.replace(true) {
             return;
         }
+        self.abort_sync(position, &failure);
         tracing::warn!(volume = %self.record.name, shard = %shard.id, %failure, "replica failed");
         let session = self.clone();
         self.runtime.spawn().spawn(Class::Foreground, async move {
@@ -72,6 +73,11 @@ impl<R: Runtime> Session<R> {
                 }
                 // A shard whose disk failed soon opens it anew, or never.
                 Verdict::Unreachable | Verdict::Restarted if verdict == Verdict::Unreachable || !patient => {
+                    if self.owner.repair {
+                        // Clients may reach it: a repair must not make it stale.
+                        return self
+                            .end(format!("shard {}, in sync, cannot be reached from here: {failure}", shard.id));
+                    }
                     let loss = if shard.restarted.get() { Loss::Restarted } else { Loss::Unreachable };
                     let Err(below) = self.mark_stale(position, loss).await else { return };
                     waiting.get_or_insert_with(|| Waiting::begin(self, position, &failure, below));
@@ -104,7 +110,7 @@ impl<R: Runtime> Session<R> {
     }
 
     /// Its node may have been started on another port.
-    async fn look_up(&self, position: ShardPosition) {
+    pub(super) async fn look_up(&self, position: ShardPosition) {
         let shard = &self.shards[position];
         let peer = shard.peer.borrow().clone();
         match address_of(&self.runtime, peer.node, shard.id).await {
@@ -121,7 +127,8 @@ impl<R: Runtime> Session<R> {
     async fn open_again(self: &Rc<Self>, position: ShardPosition) -> Result<(), Failure> {
         let shard = &self.shards[position];
         while self.is_needed(position) {
-            let opened = ask_open(self, position).await?;
+            let slices = self.replicas.borrow().slices_held_to(position);
+            let opened = ask_open(self, position, slices).await?;
             let Opened { incarnation, flush_point, missing, .. } = opened;
             if flush_point > self.flush_point.get() {
                 let ours = self.flush_point.get();
@@ -152,7 +159,7 @@ impl<R: Runtime> Session<R> {
     /// its former life can have answered none of that.
     async fn replay(self: &Rc<Self>, position: ShardPosition, incarnation: Incarnation) -> Result<(), Failure> {
         let shard = &self.shards[position];
-        let records = self.replay.borrow().of_slots(|slot| self.replicas.borrow().is_in_sync(slot, position));
+        let records = self.replay.borrow().of_slots(|slot| self.replicas.borrow().is_held_to(slot, position));
         let (count, bytes) = (records.len(), records.iter().map(|record| record.payload.len()).sum::<usize>());
         tracing::warn!(volume = %self.record.name, shard = %shard.id, records = count, bytes, "replica restarted; replaying");
         let replays = stream::iter(records).map(|record| self.replay_one(position, incarnation, record));
@@ -169,7 +176,7 @@ impl<R: Runtime> Session<R> {
     ) -> Result<(), Failure> {
         let operation = undurable(&record.operation);
         let operation = operation.as_ref().unwrap_or(&record.operation);
-        while self.ended.borrow().is_none() && self.replicas.borrow().is_in_sync(record.slot, position) {
+        while self.ended.borrow().is_none() && self.replicas.borrow().is_held_to(record.slot, position) {
             let shard = &self.shards[position];
             match self.ask_incarnation(shard, incarnation, operation, &record.payload).await {
                 Ok(_) => return Ok(()),

@@ -1,4 +1,16 @@
 //! Which replicas of which slots are in sync. Pure; the one value of it in the metadata store is `StatusRecord`.
+//!
+//! ```text
+//!           lose (listed first)              begin                settled, pulled, flushed
+//!   InSync ─────────────────────► Stale ──────────────► Syncing ──────────────────────────► Finishing
+//!     ▲                             ▲      any miss       │                                     │
+//!     │                             └─────────────────────┘                                     │
+//!     └─────────────────────────────────────────────────────────────────────────────────────────┘
+//!                                      no longer listed as stale
+//! ```
+//! Stale, syncing and finishing are listed alike, as stale since the same version: a resync that fails leaves nothing
+//! to be taken back. In the last state the transaction may have been carried out already, so that the replica can no
+//! longer be done without; it is not read from either, until that is known.
 
 use std::collections::{BTreeMap, BTreeSet};
 use torus_schema::ids::{NodeNumber, ShardId, SliceId, Version};
@@ -14,6 +26,33 @@ pub enum Health {
     Stale {
         since: Version,
     },
+    /// The same, and it gets every new write; each has to be done there too.
+    Syncing {
+        since: Version,
+    },
+    /// The same, and the metadata store is being told that it is in sync.
+    Finishing {
+        since: Version,
+    },
+}
+
+impl Health {
+    /// As it is listed: `None` if it is not.
+    pub fn since(self) -> Option<Version> {
+        match self {
+            Health::InSync => None,
+            Health::Stale { since } | Health::Syncing { since } | Health::Finishing { since } => Some(since),
+        }
+    }
+
+    /// Goes stale only by way of the metadata store.
+    fn is_held_to(self) -> bool {
+        matches!(self, Health::InSync | Health::Finishing { .. })
+    }
+
+    fn is_required(self) -> bool {
+        !matches!(self, Health::Stale { .. })
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -66,6 +105,38 @@ impl Replicas {
         self.in_sync(slot).any(|other| other == shard)
     }
 
+    /// Those that have to have every new write.
+    pub fn required(&self, slot: usize) -> impl Iterator<Item = ShardPosition> + '_ {
+        self.slots[slot].iter().filter(|(_, health)| health.is_required()).map(|(shard, _)| *shard)
+    }
+
+    pub fn is_required(&self, slot: usize, shard: ShardPosition) -> bool {
+        self.required(slot).any(|other| other == shard)
+    }
+
+    pub fn requires(&self, shard: ShardPosition) -> bool {
+        self.healths(shard).any(|(_, health)| health.is_required())
+    }
+
+    /// It may be in sync for all that is known: what it loses has to be replayed to it.
+    pub fn is_held_to(&self, slot: usize, shard: ShardPosition) -> bool {
+        self.slots[slot].iter().any(|(other, health)| *other == shard && health.is_held_to())
+    }
+
+    fn healths(&self, shard: ShardPosition) -> impl Iterator<Item = (usize, Health)> + '_ {
+        let of_slot = move |(slot, replicas): (usize, &Vec<(ShardPosition, Health)>)| {
+            let found = replicas.iter().find(|(other, _)| *other == shard);
+            found.map(|(_, health)| (slot, *health))
+        };
+        self.slots.iter().enumerate().filter_map(of_slot)
+    }
+
+    /// Slices of which the shard is an in-sync replica, or may be one.
+    pub fn slices_held_to(&self, shard: ShardPosition) -> Vec<SliceId> {
+        let held = self.healths(shard).filter(|(_, health)| health.is_held_to());
+        held.map(|(slot, _)| self.slices[slot]).collect()
+    }
+
     /// Slices of which the shard is an in-sync replica.
     pub fn slices_in_sync_on(&self, shard: ShardPosition) -> Vec<SliceId> {
         let held = (0..self.slots.len()).filter(|slot| self.is_in_sync(*slot, shard));
@@ -76,6 +147,80 @@ impl Replicas {
         (0..self.slots.len()).any(|slot| self.is_in_sync(slot, shard))
     }
 
+    /// Of which the shard is a replica that has been given up, or is being brought back: slot, slice, mark.
+    pub fn listed(&self, shard: ShardPosition) -> Vec<(usize, SliceId, Version)> {
+        let listed = |(slot, health): (usize, Health)| Some((slot, self.slices[slot], health.since()?));
+        self.healths(shard).filter_map(listed).collect()
+    }
+
+    pub fn is_syncing(&self, shard: ShardPosition) -> bool {
+        self.healths(shard).any(|(_, health)| matches!(health, Health::Syncing { .. }))
+    }
+
+    pub fn is_finishing(&self, shard: ShardPosition) -> bool {
+        self.healths(shard).any(|(_, health)| matches!(health, Health::Finishing { .. }))
+    }
+
+    /// All of these slots, which are stale there: from now on it gets every write.
+    pub fn begin_sync(&mut self, shard: ShardPosition, slots: &[usize]) {
+        self.change(shard, |slot, health| match health {
+            Health::Stale { since } if slots.contains(&slot) => Health::Syncing { since },
+            other => other,
+        });
+    }
+
+    /// What was syncing there is stale as before.
+    pub fn abort_sync(&mut self, shard: ShardPosition) {
+        self.change(shard, |_, health| match health {
+            Health::Syncing { since } => Health::Stale { since },
+            other => other,
+        });
+    }
+
+    /// What is syncing there is about to be in sync.
+    pub fn finish_sync(&mut self, shard: ShardPosition) {
+        self.change(shard, |_, health| match health {
+            Health::Syncing { since } => Health::Finishing { since },
+            other => other,
+        });
+    }
+
+    /// What is finishing is in sync.
+    pub fn sync_finishing(&mut self) {
+        for (_, health) in self.slots.iter_mut().flatten() {
+            if let Health::Finishing { .. } = health {
+                *health = Health::InSync;
+            }
+        }
+    }
+
+    /// Nothing of these slices can be trusted there, which is stale already.
+    pub fn distrust(&mut self, shard: ShardPosition, slices: &[SliceId]) {
+        let of_slot = self.slices.clone();
+        self.change(shard, |slot, health| match health {
+            Health::Stale { .. } if slices.contains(&of_slot[slot]) => Health::Stale { since: Version::ZERO },
+            other => other,
+        });
+    }
+
+    fn change(&mut self, shard: ShardPosition, change: impl Fn(usize, Health) -> Health) {
+        for (slot, replicas) in self.slots.iter_mut().enumerate() {
+            for (_, health) in replicas.iter_mut().filter(|(other, _)| *other == shard) {
+                *health = change(slot, *health);
+            }
+        }
+    }
+
+    /// The metadata store lists `listed` now. What is listed there as it is here stays: a resync may have begun or ended
+    /// meanwhile.
+    pub fn adopt(&mut self, listed: &Replicas) {
+        for (ours, theirs) in self.slots.iter_mut().flatten().zip(listed.slots.iter().flatten()) {
+            if ours.1.since() != theirs.1.since() {
+                ours.1 = theirs.1;
+            }
+        }
+    }
+
     /// All slots of these shards become stale, or none does.
     pub fn lose(&mut self, lost: &BTreeSet<ShardPosition>, since: Version) -> Result<(), BelowMinimum> {
         for slot in 0..self.slots.len() {
@@ -84,10 +229,9 @@ impl Replicas {
                 return Err(BelowMinimum { slice: self.slices[slot], remaining, min: self.min });
             }
         }
-        for (shard, health) in self.slots.iter_mut().flatten() {
-            if lost.contains(shard) && *health == Health::InSync {
-                *health = Health::Stale { since };
-            }
+        for (shard, health) in self.slots.iter_mut().flatten().filter(|(shard, _)| lost.contains(shard)) {
+            debug_assert!(!matches!(health, Health::Finishing { .. }), "shard {shard}: its outcome is known first");
+            *health = Health::Stale { since: health.since().unwrap_or(since) };
         }
         Ok(())
     }
@@ -113,11 +257,7 @@ impl Replicas {
 
     /// The lowest mark of a stale replica.
     pub fn lowest_since(&self) -> Option<Version> {
-        let since = |(_, health): &(ShardPosition, Health)| match health {
-            Health::Stale { since } => Some(*since),
-            Health::InSync => None,
-        };
-        self.slots.iter().flatten().filter_map(since).min()
+        self.slots.iter().flatten().filter_map(|(_, health)| health.since()).min()
     }
 
     /// Below the minimum already, so that writes would have too few copies.
@@ -133,8 +273,8 @@ impl Replicas {
         let mut stale: BTreeMap<(NodeNumber, Version), Vec<SliceId>> = BTreeMap::new();
         for (slot, replicas) in self.slots.iter().enumerate() {
             for (shard, health) in replicas {
-                if let Health::Stale { since } = health {
-                    stale.entry((self.shards[*shard].node, *since)).or_default().push(self.slices[slot]);
+                if let Some(since) = health.since() {
+                    stale.entry((self.shards[*shard].node, since)).or_default().push(self.slices[slot]);
                 }
             }
         }
@@ -187,6 +327,50 @@ mod tests {
         replicas.lose(&BTreeSet::from([0, 1]), Version::new(Epoch(1), 9)).unwrap();
         let since: Vec<_> = replicas.to_status().stale.iter().map(|stale| stale.since.sequence).collect();
         assert_eq!(since, [5, 9]);
+    }
+
+    #[test]
+    fn a_replica_that_syncs_is_written_to_and_not_read_and_listed_as_before() {
+        let mut replicas = Replicas::new(three_nodes(), 2, &StatusRecord::default());
+        replicas.lose(&BTreeSet::from([1]), Version::new(Epoch(3), 17)).unwrap();
+        let listed = replicas.to_status();
+        replicas.begin_sync(1, &[0, 2]);
+        assert_eq!(replicas.required(0).collect::<Vec<_>>(), [0, 1, 2]);
+        assert_eq!(replicas.required(1).collect::<Vec<_>>(), [0, 2]);
+        assert_eq!(replicas.in_sync(0).collect::<Vec<_>>(), [0, 2]);
+        assert!(replicas.is_syncing(1) && !replicas.is_held_to(0, 1));
+        assert_eq!(replicas.to_status(), listed);
+        replicas.abort_sync(1);
+        assert!(!replicas.requires(1));
+        assert_eq!(replicas.lowest_since(), Some(Version::new(Epoch(3), 17)));
+        assert_eq!(replicas.to_status(), listed);
+    }
+
+    #[test]
+    fn a_resync_that_is_being_reported_can_no_longer_be_given_up() {
+        let mut replicas = Replicas::new(three_nodes(), 2, &StatusRecord::default());
+        replicas.lose(&BTreeSet::from([1]), Version::new(Epoch(3), 17)).unwrap();
+        replicas.begin_sync(1, &[0, 1, 2, 3]);
+        replicas.finish_sync(1);
+        let mut next = replicas.clone();
+        next.sync_finishing();
+        assert_eq!(next.to_status(), StatusRecord::default());
+        replicas.abort_sync(1);
+        assert!(replicas.is_finishing(1) && replicas.is_held_to(3, 1) && !replicas.is_in_sync(3, 1));
+        replicas.adopt(&next);
+        assert_eq!(replicas.slices_in_sync_on(1).len(), 4);
+    }
+
+    #[test]
+    fn what_becomes_of_a_resync_while_another_replica_is_marked_is_not_undone_by_that() {
+        let mut replicas = Replicas::new(three_nodes(), 1, &StatusRecord::default());
+        replicas.lose(&BTreeSet::from([1]), Version::new(Epoch(3), 17)).unwrap();
+        replicas.begin_sync(1, &[0, 1, 2, 3]);
+        let mut next = replicas.clone();
+        next.lose(&BTreeSet::from([2]), Version::new(Epoch(3), 20)).unwrap();
+        replicas.abort_sync(1);
+        replicas.adopt(&next);
+        assert!(!replicas.is_syncing(1) && !replicas.holds_in_sync(2));
     }
 
     #[test]

@@ -36,7 +36,7 @@ impl<R: Runtime> Session<R> {
         Retention { horizon: Version::new(self.epoch, SEQUENCE_MAX), pins: Vec::new(), stale_since: Some(since) }
     }
 
-    /// Durable on every in-sync shard when it returns.
+    /// Durable on every shard that is required when it returns.
     pub async fn tell_retention(self: &Rc<Self>) -> Result<(), VolumeError> {
         self.retaining.cleared.set(false);
         self.retaining.told.set(self.runtime.clock().now());
@@ -44,7 +44,7 @@ impl<R: Runtime> Session<R> {
         let told = (0..self.shards.len()).map(|position| {
             let operation = &operation;
             async move {
-                let required = || self.replicas.borrow().holds_in_sync(position);
+                let required = || self.replicas.borrow().requires(position);
                 self.require(position, required, operation, &Bytes::new()).await
             }
         });

@@ -6,6 +6,7 @@ use super::links::Links;
 use super::locks::RangeLocks;
 use super::replay::ReplayBuffer;
 use super::replicas::{Replicas, ShardPosition};
+use super::resync::Resyncing;
 use super::retain::Retaining;
 use super::status::StatusKeeper;
 use super::window::Window;
@@ -44,6 +45,7 @@ pub(super) struct Session<R: Runtime> {
     pub window: RefCell<Window>,
     pub locks: RangeLocks,
     pub retaining: Retaining,
+    pub resyncing: Resyncing,
     /// F: everything up to it is durable on every in-sync replica.
     pub flush_point: Cell<Version>,
     /// Every record above F (protocol rule 9).
@@ -66,6 +68,9 @@ pub(super) struct Session<R: Runtime> {
 pub(super) struct Open {
     pub token: Token,
     pub owner: String,
+    /// For instances of slices that a replica lost.
+    pub creation: Token,
+    pub ring_slices: u32,
 }
 
 /// A shard with slices of the volume, as this session knows it.
@@ -84,6 +89,8 @@ pub(super) struct Shard {
     pub recovering: Cell<bool>,
     /// It lost what it held unflushed, and that has not been replayed to it yet.
     pub restarted: Cell<bool>,
+    /// F as it is told, at most; see `resync`.
+    pub flush_point_held: Cell<Option<Version>>,
     /// Writes it has answered, and how many of them are known to be durable there.
     pub written: Cell<u64>,
     pub synced: Cell<u64>,
@@ -134,7 +141,11 @@ pub(super) fn verdict(failure: &Failure) -> Verdict {
         Failure::Refused(Refusal::Corrupt { .. }) => Verdict::Busy,
         Failure::Refused(Refusal::OtherIncarnation | Refusal::NotOpen | Refusal::Disk { .. }) => Verdict::Restarted,
         Failure::Refused(
-            Refusal::NotOwner { .. } | Refusal::Damaged { .. } | Refusal::Malformed { .. } | Refusal::WrongPeer { .. },
+            Refusal::NotOwner { .. }
+            | Refusal::Damaged { .. }
+            | Refusal::Malformed { .. }
+            | Refusal::WrongPeer { .. }
+            | Refusal::Source { .. },
         ) => Verdict::Lost,
         Failure::Link(LinkError::Local { .. }) => Verdict::Local,
         Failure::Link(_) => Verdict::Unreachable,
@@ -187,7 +198,10 @@ impl<R: Runtime> Session<R> {
             epoch: self.epoch,
             incarnation,
             generation: shard.generation.get(),
-            flush_point: self.flush_point.get(),
+            flush_point: shard
+                .flush_point_held
+                .get()
+                .map_or(self.flush_point.get(), |held| held.min(self.flush_point.get())),
         };
         let peer = shard.peer.borrow().clone();
         shard.outstanding.set(shard.outstanding.get() + 1);
@@ -232,7 +246,14 @@ impl<R: Runtime> Session<R> {
                 Either::Left((Err(failure), _)) => failure,
                 Either::Right(_) => continue,
             };
-            match verdict(&failure) {
+            let verdict = verdict(&failure);
+            // Nobody waits for a replica that can be done without.
+            let patient = verdict == Verdict::Fenced || (verdict == Verdict::Busy && refused < BUSY_ATTEMPTS);
+            if !patient && shard.incarnation.get() == asked_of && self.failed_on_its_way_back(position, &failure).await
+            {
+                continue;
+            }
+            match verdict {
                 Verdict::Busy if refused >= BUSY_ATTEMPTS => {
                     self.recover(position, asked_of, failure, Verdict::Unreachable);
                 }
@@ -241,7 +262,7 @@ impl<R: Runtime> Session<R> {
                         tracing::warn!(volume = %self.record.name, shard = %shard.id, %failure, "waiting");
                     }
                     refused += 1;
-                    if verdict(&failure) == Verdict::Full {
+                    if verdict == Verdict::Full {
                         // What was overwritten counts until F says that nothing takes the newer back; the next attempt
                         // carries it.
                         self.flush_soon();

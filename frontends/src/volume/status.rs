@@ -2,7 +2,8 @@
 //! is acknowledged (protocol rule 10).
 //!
 //! `since` is the volume's flush point, never a mark of the replica's own progress (interleaving 2). While the outcome
-//! of the transaction is unknown it counts as not happened for acknowledgements.
+//! of the transaction is unknown it counts as not happened for acknowledgements, and as happened for a replica that is
+//! to be in sync: it is still required, and not read from.
 
 use super::replicas::{BelowMinimum, Replicas, ShardPosition};
 use super::session::Session;
@@ -35,6 +36,10 @@ pub(super) struct StatusKeeper {
     pub running: Cell<bool>,
     /// When each node's replicas began to be stale, as the status says.
     pub stale_s: RefCell<BTreeMap<NodeNumber, u64>>,
+    /// Whose resync has come to its end.
+    pub finished: RefCell<BTreeSet<ShardPosition>>,
+    /// Stale replicas that turned out to have nothing of these slices.
+    pub distrusted: RefCell<BTreeMap<ShardPosition, Vec<SliceId>>>,
     /// The mark of replicas that are being made stale, not yet listed; see `retain`.
     pub pending_since: Cell<Option<Version>>,
 }
@@ -61,9 +66,7 @@ impl<R: Runtime> Session<R> {
         };
         self.status.refused.borrow_mut().retain(|(refused, _)| *refused != position);
         self.status.failed.borrow_mut().insert(position, loss);
-        if !self.status.running.replace(true) {
-            self.runtime.spawn().spawn(Class::Foreground, keep_status(self.clone()));
-        }
+        self.status_soon();
         let still_in_sync = || {
             let in_sync = self.replicas.borrow().slices_in_sync_on(position);
             in_sync.iter().any(|slice| missing.as_ref().is_none_or(|missing| missing.contains(slice)))
@@ -78,23 +81,78 @@ impl<R: Runtime> Session<R> {
             })
             .await
     }
+
+    /// What is syncing there is in sync when it returns, or was given up before that was stored (false).
+    pub async fn mark_in_sync(self: &Rc<Self>, position: ShardPosition) -> bool {
+        self.status.finished.borrow_mut().insert(position);
+        self.status_soon();
+        let done = || {
+            let replicas = self.replicas.borrow();
+            let over = !replicas.is_syncing(position) && !replicas.is_finishing(position);
+            (over || self.ended.borrow().is_some()).then(|| replicas.holds_in_sync(position))
+        };
+        self.changed.until(done).await
+    }
+
+    /// These slices of the shard, stale already, are so since zero when it returns; false: the session ended.
+    pub async fn distrust(self: &Rc<Self>, position: ShardPosition, slices: Vec<SliceId>) -> bool {
+        self.status.distrusted.borrow_mut().insert(position, slices.clone());
+        self.status_soon();
+        let done = || {
+            let listed = self.replicas.borrow().listed(position);
+            let mut all = listed.iter().filter(|(_, slice, _)| slices.contains(slice));
+            let ended = self.ended.borrow().is_some();
+            (ended || all.all(|(_, _, since)| *since == Version::ZERO)).then_some(!ended)
+        };
+        self.changed.until(done).await
+    }
+
+    fn status_soon(self: &Rc<Self>) {
+        if !self.status.running.replace(true) {
+            self.runtime.spawn().spawn(Class::Foreground, keep_status(self.clone()));
+        }
+    }
+
+    /// Replicas whose resync is over and that did not fail since. From here on they are no longer given up in silence.
+    fn finishing(&self, failed: &BTreeMap<ShardPosition, Loss>) -> BTreeSet<ShardPosition> {
+        let mut finished = self.status.finished.take();
+        let mut replicas = self.replicas.borrow_mut();
+        finished.retain(|position| replicas.is_syncing(*position));
+        for position in &finished {
+            match failed.contains_key(position) {
+                true => replicas.abort_sync(*position),
+                false => replicas.finish_sync(*position),
+            }
+        }
+        finished.retain(|position| !failed.contains_key(position));
+        finished
+    }
 }
 
-/// Runs as long as there are failed replicas to be marked.
+/// Runs as long as there is something about replicas to be stored.
 async fn keep_status<R: Runtime>(session: Rc<Session<R>>) {
     loop {
         let failed = session.status.failed.take();
-        if failed.is_empty() || session.ended.borrow().is_some() {
+        let finished = session.finishing(&failed);
+        let distrusted = session.status.distrusted.take();
+        let nothing = failed.is_empty() && finished.is_empty() && distrusted.is_empty();
+        if nothing || session.ended.borrow().is_some() {
             break;
         }
         session.status.pending_since.set(Some(session.flush_point.get()));
-        let (next, lost) = without(&session, failed);
-        if !lost.is_empty() && store_status(&session, &next.to_status()).await {
+        let (mut next, lost) = without(&session, failed);
+        next.sync_finishing();
+        distrusted.iter().for_each(|(shard, slices)| next.distrust(*shard, slices));
+        let changes = !lost.is_empty() || !finished.is_empty() || !distrusted.is_empty();
+        if changes && store_status(&session, &next.to_status()).await {
             for shard in &lost {
                 tracing::warn!(volume = %session.record.name, shard = %session.shards[*shard].id,
                     since = %session.flush_point.get(), "replica marked stale");
             }
-            *session.replicas.borrow_mut() = next;
+            for shard in &finished {
+                tracing::info!(volume = %session.record.name, shard = %session.shards[*shard].id, "replica in sync");
+            }
+            session.replicas.borrow_mut().adopt(&next);
             session.tell_retention_soon();
         }
         session.status.pending_since.set(None);
@@ -212,7 +270,7 @@ pub(super) fn times_in(status: &StatusRecord) -> BTreeMap<NodeNumber, u64> {
 }
 
 fn log_retry<R: Runtime>(session: &Session<R>, error: &MetadataError) {
-    tracing::warn!(volume = %session.record.name, %error, "cannot mark replicas stale yet; writes wait");
+    tracing::warn!(volume = %session.record.name, %error, "cannot store which replicas are stale yet; what depends on it waits");
 }
 
 enum Settled {

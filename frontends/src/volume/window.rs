@@ -44,6 +44,11 @@ impl Window {
         }
     }
 
+    /// The last one given.
+    pub fn drawn(&self) -> u64 {
+        self.lowest + self.resolved.len() as u64 - 1
+    }
+
     /// Everything up to and including it is settled.
     pub fn settled_through(&self) -> u64 {
         self.lowest - 1
@@ -61,7 +66,7 @@ mod tests {
         assert_eq!(sequences, [1, 2, 3, 4]);
         window.resolve(2);
         window.resolve(3);
-        assert_eq!(window.settled_through(), 0);
+        assert_eq!((window.settled_through(), window.drawn()), (0, 4));
         window.resolve(1);
         assert_eq!(window.settled_through(), 3);
         window.resolve(4);

@@ -1,4 +1,5 @@
-//! Writes and clears: fan-out to every in-sync replica at once, acknowledged when all have it (protocol rule 6).
+//! Writes and clears: fan-out to every replica in sync or on its way back at once, acknowledged when all have it
+//! (protocol rule 6).
 
 use super::plan::{Piece, blocks_covered, blocks_touched, pieces};
 use super::replay::{Kept, cost};
@@ -165,8 +166,8 @@ impl<R: Runtime> Session<R> {
         assert_eq!(checksums.len(), piece.count as usize);
         let slot = self.placement.slot_of(piece.first.extent());
         let operation = |version| Operation::Write { first: piece.first, version, durable, checksums };
-        let record = self.begin(slot, operation, payload, begun).await?;
-        self.replicate(&record, durable).await?;
+        let (record, replicas) = self.begin(slot, operation, payload, begun).await?;
+        self.replicate(&record, replicas, durable).await?;
         self.settle(record.sequence);
         Ok(())
     }
@@ -186,21 +187,22 @@ impl<R: Runtime> Session<R> {
             version,
             durable,
         };
-        let record = self.begin(slot, operation, Bytes::new(), begun).await?;
-        self.replicate(&record, durable).await?;
+        let (record, replicas) = self.begin(slot, operation, Bytes::new(), begun).await?;
+        self.replicate(&record, replicas, durable).await?;
         self.settle(record.sequence);
         Ok(())
     }
 
     /// Waits for room among what is kept, then draws the version. The record is kept before anybody is sent it: a
-    /// replica may have it, lose it and be asked for it again before the first answer arrives.
+    /// replica may have it, lose it and be asked for it again before the first answer arrives. Who has to have it is
+    /// chosen in the same moment: a resync counts on every later version being sent to its replica too.
     async fn begin(
         self: &Rc<Self>,
         slot: usize,
         operation: impl FnOnce(Version) -> Operation,
         payload: Bytes,
         begun: &Begun,
-    ) -> Result<Rc<Kept>, VolumeError> {
+    ) -> Result<(Rc<Kept>, Vec<ShardPosition>), VolumeError> {
         self.room(cost(payload.len() as u64)).await;
         self.check()?;
         let Some(sequence) = self.window.borrow_mut().begin() else {
@@ -211,7 +213,7 @@ impl<R: Runtime> Session<R> {
         let operation = operation(Version::new(self.epoch, sequence));
         let record = Rc::new(Kept { sequence, slot, operation, payload });
         self.replay.borrow_mut().keep(record.clone());
-        Ok(record)
+        Ok((record, self.replicas.borrow().required(slot).collect()))
     }
 
     /// There is some at once when it returns, or the session has ended.
@@ -230,14 +232,21 @@ impl<R: Runtime> Session<R> {
     /// the flush point (protocol rule 1).
     fn settle(self: &Rc<Self>, sequence: u64) {
         self.window.borrow_mut().resolve(sequence);
+        if self.resyncing.awaiting.get() > 0 {
+            self.changed.notify();
+        }
         self.relieve();
     }
 
-    async fn replicate(self: &Rc<Self>, record: &Kept, durable: bool) -> Result<(), VolumeError> {
+    async fn replicate(
+        self: &Rc<Self>,
+        record: &Kept,
+        replicas: Vec<ShardPosition>,
+        durable: bool,
+    ) -> Result<(), VolumeError> {
         let slot = record.slot;
-        let replicas: Vec<_> = self.replicas.borrow().in_sync(slot).collect();
         let sends = replicas.into_iter().map(|position| async move {
-            let required = || self.replicas.borrow().is_in_sync(slot, position);
+            let required = || self.replicas.borrow().is_required(slot, position);
             let done = self.require(position, required, &record.operation, &record.payload).await?;
             if done.is_some() && !durable {
                 let shard = &self.shards[position];

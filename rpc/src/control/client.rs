@@ -1,7 +1,8 @@
 //! One question to a node's control port, one answer, from any executor: capnp-rpc needs tokio, which runs on a thread
 //! that ends with the answer. For tools; nothing on a data path asks here.
 
-use super::{ScrubOrder, ScrubStatus, ShardDamage, get_damage, get_scrub_status};
+use super::instances::get_instances;
+use super::{ScrubOrder, ScrubStatus, ShardDamage, ShardInstances, get_damage, get_scrub_status};
 use capnp::message::ReaderOptions;
 use capnp_rpc::{RpcSystem, rpc_twoparty_capnp, twoparty};
 use futures::channel::oneshot;
@@ -10,6 +11,7 @@ use thiserror::Error;
 use tokio::net::TcpStream;
 use tokio_util::compat::{TokioAsyncReadCompatExt, TokioAsyncWriteCompatExt};
 use torus_schema::control_capnp::node_control;
+use torus_schema::ids::VolumeId;
 
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[error(
@@ -38,6 +40,21 @@ pub async fn ask_damage(address: &str, limit: u32, deadline: Duration) -> Result
         request.get().set_limit(limit);
         let response = request.send().promise.await?;
         response.get()?.get_shards()?.iter().map(get_damage).collect()
+    })
+    .await
+}
+
+/// Of one volume, or of all.
+pub async fn ask_instances(
+    address: &str,
+    volume: Option<VolumeId>,
+    deadline: Duration,
+) -> Result<Vec<ShardInstances>, ControlError> {
+    ask(address, deadline, async move |client| {
+        let mut request = client.instances_request();
+        request.get().set_volume(volume.map_or_else(String::new, |volume| volume.to_string()));
+        let response = request.send().promise.await?;
+        response.get()?.get_shards()?.iter().map(get_instances).collect()
     })
     .await
 }

@@ -2,9 +2,9 @@
 
 use super::{Prefix, SCRATCH_BYTES, Scratch, append_frame, get_version, reader_options, set_version};
 use crate::error::FrameError;
-use crate::message::{Answer, Descriptor, Opened, Refusal, Reply, Run};
+use crate::message::{Answer, Descriptor, Opened, Refusal, Reply, Resynced, Run};
 use capnp::message::{Builder, ScratchSpaceHeapAllocator};
-use torus_schema::data_capnp::{described, opened, read_result, refusal, reply, run};
+use torus_schema::data_capnp::{described, opened, read_result, refusal, reply, resynced, run};
 use torus_schema::ids::{BlockIndex, Epoch, Incarnation, SliceId};
 
 /// Appends the frame up to its payload, of which `payload_bytes` are to follow.
@@ -26,6 +26,7 @@ pub fn encode_reply(out: &mut Vec<u8>, request_id: u64, answer: &Reply, payload_
         Answer::Retained => builder.set_retained(()),
         Answer::Revoked => builder.set_revoked(()),
         Answer::Mapped { runs } => set_runs(builder.init_mapped(runs.len() as u32), runs),
+        Answer::Resynced(done) => set_resynced(builder.init_resynced(), done),
         Answer::Refused(because) => set_refusal(builder.init_refused(), because),
     }
     append_frame(out, request_id, payload_bytes, &message);
@@ -74,6 +75,14 @@ fn set_described(mut builder: described::Builder<'_>, descriptors: &[Descriptor]
     }
 }
 
+fn set_resynced(mut builder: resynced::Builder<'_>, done: &Resynced) {
+    builder.set_more(done.next.is_some());
+    builder.set_next(done.next.unwrap_or_default().0);
+    builder.set_examined(done.examined);
+    builder.set_pulled(done.pulled);
+    builder.set_revoked(done.revoked);
+}
+
 fn set_refusal(mut builder: refusal::Builder<'_>, because: &Refusal) {
     match because {
         Refusal::StaleEpoch { replica } => builder.set_stale_epoch(replica.0),
@@ -92,6 +101,11 @@ fn set_refusal(mut builder: refusal::Builder<'_>, because: &Refusal) {
         Refusal::Disk { because } => builder.set_disk(because.as_str()),
         Refusal::Malformed { because } => builder.set_malformed(because.as_str()),
         Refusal::WrongPeer { because } => builder.set_wrong_peer(because.as_str()),
+        Refusal::Source { because, restarted } => {
+            let mut source = builder.init_source();
+            source.set_because(because.as_str());
+            source.set_restarted(*restarted);
+        }
     }
 }
 
@@ -112,6 +126,15 @@ pub fn decode_reply(prefix: &Prefix, header: &[u8]) -> Result<Reply, FrameError>
         reply::Retained(()) => Answer::Retained,
         reply::Revoked(()) => Answer::Revoked,
         reply::Mapped(runs) => Answer::Mapped { runs: get_runs(runs?)? },
+        reply::Resynced(done) => {
+            let done = done?;
+            Answer::Resynced(Resynced {
+                next: done.get_more().then_some(BlockIndex(done.get_next())),
+                examined: done.get_examined(),
+                pulled: done.get_pulled(),
+                revoked: done.get_revoked(),
+            })
+        }
         reply::Refused(refusal) => Answer::Refused(get_refusal(refusal?)?),
     };
     Ok(Reply { full: reply.get_full(), answer })
@@ -173,6 +196,10 @@ fn get_refusal(refusal: refusal::Reader<'_>) -> Result<Refusal, FrameError> {
         refusal::Disk(because) => Refusal::Disk { because: because?.to_str()?.to_string() },
         refusal::Malformed(because) => Refusal::Malformed { because: because?.to_str()?.to_string() },
         refusal::WrongPeer(because) => Refusal::WrongPeer { because: because?.to_str()?.to_string() },
+        refusal::Source(source) => {
+            let source = source?;
+            Refusal::Source { because: source.get_because()?.to_str()?.to_string(), restarted: source.get_restarted() }
+        }
     })
 }
 
@@ -211,6 +238,8 @@ mod tests {
             Answer::Retained,
             Answer::Revoked,
             Answer::Mapped { runs: vec![Run { count: 3, version, data: true }] },
+            Answer::Resynced(Resynced { next: Some(BlockIndex(7)), examined: 1, pulled: 2, revoked: 3 }),
+            Answer::Resynced(Resynced::default()),
         ];
         answers.extend(refusals().into_iter().map(Answer::Refused));
         answers
@@ -229,6 +258,7 @@ mod tests {
             Refusal::Disk { because: "gone".to_string() },
             Refusal::Malformed { because: "odd".to_string() },
             Refusal::WrongPeer { because: "other".to_string() },
+            Refusal::Source { because: "gone".to_string(), restarted: true },
         ]
     }
 

@@ -3,10 +3,10 @@
 use super::{Prefix, SCRATCH_BYTES, Scratch, append_frame, from_halves, get_version, reader_options, set_version};
 use super::{to_halves, version};
 use crate::error::FrameError;
-use crate::message::{Envelope, Operation, Retention, Revoked, Token};
+use crate::message::{Envelope, Operation, Resync, Retention, Revoked, Source, Token};
 use capnp::message::{Builder, ScratchSpaceHeapAllocator};
 use torus_schema::data_capnp::{
-    clear, create_instances, describe, hello, open, peer_read, request, retain, revoke, write,
+    clear, create_instances, describe, hello, open, peer_read, request, resync, retain, revoke, write,
 };
 use torus_schema::ids::VolumeId;
 use torus_schema::ids::{BlockIndex, ClusterId, Epoch, Incarnation, NodeId, RingGeneration, ShardIndex, SliceId};
@@ -84,9 +84,11 @@ fn set_operation(mut builder: request::operation::Builder<'_>, operation: &Opera
             set_version(clear.init_version(), *version);
         }
         Operation::Flush => builder.set_flush(()),
-        Operation::Describe { above, from } => {
+        Operation::Describe { above, from, slice } => {
             let mut describe = builder.init_describe();
             describe.set_from(from.0);
+            describe.set_of_slice(slice.is_some());
+            describe.set_slice(slice.unwrap_or_default().0);
             set_version(describe.init_above(), *above);
         }
         Operation::Retain(retention) => set_retain(builder.init_retain(), retention),
@@ -99,7 +101,26 @@ fn set_operation(mut builder: request::operation::Builder<'_>, operation: &Opera
         Operation::PeerRead { token, first, count, data } => {
             set_peer_read(builder.init_peer_read(), token, (*first, *count), *data)
         }
+        Operation::Resync(asked) => set_resync(builder.init_resync(), asked),
     }
+}
+
+fn set_resync(mut builder: resync::Builder<'_>, asked: &Resync) {
+    builder.set_slice(asked.slice.0);
+    set_version(builder.reborrow().init_since(), asked.since);
+    set_version(builder.reborrow().init_through(), asked.through);
+    let (high, low) = to_halves(asked.source.node.to_bytes());
+    builder.set_source_node_high(high);
+    builder.set_source_node_low(low);
+    builder.set_source_shard(asked.source.shard.0);
+    builder.set_source_address(asked.source.address.as_str());
+    let mut incarnation = builder.reborrow().init_source_incarnation();
+    incarnation.set_high((asked.source.incarnation.0 >> 64) as u64);
+    incarnation.set_low(asked.source.incarnation.0 as u64);
+    builder.set_source_generation(asked.source.generation.0);
+    builder.set_from(asked.from.0);
+    builder.set_blocks_max(asked.blocks_max);
+    builder.set_pull(asked.pull);
 }
 
 fn set_open(mut open: open::Builder<'_>, token: &Token, owner: &str, slices: &[SliceId]) {
@@ -173,6 +194,7 @@ pub fn decode_request(prefix: &Prefix, header: &[u8]) -> Result<(Envelope, Opera
             Operation::Map { first: BlockIndex(map.get_first()), count: map.get_count() }
         }
         request::operation::PeerRead(read) => get_peer_read(read?)?,
+        request::operation::Resync(asked) => Operation::Resync(get_resync(asked?)?),
     };
     Ok((envelope, operation))
 }
@@ -224,7 +246,28 @@ fn get_clear(clear: clear::Reader<'_>) -> Result<Operation, FrameError> {
 }
 
 fn get_describe(describe: describe::Reader<'_>) -> Result<Operation, FrameError> {
-    Ok(Operation::Describe { above: get_version(describe.get_above()?)?, from: BlockIndex(describe.get_from()) })
+    let slice = describe.get_of_slice().then_some(SliceId(describe.get_slice()));
+    Ok(Operation::Describe { above: get_version(describe.get_above()?)?, from: BlockIndex(describe.get_from()), slice })
+}
+
+fn get_resync(asked: resync::Reader<'_>) -> Result<Resync, FrameError> {
+    let incarnation = asked.get_source_incarnation()?;
+    let source = Source {
+        node: NodeId::from_bytes(from_halves(asked.get_source_node_high(), asked.get_source_node_low())),
+        shard: ShardIndex(asked.get_source_shard()),
+        address: asked.get_source_address()?.to_str()?.to_string(),
+        generation: RingGeneration(asked.get_source_generation()),
+        incarnation: Incarnation(u128::from(incarnation.get_high()) << 64 | u128::from(incarnation.get_low())),
+    };
+    Ok(Resync {
+        slice: SliceId(asked.get_slice()),
+        since: get_version(asked.get_since()?)?,
+        through: get_version(asked.get_through()?)?,
+        source,
+        from: BlockIndex(asked.get_from()),
+        blocks_max: asked.get_blocks_max(),
+        pull: asked.get_pull(),
+    })
 }
 
 fn get_retention(retain: retain::Reader<'_>) -> Result<Retention, FrameError> {
@@ -299,13 +342,23 @@ mod tests {
             Operation::Write { first: BlockIndex(5), version, durable: true, checksums: vec![1, 2, 3] },
             Operation::Clear { first: BlockIndex(0), count: 1 << 30, slice: SliceId(17), version, durable: false },
             Operation::Flush,
-            Operation::Describe { above: version, from: BlockIndex(1024) },
+            Operation::Describe { above: version, from: BlockIndex(1024), slice: None },
+            Operation::Describe { above: version, from: BlockIndex(0), slice: Some(SliceId(0)) },
+            Operation::Resync(resync(version)),
             Operation::Retain(Retention { horizon: version, pins: vec![version], stale_since: Some(Version::ZERO) }),
             Operation::Retain(Retention { horizon: version, pins: vec![], stale_since: None }),
             Operation::Revoke { revoked: vec![Revoked { block: BlockIndex(8), version }] },
             Operation::Map { first: BlockIndex(9), count: 10 },
             Operation::PeerRead { token: Token([7; 32]), first: BlockIndex(9), count: 10, data: true },
         ]
+    }
+
+    fn resync(version: Version) -> Resync {
+        let (node, incarnation) = (NodeId::from_bytes([4; 16]), Incarnation(0xffee_0000_0000_0000_0000_0000_0000_0011));
+        let (address, generation) = ("host:7000".to_string(), RingGeneration(5));
+        let source = Source { node, shard: ShardIndex(2), address, incarnation, generation };
+        let (slice, since, from) = (SliceId(6), Version::new(Epoch(3), 8), BlockIndex(77));
+        Resync { slice, since, through: version, source, from, blocks_max: 512, pull: true }
     }
 
     fn decode(bytes: &[u8]) -> Result<(Envelope, Operation), FrameError> {

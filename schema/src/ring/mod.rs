@@ -6,12 +6,14 @@
 //! * `table`      slice → ordered replicas, an explicit table
 //! * `planner`    makes the table: weights, failure domains, least data moved
 //! * `quota`      how many slices each shard should hold
+//! * `rank`       who of several goes first
 //! * `matching`   rows to targets of limited capacity
 
 mod matching;
 pub mod placement;
 pub mod planner;
 mod quota;
+pub mod rank;
 pub mod record;
 pub mod table;
 

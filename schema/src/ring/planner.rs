@@ -71,6 +71,7 @@ pub fn plan(previous: &Ring, nodes: &[PlanNode]) -> RingRecord {
     let number = |(number, node): (NodeNumber, PlanNode)| RingNode {
         number,
         id: node.id,
+        instead_of: previous.node_by_id(node.id).and_then(|known| known.instead_of),
         given: previous.node_by_id(node.id).map_or(generation, |known| known.given),
         host: node.host,
         zone: node.zone,

@@ -44,6 +44,9 @@ pub struct RingNode {
     /// The generation of the ring in which this node was given its places. What it kept of an earlier stay is of an
     /// earlier generation, and never taken for what it should hold now (interleaving 16).
     pub given: RingGeneration,
+    /// The node that had its places before it, if it replaced one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub instead_of: Option<NodeId>,
     pub host: String,
     #[serde(default)]
     pub zone: String,
@@ -108,6 +111,7 @@ mod tests {
                 number: NodeNumber(7),
                 id: NodeId::from_bytes([1; 16]),
                 given: RingGeneration(2),
+                instead_of: None,
                 host: "a".into(),
                 zone: String::new(),
                 rack: "r".into(),

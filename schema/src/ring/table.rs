@@ -93,6 +93,7 @@ impl Ring {
         let mut record = self.record.clone();
         record.generation = RingGeneration(record.generation.0 + 1);
         (node.number, node.given) = (number, record.generation);
+        node.instead_of = Some(record.nodes[index].id);
         record.nodes[index] = node;
         Some(record)
     }
@@ -209,6 +210,7 @@ mod tests {
             number: NodeNumber(number),
             id: NodeId::from_bytes([number as u8; 16]),
             given: RingGeneration(2),
+            instead_of: None,
             host: "host".into(),
             zone: String::new(),
             rack: String::new(),

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use torus_engine::disk::simulated::SimulatedDisk;
 use torus_engine::shard::supervisor::{Media, Supervisor};
 use torus_engine::shard::{PeerTable, Shard, ShardIdentity};
-use torus_frontends::volume::{Attacher, ReplayLimits, VolumeExports, VolumeSettings};
+use torus_frontends::volume::{Attacher, RepairOwner, ReplayLimits, VolumeExports, VolumeSettings};
 use torus_rpc::message::{Answer, Envelope, Operation, Reply};
 use torus_rpc::metadata::memory::MemoryStore;
 use torus_rpc::metadata::{Metadata, Transaction, Write};
@@ -15,8 +15,10 @@ use torus_rpc::runtime::simulated::{Here, ProcessId, SimulatedRuntime, World};
 use torus_rpc::runtime::{Connect, Link, Peer};
 use torus_rpc::token::ClusterKey;
 use torus_schema::ids::{ClusterId, Epoch, NodeId, NodeNumber, RingGeneration, ShardIndex, SliceId, VolumeId};
+use torus_schema::limits::{HEARTBEAT_INTERVAL, HEARTBEAT_LEASE_TTL};
 use torus_schema::records::{
-    ClusterRecord, FORMAT_VERSION, NameRecord, NodeRecord, ShardRecord, VolumeRecord, VolumeState, encode, keys,
+    ClusterRecord, FORMAT_VERSION, HeartbeatRecord, NameRecord, NodeRecord, ShardRecord, VolumeRecord, VolumeState,
+    encode, keys,
 };
 use torus_schema::ring::placement::Placement;
 use torus_schema::ring::planner;
@@ -40,7 +42,7 @@ impl Media<Runtime> for Plugged {
 pub const SEGMENT_BYTES: u64 = 256 * 1024;
 pub const SHARD_BYTES: u64 = 64 * SEGMENT_BYTES;
 const SLICES: u32 = 16;
-const KEY: &str = "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f";
+pub(super) const KEY: &str = "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f";
 
 pub struct Node {
     pub id: NodeId,
@@ -84,6 +86,12 @@ fn seeded_uuid(world: &World) -> [u8; 16] {
 impl Cluster {
     /// Nodes started, in the ring, no volume yet.
     pub async fn start(world: &World, nodes: usize) -> Self {
+        Self::start_with_spares(world, nodes, 0).await
+    }
+
+    /// The last `spares` of them started and not in the ring.
+    pub async fn start_with_spares(world: &World, members: usize, spares: usize) -> Self {
+        let nodes = members + spares;
         let operator = Here { world: world.clone(), process: world.start_process() };
         let node = |number: usize| Node {
             id: NodeId::from_bytes(seeded_uuid(world)),
@@ -99,7 +107,7 @@ impl Cluster {
             world: world.clone(),
         };
         let cluster = Self { inner: Rc::new(inner) };
-        cluster.write_records().await;
+        cluster.write_records(members).await;
         for number in 0..nodes {
             cluster.format(number).await;
             cluster.start_node(number).await;
@@ -130,7 +138,7 @@ impl Cluster {
         SimulatedRuntime::new(&self.world, process, DistantStore { store, here })
     }
 
-    async fn write_records(&self) {
+    async fn write_records(&self, members: usize) {
         let record = ClusterRecord {
             id: self.id,
             format_version: FORMAT_VERSION,
@@ -144,7 +152,7 @@ impl Cluster {
             let record = self.node_record(node);
             writes.push(put(keys::node(record.id), encode(&record)));
         }
-        let planned: Vec<_> = self.nodes.iter().map(plan_node).collect();
+        let planned: Vec<_> = self.nodes[..members].iter().map(plan_node).collect();
         let ring = planner::plan(&Ring::empty(SLICES), &planned);
         writes.push(put(keys::ring(), encode::<RingRecord>(&ring)));
         let result = self.store.transact(Transaction { writes, ..Transaction::default() }).await;
@@ -188,6 +196,35 @@ impl Cluster {
         });
         node.process.set(Some(process));
         *node.shard.borrow_mut() = Some(shard);
+    }
+
+    /// The node's heartbeat, until it stops; its lease then ends by itself.
+    pub async fn beat(&self, number: usize) {
+        let node = &self.nodes[number];
+        let process = node.process.get().expect("it runs");
+        let here = Here { world: self.world.clone(), process };
+        let store = self.store.another_client(here);
+        let lease = store.grant_lease(HEARTBEAT_LEASE_TTL).await.expect("available");
+        let beat = HeartbeatRecord { node: node.id, updated_s: 0, started_s: 0, shards: vec![] };
+        let write = Write::Put { key: keys::heartbeat(node.id), value: encode(&beat), lease: Some(lease) };
+        store.transact(Transaction { writes: vec![write], ..Transaction::default() }).await.expect("available");
+        let world = self.world.clone();
+        self.world.spawn(process, async move {
+            loop {
+                world.sleep(HEARTBEAT_INTERVAL).await;
+                let _ = store.keep_alive(lease).await;
+            }
+        });
+    }
+
+    /// It also repairs what nobody has attached, until it stops.
+    pub fn repair_on(&self, number: usize) -> RepairOwner<Runtime> {
+        let node = &self.nodes[number];
+        let process = node.process.get().expect("it runs");
+        let owner = RepairOwner::new(self.runtime(process), node.id, node.address.clone());
+        let running = owner.clone();
+        self.world.spawn(process, async move { running.run().await });
+        owner
     }
 
     /// As a node reads it from the metadata store.

@@ -4,11 +4,13 @@
 //! * `cluster`   nodes, clients and the metadata store, and what can be done to them
 //! * `metadata`  the metadata store with the delays of a real one
 //! * `history`   what every sector may read as, given what was answered (the checker)
+//! * `replicas`  what each node has, past any client
 //! * `scenario`  whole runs
 //! * `workload`  writers and readers that report to the history
 
 pub mod cluster;
 pub mod history;
 pub mod metadata;
+pub mod replicas;
 pub mod scenario;
 pub mod workload;

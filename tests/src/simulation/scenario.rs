@@ -17,6 +17,8 @@ const VOLUME_BYTES: u64 = 64 << 20;
 /// First blocks of the areas that are worked on, one worker each: extents of different slices.
 pub const AREAS: [u64; 4] = [0, 3 * BLOCKS_PER_EXTENT - 8, 7 * BLOCKS_PER_EXTENT, 11 * BLOCKS_PER_EXTENT + 1000];
 pub const AREA_BLOCKS: u64 = 16;
+/// A disk that vanished is looked for every minute, and a resync begins within ten seconds of that.
+const WHOLE_AGAIN: Duration = Duration::from_secs(150);
 /// No operation waits longer for what never comes; the world has healed by then.
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -99,7 +101,9 @@ pub async fn load_with(run: Rc<Run>, trouble: Trouble) {
     }
     run.heal(&client).await;
     run.world.set_faults(Faults::NONE);
-    run.read_all(&run.cluster.client("host-z", true)).await;
+    let last = run.cluster.client("host-z", true);
+    run.read_all(&last).await;
+    run.become_whole(&last).await;
 }
 
 impl Run {
@@ -217,6 +221,18 @@ impl Run {
                 self.cluster.start_node(node).await;
             }
         }
+    }
+
+    /// Nothing is wrong any more: every replica is in sync soon, by itself, and then all have the same.
+    pub async fn become_whole(&self, client: &Client) {
+        let device = self.attach(client).await.expect("it was attached a moment ago");
+        self.cluster.all_in_sync(VOLUME, WHOLE_AGAIN).await;
+        device.flush().await.expect("nothing is wrong any more");
+        for first in AREAS {
+            self.cluster.assert_identical(VOLUME, first, AREA_BLOCKS).await;
+        }
+        drop(device);
+        self.read_all(client).await;
     }
 
     /// Everything there ever was, several times: each replica gets its turn.

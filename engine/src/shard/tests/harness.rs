@@ -306,7 +306,7 @@ impl Client {
     pub async fn describe(&self, above: Version) -> Result<Vec<Descriptor>, Refusal> {
         let (mut all, mut from) = (Vec::new(), Some(BlockIndex(0)));
         while let Some(at) = from {
-            let answer = self.call(Operation::Describe { above, from: at }).await?;
+            let answer = self.call(Operation::Describe { above, from: at, slice: None }).await?;
             let Answer::Described { descriptors, next } = answer else { panic!("{answer:?}") };
             all.extend(descriptors);
             from = next;

@@ -6,6 +6,7 @@
 //! * `recovery`  row by row
 //! * `gathering` footers by extent, against record by record
 //! * `repair`    damage, and peers that mend it
+//! * `resync`    a stale replica takes what it lacks
 //! * `scrub`     passes over everything
 //! * `supervisor` disks that fail under a shard
 //! * `space`     cleaning, full, dropping
@@ -19,6 +20,7 @@ mod recovery;
 mod recovery_table;
 mod repair;
 mod requests;
+mod resync;
 mod retention;
 mod scrub;
 mod segments_ahead;

@@ -155,7 +155,7 @@ fn start(disk: ImageDisk, seed: u64) {
         for number in [1, 2].map(volume) {
             let layout = placement(number);
             let described =
-                shard.state.borrow().contents.index.describe(number, Version::ZERO, BlockIndex(0), &layout, 64);
+                shard.state.borrow().contents.index.describe(number, Version::ZERO, BlockIndex(0), (&layout, None), 64);
             for descriptor in described.0 {
                 let slice = layout.slice_of(descriptor.first.extent());
                 let place = Place { volume: number, slice, block: descriptor.first };
