@@ -21,7 +21,7 @@ use std::time::Duration;
 use torus_rpc::metadata::{Compare, Metadata, Transaction, Write};
 use torus_rpc::notify::Notify;
 use torus_rpc::runtime::{Class, Clock, Runtime, Spawn};
-use torus_schema::ids::VolumeId;
+use torus_schema::ids::{Epoch, VolumeId};
 use torus_schema::records::{EpochRecord, VolumeRecord, VolumeState, decode, encode, keys};
 
 /// A client that reconnects within this finds its volume still attached.
@@ -297,6 +297,11 @@ impl<R: Runtime> AttachedVolume<R> {
     fn new(shared: Rc<Shared<R>>, session: Rc<Session<R>>, users: Rc<Users>) -> Self {
         users.count.set(users.count.get() + 1);
         Self { shared, session, users }
+    }
+
+    /// In which it is written; later than that of every writer before.
+    pub fn epoch(&self) -> Epoch {
+        self.session.epoch
     }
 
     /// Runs in a task of its own: a caller that goes away abandons the waiting, never what was sent. What has sent

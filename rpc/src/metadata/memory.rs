@@ -67,6 +67,14 @@ impl<C: Clock> MemoryStore<C> {
         Self { faults: Rc::new(Faults::default()), clock, ..self.clone() }
     }
 
+    /// The same, on the clock of this one: a store keeps its own time.
+    pub fn another_client_here(&self) -> Self
+    where
+        C: Clone,
+    {
+        self.another_client(self.clock.clone())
+    }
+
     pub fn set_available(&self, available: bool) {
         self.faults.unavailable.set(!available);
         self.bell.ring();

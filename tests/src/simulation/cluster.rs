@@ -4,6 +4,7 @@ use super::metadata::DistantStore;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 use torus_engine::disk::simulated::SimulatedDisk;
 use torus_engine::shard::supervisor::{Media, Supervisor};
 use torus_engine::shard::{PeerTable, Shard, ShardIdentity};
@@ -14,7 +15,7 @@ use torus_rpc::metadata::{Metadata, Transaction, Write};
 use torus_rpc::runtime::simulated::{Here, ProcessId, SimulatedRuntime, World};
 use torus_rpc::runtime::{Connect, Link, Peer};
 use torus_rpc::token::ClusterKey;
-use torus_schema::ids::{ClusterId, Epoch, NodeId, NodeNumber, RingGeneration, ShardIndex, SliceId, VolumeId};
+use torus_schema::ids::{ClusterId, Epoch, NodeId, RingGeneration, ShardId, ShardIndex, SliceId, VolumeId};
 use torus_schema::limits::{HEARTBEAT_INTERVAL, HEARTBEAT_LEASE_TTL};
 use torus_schema::records::{
     ClusterRecord, FORMAT_VERSION, HeartbeatRecord, NameRecord, NodeRecord, ShardRecord, VolumeRecord, VolumeState,
@@ -41,15 +42,53 @@ impl Media<Runtime> for Plugged {
 /// Small, so that segments fill, are cleaned and used again within a run.
 pub const SEGMENT_BYTES: u64 = 256 * 1024;
 pub const SHARD_BYTES: u64 = 64 * SEGMENT_BYTES;
-const SLICES: u32 = 16;
-pub(super) const KEY: &str = "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f";
+pub(super) const SLICES: u32 = 16;
+pub(in crate::simulation) const KEY: &str = "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f";
 
+/// Derefs to its first shard: in most scripts a node has one.
 pub struct Node {
     pub id: NodeId,
+    pub host: String,
+    pub process: Cell<Option<ProcessId>>,
+    /// Its way to the metadata store, as long as it runs.
+    pub store: RefCell<Option<MemoryStore<Here>>>,
+    pub shards: Vec<ShardPlace>,
+}
+
+/// Where a shard of a node is.
+pub struct ShardPlace {
+    pub index: ShardIndex,
     pub address: String,
     pub disk: RefCell<Disk>,
-    pub process: Cell<Option<ProcessId>>,
     pub shard: RefCell<Option<SimulatedShard>>,
+}
+
+impl std::ops::Deref for Node {
+    type Target = ShardPlace;
+    fn deref(&self) -> &ShardPlace {
+        &self.shards[0]
+    }
+}
+
+/// How a cluster is built.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    /// Nodes of the ring.
+    pub members: usize,
+    /// Nodes that run and are not in the ring.
+    pub spares: usize,
+    /// Of each node.
+    pub shards: usize,
+    /// Of each shard.
+    pub shard_bytes: u64,
+    /// Clocks of processes are wrong by up to so many millionths.
+    pub drift_millionths: u64,
+}
+
+impl Default for Shape {
+    fn default() -> Self {
+        Self { members: 3, spares: 0, shards: 1, shard_bytes: SHARD_BYTES, drift_millionths: 0 }
+    }
 }
 
 #[derive(Clone)]
@@ -62,6 +101,9 @@ pub struct Inner {
     pub id: ClusterId,
     pub nodes: Vec<Node>,
     pub store: MemoryStore<Here>,
+    pub shape: Shape,
+    /// How much longer the way to the metadata store takes now.
+    pub store_slower_by: Rc<Cell<Duration>>,
 }
 
 impl std::ops::Deref for Cluster {
@@ -91,24 +133,35 @@ impl Cluster {
 
     /// The last `spares` of them started and not in the ring.
     pub async fn start_with_spares(world: &World, members: usize, spares: usize) -> Self {
-        let nodes = members + spares;
+        Self::start_shaped(world, Shape { members, spares, ..Shape::default() }).await
+    }
+
+    pub async fn start_shaped(world: &World, shape: Shape) -> Self {
         let operator = Here { world: world.clone(), process: world.start_process() };
-        let node = |number: usize| Node {
-            id: NodeId::from_bytes(seeded_uuid(world)),
-            address: format!("node-{number}"),
-            disk: RefCell::new(SimulatedDisk::new(operator.clone(), world.random_u64(), SHARD_BYTES)),
-            process: Cell::default(),
+        world.name(operator.process, "the operator");
+        let place = |host: &str, index: usize| ShardPlace {
+            index: ShardIndex(index as u16),
+            address: if index == 0 { host.to_string() } else { format!("{host}-{index}") },
+            disk: RefCell::new(SimulatedDisk::new(operator.clone(), world.random_u64(), shape.shard_bytes)),
             shard: RefCell::default(),
+        };
+        let node = |number: usize| {
+            let host = format!("node-{number}");
+            let shards = (0..shape.shards).map(|index| place(&host, index)).collect();
+            let id = NodeId::from_bytes(seeded_uuid(world));
+            Node { id, host, process: Cell::default(), store: RefCell::default(), shards }
         };
         let inner = Inner {
             id: ClusterId::from_bytes(seeded_uuid(world)),
-            nodes: (0..nodes).map(node).collect(),
-            store: MemoryStore::new(operator),
+            nodes: (0..shape.members + shape.spares).map(node).collect(),
+            store: MemoryStore::new(operator.clone()),
             world: world.clone(),
+            shape,
+            store_slower_by: Rc::default(),
         };
         let cluster = Self { inner: Rc::new(inner) };
-        cluster.write_records(members).await;
-        for number in 0..nodes {
+        cluster.write_records(shape.members).await;
+        for number in 0..cluster.nodes.len() {
             cluster.format(number).await;
             cluster.start_node(number).await;
         }
@@ -117,25 +170,55 @@ impl Cluster {
 
     async fn format(&self, number: usize) {
         let runtime = self.runtime(self.world.start_process());
-        let disk = self.nodes[number].disk.borrow().clone();
-        Shard::format(&runtime, &disk, self.identity(number), SEGMENT_BYTES).await.expect("an empty disk");
+        for place in &self.nodes[number].shards {
+            let disk = place.disk.borrow().clone();
+            Shard::format(&runtime, &disk, self.identity(number, place), SEGMENT_BYTES).await.expect("an empty disk");
+        }
     }
 
-    /// A stopped node gets an empty disk under its old identity.
+    /// A stopped node gets empty disks under its old identity.
     pub async fn replace_disk(&self, number: usize) {
         let clock = Here { world: self.world.clone(), process: self.world.start_process() };
-        *self.nodes[number].disk.borrow_mut() = SimulatedDisk::new(clock, self.world.random_u64(), SHARD_BYTES);
+        for place in &self.nodes[number].shards {
+            let bytes = self.shape.shard_bytes;
+            *place.disk.borrow_mut() = SimulatedDisk::new(clock.clone(), self.world.random_u64(), bytes);
+        }
         self.format(number).await;
     }
 
-    fn identity(&self, node: usize) -> ShardIdentity {
-        ShardIdentity { cluster: self.id, node: self.nodes[node].id, shard: ShardIndex(0) }
+    fn identity(&self, node: usize, place: &ShardPlace) -> ShardIdentity {
+        ShardIdentity { cluster: self.id, node: self.nodes[node].id, shard: place.index }
     }
 
-    fn runtime(&self, process: ProcessId) -> Runtime {
+    /// A process of its own, with a clock as good as the shape says.
+    fn start_process(&self, name: &str) -> ProcessId {
+        let process = self.world.start_process();
+        self.world.name(process, name);
+        let most = self.shape.drift_millionths;
+        if most > 0 {
+            self.world.set_drift(process, self.world.random_below(2 * most + 1) as i64 - most as i64);
+        }
+        process
+    }
+
+    /// The store keeps its own time, whoever asks it.
+    fn store_of(&self, process: ProcessId) -> DistantStore {
         let here = Here { world: self.world.clone(), process };
-        let store = self.store.another_client(here.clone());
-        SimulatedRuntime::new(&self.world, process, DistantStore { store, here })
+        let store = self.store.another_client_here();
+        DistantStore { store, here, slower_by: self.store_slower_by.clone() }
+    }
+
+    pub fn runtime(&self, process: ProcessId) -> Runtime {
+        SimulatedRuntime::new(&self.world, process, self.store_of(process))
+    }
+
+    /// Of a node that runs: with its way to the metadata store, and what is wrong with that.
+    pub fn runtime_of(&self, number: usize) -> Runtime {
+        let node = &self.nodes[number];
+        let process = node.process.get().expect("it runs");
+        let mut metadata = self.store_of(process);
+        metadata.store = node.store.borrow().clone().expect("it runs");
+        SimulatedRuntime::new(&self.world, process, metadata)
     }
 
     async fn write_records(&self, members: usize) {
@@ -160,15 +243,16 @@ impl Cluster {
     }
 
     fn node_record(&self, node: &Node) -> NodeRecord {
-        let size_bytes = SHARD_BYTES;
+        let size_bytes = self.shape.shard_bytes;
+        let shard = |place: &ShardPlace| ShardRecord { index: place.index, address: place.address.clone(), size_bytes };
         NodeRecord {
             id: node.id,
             cluster: self.id,
-            host: node.address.clone(),
+            host: node.host.clone(),
             zone: String::new(),
             rack: String::new(),
             control: String::new(),
-            shards: vec![ShardRecord { index: ShardIndex(0), address: node.address.clone(), size_bytes }],
+            shards: node.shards.iter().map(shard).collect(),
             program: "simulation".to_string(),
         }
     }
@@ -176,15 +260,24 @@ impl Cluster {
     pub async fn start_node(&self, number: usize) {
         let node = &self.nodes[number];
         assert!(node.process.get().is_none(), "node {number} runs already");
-        let process = self.world.start_process();
+        let process = self.start_process(&node.host);
+        let metadata = self.store_of(process);
+        *node.store.borrow_mut() = Some(metadata.store.clone());
+        let runtime: Runtime = SimulatedRuntime::new(&self.world, process, metadata);
+        node.process.set(Some(process));
+        for place in &node.shards {
+            self.start_shard(number, place, runtime.clone(), process).await;
+        }
+    }
+
+    async fn start_shard(&self, number: usize, place: &ShardPlace, runtime: Runtime, process: ProcessId) {
         let key = ClusterKey::from_hex(KEY).expect("32 bytes");
-        let runtime = self.runtime(process);
-        let disk = node.disk.borrow().clone();
-        let opened = Supervisor::start(runtime, Plugged(disk), self.identity(number), key).await;
+        let disk = place.disk.borrow().clone();
+        let opened = Supervisor::start(runtime, Plugged(disk), self.identity(number, place), key).await;
         let shard = opened.expect("a shard opens after any crash");
         shard.set_peers(self.peers().await);
         let serving = shard.clone();
-        self.world.listen(process, &node.address, move |envelope, operation, payload| {
+        self.world.listen(process, &place.address, move |envelope, operation, payload| {
             let shard = serving.clone();
             async move {
                 if matches!(operation, Operation::Ping | Operation::Hello { .. }) {
@@ -194,16 +287,14 @@ impl Cluster {
                 (reply, chunks.iter().flat_map(|chunk| chunk.to_vec()).collect())
             }
         });
-        node.process.set(Some(process));
-        *node.shard.borrow_mut() = Some(shard);
+        *place.shard.borrow_mut() = Some(shard);
     }
 
     /// The node's heartbeat, until it stops; its lease then ends by itself.
     pub async fn beat(&self, number: usize) {
         let node = &self.nodes[number];
         let process = node.process.get().expect("it runs");
-        let here = Here { world: self.world.clone(), process };
-        let store = self.store.another_client(here);
+        let store = self.store_of(process).store;
         let lease = store.grant_lease(HEARTBEAT_LEASE_TTL).await.expect("available");
         let beat = HeartbeatRecord { node: node.id, updated_s: 0, started_s: 0, shards: vec![] };
         let write = Write::Put { key: keys::heartbeat(node.id), value: encode(&beat), lease: Some(lease) };
@@ -221,7 +312,7 @@ impl Cluster {
     pub fn repair_on(&self, number: usize) -> RepairOwner<Runtime> {
         let node = &self.nodes[number];
         let process = node.process.get().expect("it runs");
-        let owner = RepairOwner::new(self.runtime(process), node.id, node.address.clone());
+        let owner = RepairOwner::new(self.runtime(process), node.id, node.host.clone());
         let running = owner.clone();
         self.world.spawn(process, async move { running.run().await });
         owner
@@ -233,7 +324,7 @@ impl Cluster {
         Arc::new(PeerTable::from_ring(self.id, &self.ring().await, &records))
     }
 
-    async fn ring(&self) -> Ring {
+    pub async fn ring(&self) -> Ring {
         let ring = self.store.get(&keys::ring()).await.expect("available").expect("written at start");
         let ring: RingRecord = torus_schema::records::decode("ring", &ring.value).expect("ours");
         Ring::from_record(ring).expect("ours")
@@ -242,13 +333,13 @@ impl Cluster {
     /// kill -9: the machine and what it was told to write live on.
     pub fn kill_node(&self, number: usize) {
         self.stop_process(number);
-        self.nodes[number].disk.borrow().kill();
+        self.nodes[number].shards.iter().for_each(|place| place.disk.borrow().kill());
     }
 
     /// The power fails: what was not synced is lost, kept or torn.
     pub fn fail_power(&self, number: usize) {
         self.stop_process(number);
-        self.nodes[number].disk.borrow().crash(self.world.random_u64());
+        self.nodes[number].shards.iter().for_each(|place| place.disk.borrow().crash(self.world.random_u64()));
     }
 
     fn stop_process(&self, number: usize) {
@@ -256,7 +347,8 @@ impl Cluster {
         if let Some(process) = node.process.take() {
             self.world.kill(process);
         }
-        node.shard.borrow_mut().take();
+        node.store.borrow_mut().take();
+        node.shards.iter().for_each(|place| drop(place.shard.borrow_mut().take()));
     }
 
     pub fn is_running(&self, number: usize) -> bool {
@@ -274,15 +366,19 @@ impl Cluster {
     }
 
     pub fn client_with(&self, name: &str, force: bool, settings: VolumeSettings) -> Client {
-        let process = self.world.start_process();
-        let here = Here { world: self.world.clone(), process };
-        let store = self.store.another_client(here.clone());
-        let distant = DistantStore { store: store.clone(), here };
+        let process = self.start_process(name);
+        let distant = self.store_of(process);
+        let store = distant.store.clone();
         let runtime = SimulatedRuntime::new(&self.world, process, distant);
         let attacher =
             Attacher { host: name.to_string(), process: "simulation".to_string(), pid: 1, force, repair: false };
         let exports = VolumeExports::with_settings(runtime.clone(), attacher, settings);
         Client { process, exports, store, runtime }
+    }
+
+    pub fn place(&self, node: NodeId, shard: ShardIndex) -> &ShardPlace {
+        let node = self.nodes.iter().find(|other| other.id == node).expect("of the cluster");
+        node.shards.iter().find(|place| place.index == shard).expect("of the node")
     }
 
     /// A volume with its instances on every replica.
@@ -313,19 +409,17 @@ impl Cluster {
         let client = self.client("operator", false);
         let placement = Placement::new(record.placement, record.width, SLICES);
         let key = ClusterKey::from_hex(KEY).expect("32 bytes");
-        for node in ring.nodes() {
-            let slices: Vec<SliceId> = placement
-                .slices()
-                .iter()
-                .copied()
-                .filter(|slice| holds(ring, *slice, record.replicas, node.number))
-                .collect();
-            let peer = Peer {
-                cluster: self.id,
-                node: node.id,
-                shard: ShardIndex(0),
-                address: self.nodes.iter().find(|other| other.id == node.id).expect("of the ring").address.clone(),
-            };
+        let shards = ring.nodes().iter().flat_map(|node| node.shards.iter().map(move |shard| (node, shard.index)));
+        for (node, index) in shards {
+            let id = ShardId { node: node.number, shard: index };
+            let placed = placement.slices().iter().copied();
+            let slices: Vec<SliceId> =
+                placed.filter(|slice| ring.replicas(*slice, record.replicas).contains(&id)).collect();
+            if slices.is_empty() {
+                continue;
+            }
+            let address = self.place(node.id, index).address.clone();
+            let peer = Peer { cluster: self.id, node: node.id, shard: index, address };
             use torus_rpc::runtime::Runtime as _;
             let link = client.runtime.connect().connect(&peer).await.expect("it runs");
             let operation = Operation::CreateInstances {
@@ -346,15 +440,11 @@ impl Cluster {
 fn plan_node(node: &Node) -> planner::PlanNode {
     planner::PlanNode {
         id: node.id,
-        host: node.address.clone(),
+        host: node.host.clone(),
         zone: String::new(),
         rack: String::new(),
-        shards: vec![RingShard { index: ShardIndex(0), weight_bytes: SHARD_BYTES }],
+        shards: node.shards.iter().map(|place| RingShard { index: place.index, weight_bytes: SHARD_BYTES }).collect(),
     }
-}
-
-fn holds(ring: &Ring, slice: SliceId, replicas: u8, node: NodeNumber) -> bool {
-    ring.replicas(slice, replicas).iter().any(|shard| shard.node == node)
 }
 
 fn put(key: String, value: Vec<u8>) -> Write {

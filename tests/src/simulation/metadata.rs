@@ -1,6 +1,8 @@
 //! The in-memory store with a way to go: every call takes a moment there and a moment back, so that what happens
 //! meanwhile happens.
 
+use std::cell::Cell;
+use std::rc::Rc;
 use std::time::Duration;
 use torus_rpc::metadata::memory::{MemoryStore, MemoryWatch};
 use torus_rpc::metadata::{Entry, LeaseId, Metadata, Range, Result, Revision, Transaction, TransactionResult};
@@ -10,11 +12,14 @@ use torus_rpc::runtime::simulated::Here;
 pub struct DistantStore {
     pub store: MemoryStore<Here>,
     pub here: Here,
+    /// One way takes up to so much longer, for every client of it.
+    pub slower_by: Rc<Cell<Duration>>,
 }
 
 impl DistantStore {
     async fn travel(&self) {
-        let micros = 100 + self.here.world.random_below(4000);
+        let slower_us = self.slower_by.get().as_micros() as u64;
+        let micros = 100 + self.here.world.random_below(4000 + slower_us);
         self.here.world.sleep(Duration::from_micros(micros)).await;
     }
 

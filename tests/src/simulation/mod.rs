@@ -6,6 +6,7 @@
 //! * `history`   what every sector may read as, given what was answered (the checker)
 //! * `replicas`  what each node has, past any client
 //! * `scenario`  whole runs
+//! * `whole`     all of it at once, from one seed
 //! * `workload`  writers and readers that report to the history
 
 pub mod cluster;
@@ -13,4 +14,5 @@ pub mod history;
 pub mod metadata;
 pub mod replicas;
 pub mod scenario;
+pub mod whole;
 pub mod workload;

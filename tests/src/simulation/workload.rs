@@ -4,6 +4,7 @@ use super::history::{History, SECTOR_BYTES};
 use bytes::Bytes;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
+use std::time::Duration;
 use torus_frontends::device::{Device, Piece, VolumeError};
 use torus_rpc::runtime::simulated::World;
 
@@ -16,11 +17,45 @@ pub struct Workload {
     pub history: Rc<RefCell<History>>,
     next_value: Rc<Cell<u64>>,
     pub failed: Rc<RefCell<Option<String>>>,
+    /// Workers stop when their operation is done.
+    pub stop: Rc<Cell<bool>>,
+    /// Between some of its operations a worker pauses for up to so long.
+    pub pause: Duration,
+    epoch: u64,
 }
 
 impl Workload {
     pub fn new(world: &World) -> Self {
-        Self { world: world.clone(), history: Rc::default(), next_value: Rc::new(Cell::new(1)), failed: Rc::default() }
+        Self {
+            world: world.clone(),
+            history: Rc::default(),
+            next_value: Rc::new(Cell::new(1)),
+            failed: Rc::default(),
+            stop: Rc::default(),
+            pause: Duration::ZERO,
+            epoch: 0,
+        }
+    }
+
+    /// The same for a writer of this epoch, which has just attached.
+    pub fn in_epoch(&self, epoch: u64) -> Self {
+        self.history.borrow_mut().attached(epoch);
+        Self { epoch, ..self.clone() }
+    }
+
+    /// Another volume's, which reports to the same place.
+    pub fn beside(&self) -> Self {
+        Self { history: Rc::default(), ..self.clone() }
+    }
+
+    fn is_over(&self) -> bool {
+        self.stop.get() || self.failed.borrow().is_some()
+    }
+
+    async fn pause(&self) {
+        if !self.pause.is_zero() && self.world.one_in(3) {
+            self.world.sleep(Duration::from_micros(self.world.random_below(self.pause.as_micros() as u64))).await;
+        }
     }
 
     /// Operations on blocks `first..first + count` until one fails or `operations` are done; the error, if any.
@@ -32,9 +67,10 @@ impl Workload {
         operations: u64,
     ) -> Result<(), VolumeError> {
         for _ in 0..operations {
-            if self.failed.borrow().is_some() {
+            if self.is_over() {
                 return Ok(());
             }
+            self.pause().await;
             let (offset, length) = self.range(first, count);
             match self.world.random_below(16) {
                 0..=6 => self.write(device, offset, length).await?,
@@ -48,7 +84,8 @@ impl Workload {
 
     /// Reads of the same blocks beside the worker, until it is done.
     pub async fn watch<D: Device>(&self, device: &D, first: u64, count: u64) -> Result<(), VolumeError> {
-        while self.failed.borrow().is_none() {
+        while !self.is_over() {
+            self.pause().await;
             let (offset, length) = self.range(first, count);
             self.read(device, offset, length).await?;
         }
@@ -72,15 +109,19 @@ impl Workload {
         let value = self.next_value.replace(self.next_value.get() + 1);
         let data = Bytes::from(value.to_le_bytes().repeat(length as usize / 8));
         self.submitted(offset, length, value);
+        self.tell(|| format!("begins to write {value} to {}", sectors(offset, length)));
         tracing::debug!(now = ?self.world.now().0, sector = offset / SECTOR_BYTES, sectors = length / SECTOR_BYTES, value, "write");
         device.write(offset, data, self.world.one_in(8)).await?;
+        self.tell(|| format!("wrote {value} to {}", sectors(offset, length)));
         self.answered(offset, length, value);
         Ok(())
     }
 
     async fn clear<D: Device>(&self, device: &D, offset: u64, length: u64) -> Result<(), VolumeError> {
         self.submitted(offset, length, 0);
+        self.tell(|| format!("begins to clear {}", sectors(offset, length)));
         device.clear(offset, length, self.world.one_in(8), false).await?;
+        self.tell(|| format!("cleared {}", sectors(offset, length)));
         self.answered(offset, length, 0);
         Ok(())
     }
@@ -88,8 +129,9 @@ impl Workload {
     pub async fn flush<D: Device>(&self, device: &D) -> Result<(), VolumeError> {
         let before = self.history.borrow().before_flush();
         device.flush().await?;
+        self.tell(|| "flushed".to_string());
         tracing::debug!(now = ?self.world.now().0, "flushed");
-        self.history.borrow_mut().flushed(before);
+        self.history.borrow_mut().flushed(before, self.epoch);
         Ok(())
     }
 
@@ -109,7 +151,23 @@ impl Workload {
         for (index, sector) in bytes.chunks_exact(SECTOR_BYTES as usize).enumerate() {
             self.check(first + index as u64, sector, floors[index]);
         }
+        self.check_blocks(first, &bytes);
         Ok(())
+    }
+
+    fn check_blocks(&self, first: u64, bytes: &[u8]) {
+        let value = |sector: &[u8]| u64::from_le_bytes(sector[..8].try_into().expect("8 bytes"));
+        let seen: Vec<_> = (first..).zip(bytes.chunks_exact(SECTOR_BYTES as usize).map(value)).collect();
+        for block in seen.chunk_by(|(a, _), (b, _)| a * SECTOR_BYTES / BLOCK_BYTES == b * SECTOR_BYTES / BLOCK_BYTES) {
+            if let Err(because) = self.history.borrow().check_block(block) {
+                self.fail(because);
+            }
+        }
+    }
+
+    pub fn fail(&self, because: String) {
+        self.world.note(|| format!("FOUND: {because}"));
+        self.failed.borrow_mut().get_or_insert(format!("seed {}: {because}", self.world.seed()));
     }
 
     fn check(&self, sector: u64, bytes: &[u8], floor: usize) {
@@ -120,19 +178,27 @@ impl Workload {
             false => self.history.borrow_mut().read(sector, value, floor),
         };
         if let Err(because) = result {
-            self.failed.borrow_mut().get_or_insert(format!("seed {}: {because}", self.world.seed()));
+            self.fail(because);
         }
+    }
+
+    fn tell(&self, event: impl FnOnce() -> String) {
+        self.world.note(|| format!("writer of epoch {} {}", self.epoch, event()));
     }
 
     fn submitted(&self, offset: u64, length: u64, value: u64) {
         for sector in offset / SECTOR_BYTES..(offset + length) / SECTOR_BYTES {
-            self.history.borrow_mut().submitted(sector, value);
+            self.history.borrow_mut().submitted(sector, value, self.epoch);
         }
     }
 
     fn answered(&self, offset: u64, length: u64, value: u64) {
         for sector in offset / SECTOR_BYTES..(offset + length) / SECTOR_BYTES {
-            self.history.borrow_mut().answered(sector, value);
+            self.history.borrow_mut().answered(sector, value, self.epoch);
+        }
+        let broken = self.history.borrow_mut().broken.take();
+        if let Some(because) = broken {
+            self.fail(because);
         }
     }
 
@@ -142,4 +208,9 @@ impl Workload {
             panic!("{because}");
         }
     }
+}
+
+fn sectors(offset: u64, length: u64) -> String {
+    let (first, last) = (offset / SECTOR_BYTES, (offset + length) / SECTOR_BYTES - 1);
+    format!("sectors {first} to {last} (blocks {} to {})", first / 8, last / 8)
 }

@@ -15,7 +15,7 @@ use std::time::Duration;
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct ProcessId(pub u64);
 
-type TaskId = u64;
+pub(super) type TaskId = u64;
 type Task = Pin<Box<dyn Future<Output = ()>>>;
 
 #[derive(Clone)]
@@ -34,6 +34,8 @@ pub(super) struct State {
     timers: RefCell<BinaryHeap<Reverse<(Duration, u64)>>>,
     timer_wakers: RefCell<BTreeMap<u64, Waker>>,
     pub network: super::network::Network,
+    pub hosts: super::hosts::Hosts,
+    pub trace: super::trace::Trace,
 }
 
 struct TaskWaker {
@@ -64,6 +66,8 @@ impl World {
             timers: RefCell::default(),
             timer_wakers: RefCell::default(),
             network: super::network::Network::default(),
+            hosts: super::hosts::Hosts::default(),
+            trace: super::trace::Trace::default(),
         };
         Self { state: Rc::new(state) }
     }
@@ -108,6 +112,7 @@ impl World {
     /// Its tasks end where they stand. Must not be called from one of them.
     pub fn kill(&self, process: ProcessId) {
         self.state.alive.borrow_mut().remove(&process);
+        self.state.hosts.forget(process);
         let dead: Vec<_> = {
             let mut tasks = self.state.tasks.borrow_mut();
             let ids: Vec<_> = tasks.iter().filter(|(_, task)| task.0 == process).map(|(id, _)| *id).collect();
@@ -115,6 +120,28 @@ impl World {
         };
         // Their destructors may spawn and wake, so nothing is borrowed any more.
         drop(dead);
+    }
+
+    pub(super) fn wake_all(&self, tasks: Vec<TaskId>) {
+        self.state.ready.lock().expect("no task panics while it wakes another").extend(tasks);
+    }
+
+    /// Tasks that wait for something: at rest their number is that of what runs all the time.
+    pub fn task_count(&self) -> usize {
+        self.state.tasks.borrow().len()
+    }
+
+    /// Ends every task, so that nothing of the world is left in memory: tasks hold the world that holds them.
+    pub fn close(&self) {
+        self.state.alive.borrow_mut().clear();
+        self.state.network.close();
+        loop {
+            let tasks = std::mem::take(&mut *self.state.tasks.borrow_mut());
+            if tasks.is_empty() {
+                return;
+            }
+            drop(tasks);
+        }
     }
 
     /// Does nothing in a process that was killed.
@@ -163,7 +190,10 @@ impl World {
     }
 
     fn poll(&self, id: TaskId) {
-        let taken = self.state.tasks.borrow_mut().get_mut(&id).and_then(|(_, task)| task.take());
+        let taken = self.state.tasks.borrow_mut().get_mut(&id).and_then(|(process, task)| {
+            let stands_still = self.state.hosts.parks(*process, id);
+            if stands_still { None } else { task.take() }
+        });
         let Some(mut task) = taken else { return };
         let waker = Waker::from(Arc::new(TaskWaker { task: id, ready: self.state.ready.clone() }));
         let done = task.as_mut().poll(&mut Context::from_waker(&waker)).is_ready();

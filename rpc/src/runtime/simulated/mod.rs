@@ -3,14 +3,18 @@
 //! What it can do to the code under test:
 //! * any runnable task may run next (`executor`)
 //! * a process is killed at any await; its tasks vanish, what it sent may still arrive
+//! * a process stands still for a while and then goes on as if nothing had been; its clock runs a little too fast or
+//!   too slowly (`hosts`)
 //! * a message is late, for milliseconds or for longer than any timeout; it is then delivered all the same
 //! * an answer is lost, or a request is delivered twice
-//! * two processes cannot reach each other for a while (`network`)
+//! * two processes cannot reach each other for a while, or only one of them the other (`network`)
 //!
-//! Disks and metadata have their own fault models, where they are.
+//! Disks and metadata have their own fault models, where they are. What happens can be told (`trace`).
 
 mod executor;
+mod hosts;
 mod network;
+mod trace;
 
 pub use executor::{ProcessId, World};
 pub use network::{Faults, SimulatedConnect, SimulatedLink};
@@ -85,14 +89,14 @@ pub struct Here {
 
 impl Clock for Here {
     fn now(&self) -> Instant {
-        self.world.now()
+        self.world.local_now(self.process)
     }
     /// The same in every run of a seed.
     fn unix_seconds(&self) -> u64 {
         WORLD_BEGAN_UNIX_S + self.world.now().0.as_secs()
     }
     fn sleep(&self, wait: Duration) -> impl Future<Output = ()> + 'static {
-        self.world.sleep(wait)
+        self.world.sleep(self.world.local_wait(self.process, wait))
     }
 }
 

@@ -3,7 +3,7 @@
 //! Fault model: a message takes 20 µs to 1 ms, one in some dozens up to 50 ms, and one in some hundreds longer than
 //! any timeout. A connection breaks when one end is killed. While two processes are cut off from each other, messages
 //! between them are held back and delivered after the cut, long after the sender gave up. Answers get lost and
-//! requests are carried out twice with the probability of `Faults`. A process can be slow: some or all messages to and
+//! requests are carried out twice with the probability of `Faults`. A cut can be one-way. A process can be slow: some or all messages to and
 //! from it take longer.
 
 use super::{Here, ProcessId, World};
@@ -28,6 +28,7 @@ type Handler = Rc<dyn Fn(Envelope, Operation, Bytes) -> LocalBoxFuture<'static, 
 pub struct Faults {
     pub slow: u64,
     pub very_late: u64,
+    /// Half of these times it is the request that gets lost.
     pub answer_lost: u64,
     pub carried_out_twice: u64,
 }
@@ -38,6 +39,7 @@ impl Faults {
 
 pub(super) struct Network {
     endpoints: RefCell<BTreeMap<String, (ProcessId, Handler)>>,
+    /// From whom nothing arrives at whom.
     cuts: RefCell<BTreeSet<(ProcessId, ProcessId)>>,
     /// Messages to and from these: one in so many takes so much longer.
     slowed: RefCell<BTreeMap<ProcessId, (u64, Duration)>>,
@@ -52,6 +54,13 @@ impl Default for Network {
             slowed: RefCell::default(),
             faults: Cell::new(Faults::NONE),
         }
+    }
+}
+
+impl Network {
+    pub(super) fn close(&self) {
+        let endpoints = self.endpoints.take();
+        drop(endpoints);
     }
 }
 
@@ -75,11 +84,19 @@ impl World {
 
     /// Messages between the two are held back until `heal`.
     pub fn cut(&self, a: ProcessId, b: ProcessId) {
-        self.state.network.cuts.borrow_mut().insert((a.min(b), a.max(b)));
+        self.cut_one_way(a, b);
+        self.cut_one_way(b, a);
+    }
+
+    /// The same for what `from` sends to `to`; what `to` sends arrives.
+    pub fn cut_one_way(&self, from: ProcessId, to: ProcessId) {
+        self.state.network.cuts.borrow_mut().insert((from, to));
     }
 
     pub fn heal(&self, a: ProcessId, b: ProcessId) {
-        self.state.network.cuts.borrow_mut().remove(&(a.min(b), a.max(b)));
+        let mut cuts = self.state.network.cuts.borrow_mut();
+        cuts.remove(&(a, b));
+        cuts.remove(&(b, a));
     }
 
     /// One in `one_in` messages to or from the process takes so much longer; 0: none does any more.
@@ -94,8 +111,15 @@ impl World {
         found.filter(|(one_in, _)| self.hits(*one_in)).map_or(Duration::ZERO, |(_, by)| by)
     }
 
-    fn is_cut(&self, a: ProcessId, b: ProcessId) -> bool {
-        self.state.network.cuts.borrow().contains(&(a.min(b), a.max(b)))
+    /// Everybody reaches everybody again, as fast as ever.
+    pub fn heal_network(&self) {
+        self.state.network.cuts.borrow_mut().clear();
+        self.state.network.slowed.borrow_mut().clear();
+        self.set_faults(Faults::NONE);
+    }
+
+    fn is_cut(&self, from: ProcessId, to: ProcessId) -> bool {
+        self.state.network.cuts.borrow().contains(&(from, to))
     }
 
     fn hits(&self, one_in: u64) -> bool {
@@ -187,6 +211,8 @@ impl Link for SimulatedLink {
         if self.broken.get() {
             return Err(self.closed());
         }
+        let (world, from) = (&self.here.world, self.here.process);
+        world.note(|| format!("{} → {}: {}", world.name_of(from), self.address, request_line(envelope, operation)));
         let (answer, answered) = oneshot::channel();
         self.deliver(Bytes::from(frame), answer);
         let too_long = self.too_long().fuse();
@@ -199,13 +225,40 @@ impl Link for SimulatedLink {
                 silent_ms: REQUEST_DEADLINE.as_millis() as u64,
             }),
         };
-        match result {
+        let result = match result {
             Ok(frame) => self.decode(frame),
             Err(error) => {
                 self.broken.set(true);
                 Err(error)
             }
+        };
+        world.note(|| {
+            let answer = match &result {
+                Ok((reply, _)) => format!("{:?}", reply.answer),
+                Err(error) => format!("no answer: {error}"),
+            };
+            format!("{} ← {}: {answer} to {}", world.name_of(from), self.address, operation_line(operation))
+        });
+        result
+    }
+}
+
+fn request_line(envelope: &Envelope, operation: &Operation) -> String {
+    let Envelope { volume, epoch, generation, flush_point, .. } = envelope;
+    let volume = volume.to_string();
+    format!("{} of {:.8} epoch {epoch} generation {generation} F {flush_point}", operation_line(operation), volume)
+}
+
+fn operation_line(operation: &Operation) -> String {
+    match operation {
+        Operation::Write { first, version, durable, checksums } => {
+            format!(
+                "Write {version} to {} blocks from {first}{}",
+                checksums.len(),
+                if *durable { ", durable" } else { "" }
+            )
         }
+        other => format!("{other:?}"),
     }
 }
 
@@ -217,7 +270,8 @@ impl SimulatedLink {
         while waited < deadline && silent < dead_after {
             self.here.world.sleep(LINK_PROBE_AFTER).await;
             waited += LINK_PROBE_AFTER;
-            let cut = self.here.world.is_cut(self.here.process, self.process);
+            let (world, from, to) = (&self.here.world, self.here.process, self.process);
+            let cut = world.is_cut(from, to) || world.is_cut(to, from);
             silent = if cut { silent + LINK_PROBE_AFTER } else { Duration::ZERO };
         }
     }
@@ -229,6 +283,7 @@ impl SimulatedLink {
         let faults = world.state.network.faults.get();
         let twice = world.hits(faults.carried_out_twice);
         let lost = world.hits(faults.answer_lost);
+        let never_arrives = lost && world.one_in(2);
         if twice {
             let (world, address, frame) = (world.clone(), address.clone(), frame.clone());
             self.here.world.spawn(to, async move {
@@ -242,6 +297,11 @@ impl SimulatedLink {
         self.here.world.spawn(to, async move {
             world.travel(from, to).await;
             let Some((_, handler)) = world.endpoint(&address).filter(|(process, _)| *process == to) else { return };
+            if never_arrives {
+                // As on a connection on which nothing is heard any more: it ends by the caller's deadline.
+                world.sleep(REQUEST_DEADLINE * 2).await;
+                return;
+            }
             let reply = carry_out(handler, frame).await;
             world.travel(to, from).await;
             if !lost {
