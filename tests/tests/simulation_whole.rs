@@ -2,7 +2,7 @@
 //!
 //! Each run of the test takes the next 300 seeds: which ones follows from the number of commits, so that one commit
 //! always has the same. `SIMULATION_SEEDS=first..last` for others, `SIMULATION_THREADS` for how many at once. Seeds that
-//! failed once stay in `FOUND`.
+//! failed once stay in `FOUND`. `SIMULATION_FAILURES`: after how many of them it ends.
 
 use std::ops::Range;
 use std::process::Command;
@@ -38,6 +38,11 @@ fn seeds() -> Range<u64> {
 fn threads() -> usize {
     let asked = std::env::var("SIMULATION_THREADS").ok().and_then(|text| text.parse().ok());
     asked.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |cores| cores.get()))
+}
+
+fn failures_max() -> usize {
+    let asked = std::env::var("SIMULATION_FAILURES").ok().and_then(|text| text.parse().ok());
+    asked.unwrap_or(FAILURES_MAX)
 }
 
 #[derive(Default)]
@@ -110,7 +115,7 @@ fn work(all: &[u64], next: &AtomicU64, total: &Mutex<Total>) {
             Err(failure) => {
                 println!("seed {seed}: {}", failure.because);
                 total.failures.push(*failure);
-                if total.failures.len() >= FAILURES_MAX {
+                if total.failures.len() >= failures_max() {
                     next.store(all.len() as u64, Ordering::Relaxed);
                 }
             }

@@ -8,6 +8,7 @@ use std::rc::Rc;
 use std::time::Duration;
 use torus_engine::disk::simulated::Damage;
 use torus_rpc::metadata::memory::{Lost, MemoryStore};
+use torus_rpc::runtime::Disk as _;
 use torus_rpc::runtime::simulated::{Here, ProcessId};
 
 impl Whole {
@@ -113,15 +114,15 @@ impl Whole {
             Trouble::CutPair => self.cut_pair(false).await,
             Trouble::CutPairOneWay => self.cut_pair(true).await,
             Trouble::Isolate => self.isolate(node).await,
-            Trouble::DiskErrors => self.disk_errors(node).await,
             Trouble::DiskGone | Trouble::DiskErrors | Trouble::Damage if self.starting.get() => {}
+            Trouble::DiskErrors => self.disk_errors(node).await,
             Trouble::DiskGone => {
                 let disk = self.some_disk(node);
                 disk.vanish();
                 self.for_a_while(20_000).await;
                 disk.reappear();
             }
-            Trouble::Damage => self.damage(node),
+            Trouble::Damage => self.damage(node).await,
             Trouble::KillClient => {
                 if let Some(person) = self.some_person() {
                     self.kill_person(&person);
@@ -277,10 +278,18 @@ impl Whole {
         disk.fail_reads(0);
     }
 
-    fn damage(&self, node: usize) {
+    /// Not the superblock: with a damaged one a shard refuses to start, and its disk has to be replaced.
+    async fn damage(&self, node: usize) {
         let kinds = [Damage::Rot, Damage::Old, Damage::Elsewhere];
         let kind = kinds[self.world.random_below(3) as usize];
-        let page = self.some_disk(node).damage(kind);
+        let disk = self.some_disk(node);
+        let superblock = disk.peek(0, 4096);
+        let page = disk.damage(kind);
+        if page == Some(0) {
+            disk.write(0, superblock).await.expect("nothing else is wrong with it");
+            disk.sync().await.expect("nothing else is wrong with it");
+            return;
+        }
         self.world.note(|| format!("page {page:?} of a disk of node-{node} is damaged: {kind:?}"));
     }
 }
