@@ -9,7 +9,7 @@ use std::rc::Rc;
 use std::time::Duration;
 use torus_frontends::device::{Exports, VolumeError};
 use torus_frontends::volume::AttachedVolume;
-use torus_rpc::message::{Answer, Envelope, Operation};
+use torus_rpc::message::{Answer, Envelope, Operation, Refusal};
 use torus_rpc::metadata::Metadata;
 use torus_rpc::token::ClusterKey;
 use torus_schema::ids::{BlockIndex, Epoch, ShardId, Version, VolumeId};
@@ -20,6 +20,8 @@ use torus_schema::ring::placement::Placement;
 const REST_WITHIN: Duration = Duration::from_secs(180);
 /// A repair that failed is tried again after ten minutes at the latest.
 const WHOLE_WITHIN: Duration = Duration::from_secs(1500);
+/// A damaged block is taken from a peer when somebody has asked for it.
+const REPAIRED_WITHIN: Duration = Duration::from_secs(120);
 const BLOCK_BYTES: u64 = 4096;
 /// Of a node at rest, with its shards, repair owner, heartbeat and watches.
 const TASKS_PER_NODE_MAX: usize = 24;
@@ -166,7 +168,16 @@ impl Whole {
         let serving = self.cluster.place(node, shard.shard).shard.borrow().clone().expect("all nodes run");
         let token = ClusterKey::from_hex(KEY).expect("32 bytes").sign(volume, Epoch(0), "peer");
         let operation = Operation::PeerRead { token, first: block, count: 1, data: true };
-        let (reply, chunks) = serving.handle(Envelope { volume, ..Envelope::NONE }, operation, Bytes::new()).await;
+        let deadline = self.world.now().after(REPAIRED_WITHIN);
+        let (reply, chunks) = loop {
+            let envelope = Envelope { volume, ..Envelope::NONE };
+            let (reply, chunks) = serving.handle(envelope, operation.clone(), Bytes::new()).await;
+            let damaged = matches!(reply.answer, Answer::Refused(Refusal::Damaged { .. }));
+            if !damaged || self.world.now() >= deadline {
+                break (reply, chunks);
+            }
+            self.world.sleep(Duration::from_secs(1)).await;
+        };
         let Answer::Read { runs, checksums } = reply.answer else {
             return Err(format!("shard {shard}, in sync, block {block}: {:?}", reply.answer));
         };

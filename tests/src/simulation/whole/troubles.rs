@@ -8,7 +8,6 @@ use std::rc::Rc;
 use std::time::Duration;
 use torus_engine::disk::simulated::Damage;
 use torus_rpc::metadata::memory::{Lost, MemoryStore};
-use torus_rpc::runtime::Disk as _;
 use torus_rpc::runtime::simulated::{Here, ProcessId};
 
 impl Whole {
@@ -122,7 +121,7 @@ impl Whole {
                 self.for_a_while(20_000).await;
                 disk.reappear();
             }
-            Trouble::Damage => self.damage(node).await,
+            Trouble::Damage => self.damage(node),
             Trouble::KillClient => {
                 if let Some(person) = self.some_person() {
                     self.kill_person(&person);
@@ -279,15 +278,15 @@ impl Whole {
     }
 
     /// Not the superblock: with a damaged one a shard refuses to start, and its disk has to be replaced.
-    async fn damage(&self, node: usize) {
+    fn damage(&self, node: usize) {
         let kinds = [Damage::Rot, Damage::Old, Damage::Elsewhere];
         let kind = kinds[self.world.random_below(3) as usize];
         let disk = self.some_disk(node);
         let superblock = disk.peek(0, 4096);
         let page = disk.damage(kind);
         if page == Some(0) {
-            disk.write(0, superblock).await.expect("nothing else is wrong with it");
-            disk.sync().await.expect("nothing else is wrong with it");
+            let differing = disk.peek(0, 4096).into_iter().zip(superblock).enumerate();
+            differing.filter(|(_, (is, was))| is != was).for_each(|(at, (is, was))| disk.flip(at as u64, is ^ was));
             return;
         }
         self.world.note(|| format!("page {page:?} of a disk of node-{node} is damaged: {kind:?}"));
