@@ -145,6 +145,8 @@ struct Resync {
   blocksMax @9 :UInt32;
   # Else only versions that never were are taken back.
   pull @10 :Bool;
+  # Of the source's place in the ring.
+  sourceGeneration @11 :UInt64;
 }
 
 struct Reply {

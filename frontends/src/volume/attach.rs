@@ -9,7 +9,7 @@ use super::replay::{Budget, ReplayBuffer};
 use super::replicas::Replicas;
 use super::resync::keep_in_sync;
 use super::session::{Failure, Open, Session, Shard, Verdict, verdict};
-use super::status::{Loss, StatusKeeper};
+use super::status::{Loss, StatusKeeper, times_in};
 use super::window::Window;
 use crate::device::VolumeError;
 use bytes::Bytes;
@@ -40,6 +40,8 @@ pub struct Attacher {
     pub pid: u32,
     /// Take the volume over from a live owner.
     pub force: bool,
+    /// Only to bring stale replicas up to date: it lets go as soon as anybody wants the volume.
+    pub repair: bool,
 }
 
 pub(super) fn metadata_error(error: MetadataError) -> VolumeError {
@@ -116,7 +118,7 @@ async fn build<R: Runtime>(
     let replicas = Replicas::new(placed.collect(), usize::from(record.min_replicas), &owned.status.0);
     let mut shards = Vec::new();
     for id in replicas.shards() {
-        shards.push(shard(&runtime, &owned.ring, &cluster, *id).await?);
+        shards.push(shard(&runtime, &owned.ring, &cluster, &record, *id).await?);
     }
     let owner = owner_name(&owned.owner);
     let open = Open {
@@ -147,6 +149,7 @@ async fn build<R: Runtime>(
             running: Cell::new(false),
             finished: RefCell::default(),
             distrusted: RefCell::default(),
+            stale_s: RefCell::new(times_in(&owned.status.0)),
             pending_since: Cell::new(None),
         },
         window: RefCell::new(Window::default()),
@@ -190,6 +193,7 @@ async fn shard<R: Runtime>(
     runtime: &R,
     ring: &Ring,
     cluster: &ClusterRecord,
+    record: &VolumeRecord,
     id: ShardId,
 ) -> Result<Shard, VolumeError> {
     let node =
@@ -199,6 +203,7 @@ async fn shard<R: Runtime>(
     Ok(Shard {
         id,
         peer: RefCell::new(Rc::new(peer)),
+        generation: Cell::new(ring.instance_generation(id.node, record.generation)),
         incarnation: Cell::new(Incarnation(0)),
         full: Cell::new(false),
         recovering: Cell::new(false),

@@ -345,7 +345,8 @@ impl<R: Runtime> Session<R> {
             let shard = &self.shards[chosen];
             let peer = shard.peer.borrow();
             let (node, address) = (peer.node, peer.address.clone());
-            return Ok((chosen, Source { node, shard: peer.shard, address, incarnation: shard.incarnation.get() }));
+            let (incarnation, generation) = (shard.incarnation.get(), shard.generation.get());
+            return Ok((chosen, Source { node, shard: peer.shard, address, incarnation, generation }));
         }
     }
 

@@ -21,7 +21,7 @@ use torus_rpc::error::LinkError;
 use torus_rpc::message::{Answer, Envelope, Operation, Refusal, Token};
 use torus_rpc::notify::Notify;
 use torus_rpc::runtime::{Clock, Peer, Runtime};
-use torus_schema::ids::{Epoch, Incarnation, ShardId, Version};
+use torus_schema::ids::{Epoch, Incarnation, RingGeneration, ShardId, Version};
 use torus_schema::records::{OwnerRecord, VolumeRecord};
 use torus_schema::ring::placement::Placement;
 
@@ -78,6 +78,8 @@ pub(super) struct Shard {
     pub id: ShardId,
     /// A node that was started anew may listen elsewhere.
     pub peer: RefCell<Rc<Peer>>,
+    /// Of the instances it is to hold: those of an earlier one are not what this volume means.
+    pub generation: Cell<RingGeneration>,
     /// Its life that has everything this session has acknowledged. A later one is named here only when all it may lack
     /// has been replayed to it: until then every request of ours is refused there.
     pub incarnation: Cell<Incarnation>,
@@ -95,6 +97,12 @@ pub(super) struct Shard {
     pub outstanding: Cell<u32>,
     /// Recent service time of reads, a moving average.
     pub service_us: Cell<u32>,
+}
+
+impl Shard {
+    fn flush_point_told(&self, flush_point: Version) -> Version {
+        self.flush_point_held.get().map_or(flush_point, |held| held.min(flush_point))
+    }
 }
 
 /// Why one attempt did not succeed.
@@ -195,11 +203,8 @@ impl<R: Runtime> Session<R> {
             volume: self.record.id,
             epoch: self.epoch,
             incarnation,
-            generation: self.record.generation,
-            flush_point: shard
-                .flush_point_held
-                .get()
-                .map_or(self.flush_point.get(), |held| held.min(self.flush_point.get())),
+            generation: shard.generation.get(),
+            flush_point: shard.flush_point_told(self.flush_point.get()),
         };
         let peer = shard.peer.borrow().clone();
         shard.outstanding.set(shard.outstanding.get() + 1);

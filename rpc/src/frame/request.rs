@@ -113,6 +113,7 @@ fn set_resync(mut builder: resync::Builder<'_>, asked: &Resync) {
     builder.set_source_node_high(high);
     builder.set_source_node_low(low);
     builder.set_source_shard(asked.source.shard.0);
+    builder.set_source_generation(asked.source.generation.0);
     builder.set_source_address(asked.source.address.as_str());
     let mut incarnation = builder.reborrow().init_source_incarnation();
     incarnation.set_high((asked.source.incarnation.0 >> 64) as u64);
@@ -256,6 +257,7 @@ fn get_resync(asked: resync::Reader<'_>) -> Result<Resync, FrameError> {
         shard: ShardIndex(asked.get_source_shard()),
         address: asked.get_source_address()?.to_str()?.to_string(),
         incarnation: Incarnation(u128::from(incarnation.get_high()) << 64 | u128::from(incarnation.get_low())),
+        generation: RingGeneration(asked.get_source_generation()),
     };
     Ok(Resync {
         slice: SliceId(asked.get_slice()),
@@ -353,7 +355,8 @@ mod tests {
 
     fn resync(version: Version) -> Resync {
         let (node, incarnation) = (NodeId::from_bytes([4; 16]), Incarnation(0xffee_0000_0000_0000_0000_0000_0000_0011));
-        let source = Source { node, shard: ShardIndex(2), address: "host:7000".to_string(), incarnation };
+        let (shard, generation) = (ShardIndex(2), RingGeneration(5));
+        let source = Source { node, shard, address: "host:7000".to_string(), incarnation, generation };
         let (slice, since, from) = (SliceId(6), Version::new(Epoch(3), 8), BlockIndex(77));
         Resync { slice, since, through: version, source, from, blocks_max: 512, pull: true }
     }
