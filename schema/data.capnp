@@ -145,7 +145,7 @@ struct Resync {
   blocksMax @9 :UInt32;
   # Else only versions that never were are taken back.
   pull @10 :Bool;
-  # Of the source's instances.
+  # Of the source's place in the ring.
   sourceGeneration @11 :UInt64;
 }
 

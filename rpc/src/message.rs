@@ -130,6 +130,7 @@ pub struct Source {
     pub shard: ShardIndex,
     pub address: String,
     pub incarnation: Incarnation,
+    /// Of its place in the ring.
     pub generation: RingGeneration,
 }
 

@@ -9,6 +9,7 @@ use super::attach::{Attacher, begin, metadata_error, open_and_reconcile, record_
 use super::lease::ProcessLease;
 use super::links::Links;
 use super::own::give_up;
+use super::places::Places;
 use super::replay::{Budget, ReplayLimits};
 use super::session::Session;
 use super::wanted::watch_wanted;
@@ -53,6 +54,7 @@ struct Shared<R: Runtime> {
     attacher: Attacher,
     links: Rc<Links<R>>,
     budget: Rc<Budget>,
+    places: Places<R>,
     /// Held only while something is repaired.
     lease: RefCell<Weak<ProcessLease<R>>>,
     repairing: RefCell<BTreeSet<VolumeId>>,
@@ -89,6 +91,7 @@ impl<R: Runtime> RepairOwner<R> {
         let shared = Shared {
             links: Links::new(runtime.clone()),
             budget: Budget::new(ReplayLimits::default()),
+            places: Places::new(runtime.clone()),
             runtime,
             node,
             attacher,
@@ -309,6 +312,7 @@ impl<R: Runtime> Shared<R> {
         let (runtime, links, budget) = (self.runtime.clone(), self.links.clone(), self.budget.clone());
         let session = begin(runtime, links, lease, budget, (volume, &record.name), &self.attacher).await?;
         tracing::info!(volume = %record.name, "owned for repair");
+        self.places.follow(&session);
         let result = {
             let work = pin!(work(&session));
             let stopping = pin!(self.changed.until(|| self.stopping.get().then_some(())));

@@ -99,6 +99,12 @@ pub(super) struct Shard {
     pub service_us: Cell<u32>,
 }
 
+impl Shard {
+    fn flush_point_told(&self, flush_point: Version) -> Version {
+        self.flush_point_held.get().map_or(flush_point, |held| held.min(flush_point))
+    }
+}
+
 /// Why one attempt did not succeed.
 #[derive(Debug)]
 pub(super) enum Failure {
@@ -198,10 +204,7 @@ impl<R: Runtime> Session<R> {
             epoch: self.epoch,
             incarnation,
             generation: shard.generation.get(),
-            flush_point: shard
-                .flush_point_held
-                .get()
-                .map_or(self.flush_point.get(), |held| held.min(self.flush_point.get())),
+            flush_point: shard.flush_point_told(self.flush_point.get()),
         };
         let peer = shard.peer.borrow().clone();
         shard.outstanding.set(shard.outstanding.get() + 1);

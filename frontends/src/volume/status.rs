@@ -34,12 +34,12 @@ pub(super) struct StatusKeeper {
     /// Those that could not be marked, and why.
     pub refused: RefCell<Vec<(ShardPosition, BelowMinimum)>>,
     pub running: Cell<bool>,
-    /// When each node's replicas began to be stale, as the status says.
-    pub stale_s: RefCell<BTreeMap<NodeNumber, u64>>,
     /// Whose resync has come to its end.
     pub finished: RefCell<BTreeSet<ShardPosition>>,
     /// Stale replicas that turned out to have nothing of these slices.
     pub distrusted: RefCell<BTreeMap<ShardPosition, Vec<SliceId>>>,
+    /// When each node's replicas began to be stale, as the status says.
+    pub stale_s: RefCell<BTreeMap<NodeNumber, u64>>,
     /// The mark of replicas that are being made stale, not yet listed; see `retain`.
     pub pending_since: Cell<Option<Version>>,
 }

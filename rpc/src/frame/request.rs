@@ -256,8 +256,8 @@ fn get_resync(asked: resync::Reader<'_>) -> Result<Resync, FrameError> {
         node: NodeId::from_bytes(from_halves(asked.get_source_node_high(), asked.get_source_node_low())),
         shard: ShardIndex(asked.get_source_shard()),
         address: asked.get_source_address()?.to_str()?.to_string(),
-        generation: RingGeneration(asked.get_source_generation()),
         incarnation: Incarnation(u128::from(incarnation.get_high()) << 64 | u128::from(incarnation.get_low())),
+        generation: RingGeneration(asked.get_source_generation()),
     };
     Ok(Resync {
         slice: SliceId(asked.get_slice()),
@@ -355,8 +355,8 @@ mod tests {
 
     fn resync(version: Version) -> Resync {
         let (node, incarnation) = (NodeId::from_bytes([4; 16]), Incarnation(0xffee_0000_0000_0000_0000_0000_0000_0011));
-        let (address, generation) = ("host:7000".to_string(), RingGeneration(5));
-        let source = Source { node, shard: ShardIndex(2), address, incarnation, generation };
+        let (shard, generation) = (ShardIndex(2), RingGeneration(5));
+        let source = Source { node, shard, address: "host:7000".to_string(), incarnation, generation };
         let (slice, since, from) = (SliceId(6), Version::new(Epoch(3), 8), BlockIndex(77));
         Resync { slice, since, through: version, source, from, blocks_max: 512, pull: true }
     }

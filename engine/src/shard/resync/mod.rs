@@ -34,7 +34,7 @@ use std::collections::VecDeque;
 use std::pin::pin;
 use std::rc::Rc;
 use std::time::Duration;
-use torus_rpc::message::{Answer, Descriptor, Envelope, Operation, Refusal, Resync, Resynced, Revoked, Run};
+use torus_rpc::message::{Answer, Descriptor, Envelope, Operation, Refusal, Resync, Resynced, Revoked, Run, Source};
 use torus_rpc::runtime::{Clock, Instant, Peer, Runtime};
 use torus_schema::ids::{BlockIndex, Version};
 use torus_schema::limits::{
@@ -143,11 +143,8 @@ impl<R: Runtime> Work<'_, R> {
     }
 
     async fn ask(&self, operation: &Operation) -> Result<(Answer, Bytes), Refusal> {
-        let envelope = Envelope {
-            incarnation: self.asked.source.incarnation,
-            generation: self.asked.source.generation,
-            ..*self.envelope
-        };
+        let Source { incarnation, generation, .. } = self.asked.source;
+        let envelope = Envelope { incarnation, generation, ..*self.envelope };
         let clock = self.shard.runtime.clock();
         let asked = pin!(self.shard.ask_peer(&self.peer, &envelope, operation));
         let too_long = pin!(clock.sleep(RESYNC_SOURCE_DEADLINE));

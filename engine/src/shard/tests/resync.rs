@@ -44,7 +44,7 @@ impl Pair {
             shard: identity.shard,
             address: identity.node.to_string(),
             incarnation: self.there.envelope.get().incarnation,
-            generation: self.there.envelope.get().generation,
+            generation: GENERATION,
         };
         let through = self.here.last_version();
         Operation::Resync(Resync { slice, since, through, source, from, blocks_max: BLOCKS_MAX, pull })
@@ -250,7 +250,7 @@ fn a_request_moves_no_more_than_it_may_and_says_where_to_go_on() {
     simulate(6, |world| async move {
         let pair = Pair::start(&world).await;
         let since = pair.flush().await;
-        for first in (0..400).step_by(100) {
+        for first in (0..300).step_by(100) {
             pair.there.write(first, 100).await.unwrap();
         }
         pair.align();
