@@ -70,6 +70,12 @@ enum Turn {
     Stop,
 }
 
+/// Where the records of a segment are listed.
+enum List {
+    Here(Vec<Record>),
+    InFooter,
+}
+
 impl<R: Runtime> Shard<R> {
     /// Goes on with a pass where it was, or begins it. Nothing happens while one runs.
     pub fn start_scrub(&self, pass: ScrubPass, rate_bytes_s: u64) {
@@ -141,11 +147,10 @@ impl<R: Runtime> Shard<R> {
     /// In the order they lie. `None`: the segment's footer cannot be read.
     async fn needed_blocks(self: &Rc<Self>, segment: SegmentIndex) -> Option<Vec<Damaged>> {
         let held = self.hold(segment);
-        let in_memory = self.state.borrow().records_in_memory(segment);
-        let records = match in_memory {
-            Ok(records) => records,
-            Err(Usage::Free | Usage::Emptied { .. }) => Vec::new(),
-            Err(_) => self.footer_records(segment).await?,
+        let list = self.changed.until(|| self.state.borrow().list_of(segment)).await;
+        let records = match list {
+            List::Here(records) => records,
+            List::InFooter => self.footer_records(segment).await?,
         };
         drop(held);
         let state = self.state.borrow();
@@ -287,11 +292,17 @@ impl State {
         self.standing(block) == Some(block.position)
     }
 
-    /// Of a segment that has no footer yet. Otherwise what it is used for.
-    fn records_in_memory(&self, segment: SegmentIndex) -> Result<Vec<Record>, Usage> {
+    /// `None`: its footer is being written, or is about to be.
+    fn list_of(&self, segment: SegmentIndex) -> Option<List> {
         let fillings = self.queue.head.iter().chain(&self.queue.sealing);
         let mut filling = fillings.filter(|filling| filling.identity.segment == segment);
-        filling.next().map(|filling| filling.records.clone()).ok_or(self.contents.space.usage(segment))
+        match (filling.next(), self.contents.space.usage(segment)) {
+            (Some(filling), _) => Some(List::Here(filling.records.clone())),
+            (None, Usage::Sealed) => Some(List::InFooter),
+            (None, Usage::Open | Usage::Sealing) if !self.is_ending() => None,
+            // Nothing in it is needed.
+            (None, _) => Some(List::Here(Vec::new())),
+        }
     }
 }
 

@@ -29,7 +29,7 @@ fn a_pass_reads_every_needed_block_finds_the_damaged_ones_and_has_them_repaired(
     for seed in 0..10 {
         simulate(seed, move |world| async move {
             let pair = Pair::new(&world).await;
-            pair.link(&world);
+            pair.link();
             let mut last = Version::ZERO;
             for first in (0..150).step_by(5) {
                 last = pair.write(first, 5).await;
@@ -60,7 +60,7 @@ fn a_pass_reads_every_needed_block_finds_the_damaged_ones_and_has_them_repaired(
 fn two_whole_different_copies_of_one_version_are_told_once_and_left_alone() {
     simulate(1, |world| async move {
         let pair = Pair::new(&world).await;
-        pair.link(&world);
+        pair.link();
         pair.write(3, 2).await;
         let version = pair.write_two_things(4).await;
         for started_s in [100, 200] {
@@ -111,7 +111,7 @@ fn segments_are_cleaned_and_used_again_under_a_pass_and_nothing_is_taken_for_dam
     for seed in 0..10 {
         simulate(seed, move |world| async move {
             let pair = Pair::new(&world).await;
-            pair.link(&world);
+            pair.link();
             let shard = pair.here.machine.shard();
             for round in 0..30 {
                 shard.start_scrub(pass(round), MIB);

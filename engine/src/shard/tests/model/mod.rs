@@ -11,6 +11,8 @@
 //! * `operations`  what a client does
 //! * `past`        snapshots, and versions that are taken back
 //! * `restart`     crashes and starts, and what must hold after them
+//! * `scrub`       whole passes, what they must find, and what has to be mended after them
+//! * `replica`     the peer that mends it
 //! * `profile`     what a seed draws first: size of the disk, and what it does wrong
 //!
 //! `SEED=7` runs one seed, `SEEDS=1000..2000` a range, `RUST_LOG=debug` tells its story; `scripts/mutants` shows what the model catches.
@@ -19,12 +21,16 @@ mod known;
 mod operations;
 mod past;
 mod profile;
+mod replica;
 mod restart;
+mod scrub;
 
 use super::harness::*;
 use known::Blocks;
 use past::Pin;
 use profile::{Profile, Trouble};
+use replica::Replica;
+use scrub::Reached;
 use std::cell::{Cell, RefCell};
 use std::ops::Range;
 use std::rc::Rc;
@@ -43,6 +49,8 @@ struct Test {
     world: World,
     profile: Profile,
     machine: Machine,
+    /// Of the same volume.
+    replica: Option<Replica>,
     /// Another one after a loss.
     client: RefCell<Client>,
     blocks: RefCell<Blocks>,
@@ -53,6 +61,7 @@ struct Test {
     last_number: Cell<u8>,
     /// The shard answers nothing any more until it is started again.
     failed: Cell<bool>,
+    reached: Rc<RefCell<Reached>>,
 }
 
 fn block_at(number: u64) -> u64 {
@@ -73,12 +82,10 @@ impl Test {
         self.machine.disk.damages()
     }
 
-    /// Concurrent operations; true if the machine went down in the middle, or the shard failed.
-    async fn round(self: &Rc<Self>) -> bool {
-        let running = Rc::new(RefCell::new(0u64));
-        let operations = 1 + self.world.random_below(12);
-        for _ in 0..operations {
-            *running.borrow_mut() += 1;
+    /// How many of them are still running.
+    fn start_operations(self: &Rc<Self>) -> Rc<Cell<u64>> {
+        let running = Rc::new(Cell::new(1 + self.world.random_below(12)));
+        for _ in 0..running.get() {
             let (test, running, kind) = (self.clone(), running.clone(), self.world.random_below(20));
             self.world.spawn(self.machine.process.get(), async move {
                 match kind {
@@ -87,9 +94,28 @@ impl Test {
                     14..17 => test.flush().await,
                     _ => test.read().await,
                 }
-                *running.borrow_mut() -= 1;
+                running.set(running.get() - 1);
             });
         }
+        running
+    }
+
+    /// Or the shard has failed.
+    async fn operations_done(&self, running: Rc<Cell<u64>>) {
+        let mut waited = 0;
+        while running.get() > 0 && !self.failed.get() {
+            self.world.sleep(Duration::from_micros(200)).await;
+            waited += 200;
+            assert!(waited < 60_000_000, "seed {}: an operation never ends", self.seed());
+        }
+    }
+
+    /// Concurrent operations; true if the machine went down in the middle, or the shard failed.
+    async fn round(self: &Rc<Self>) -> bool {
+        if self.world.one_in(8) {
+            self.begin_scrub();
+        }
+        let running = self.start_operations();
         self.profile.hurt(&self.world, &self.machine.disk);
         let goes_down = self.world.one_in(6);
         let at_opening = goes_down && self.world.one_in(3);
@@ -97,7 +123,7 @@ impl Test {
         let step = if goes_down { 20 } else { 200 };
         let opened = self.profile.is_opening(self.machine.disk.last_written());
         let mut waited = 0;
-        while *running.borrow() > 0 && waited < patience && !self.failed.get() {
+        while running.get() > 0 && waited < patience && !self.failed.get() {
             self.world.sleep(Duration::from_micros(step)).await;
             waited += step;
             assert!(waited < 60_000_000, "seed {}: an operation never ends", self.seed());
@@ -147,6 +173,10 @@ impl Test {
                 self.retain().await;
                 false
             }
+            18..20 => {
+                self.scrub().await;
+                false
+            }
             _ => false,
         };
         if !down && !self.failed.get() {
@@ -176,21 +206,25 @@ impl Test {
     }
 }
 
-async fn run(world: World, damaged: bool) {
+async fn run(world: World, damaged: bool, reached: Rc<RefCell<Reached>>) {
     let profile = Profile::draw(&world, damaged);
     let machine = Machine::new(&world, profile.segments, profile.segment_blocks).await;
     let client = Client::create(&machine, 1).await;
     client.open().await.unwrap();
+    let replica = if profile.has_replica { Some(Replica::new(&world, 1).await) } else { None };
+    replica.iter().for_each(|replica| replica.introduce(&machine));
     let test = Rc::new(Test {
         world: world.clone(),
         profile,
         machine,
+        replica,
         client: RefCell::new(client),
         blocks: RefCell::default(),
         pins: RefCell::default(),
         stale_since: Cell::default(),
         last_number: Cell::new(1),
         failed: Cell::default(),
+        reached,
     });
     test.profile.begin(&test.machine.disk);
     for _ in 0..ROUNDS {
@@ -222,14 +256,31 @@ fn run_seeds(default: Range<u64>, damaged: bool) {
         let half = first + (end - first) / 2;
         if default.start == 0 { first..half } else { half..end }
     });
+    let is_default = only.is_none() && range.is_none();
+    let mut reached = Reached::default();
     for seed in only.or(range).unwrap_or(default) {
         let name = if damaged { "damaged disk" } else { "sound disk" };
-        let done = std::panic::catch_unwind(|| simulate(seed, move |world| run(world, damaged)));
-        if let Err(panic) = done {
-            let because = panic.downcast_ref::<String>().map_or("see above", |text| text.as_str());
-            panic!("{name} fails with seed {seed}: {because}");
+        match std::panic::catch_unwind(|| run_seed(seed, damaged)) {
+            Ok(by_this) => reached.add(by_this),
+            Err(panic) => {
+                let because = panic.downcast_ref::<String>().map_or("see above", |text| text.as_str());
+                panic!("{name} fails with seed {seed}: {because}");
+            }
         }
     }
+    tracing::info!(damaged, ?reached, "scrub and repair");
+    if is_default {
+        reached.check(damaged);
+    }
+}
+
+/// What its passes came across.
+fn run_seed(seed: u64, damaged: bool) -> Reached {
+    let reached = Rc::new(RefCell::default());
+    let handle = reached.clone();
+    simulate(seed, move |world| run(world, damaged, handle));
+    let reached = *reached.borrow();
+    reached
 }
 
 /// Seeds that found something, and what it was. What a seed draws changes with the model; what they found has a test of
@@ -249,7 +300,7 @@ const FOUND: [(u64, bool, &str); 4] = [
 fn seeds_that_found_something_once() {
     for (seed, damaged, found) in FOUND {
         tracing::debug!(seed, damaged, found);
-        simulate(seed, move |world| run(world, damaged));
+        run_seed(seed, damaged);
     }
 }
 

@@ -39,6 +39,9 @@ impl Test {
         // Some arrive late, behind others with higher versions.
         world.sleep(Duration::from_micros(world.random_below(300))).await;
         let sent_at = self.blocks.borrow_mut().sent(&blocks, version, true);
+        if let Some(replica) = &self.replica {
+            replica.write(world, first, count, version);
+        }
         let (operation, payload) = Client::write_operation(first, count, version, durable);
         let answered = client.call_with(operation, payload).await;
         if self.is_answered(answered) {
@@ -62,6 +65,9 @@ impl Test {
         let sent_at = self.blocks.borrow_mut().sent(&blocks, version, false);
         let first = BlockIndex(first);
         let operation = Operation::Clear { first, count: end - first.0, slice, version, durable };
+        if let Some(replica) = &self.replica {
+            replica.clear(world, operation.clone());
+        }
         let answered = client.call(operation).await;
         if self.is_answered(answered) {
             self.blocks.borrow_mut().answered(&blocks, version, sent_at, durable);
@@ -111,7 +117,7 @@ impl Test {
     }
 
     /// A place that could not be read twice is as good as damaged.
-    fn may_be_damaged(&self) -> bool {
+    pub fn may_be_damaged(&self) -> bool {
         self.damages() > 0 || self.profile.trouble == Trouble::Errors
     }
 

@@ -40,6 +40,7 @@ impl Test {
         }
         self.profile.begin(&self.machine.disk);
         self.failed.set(false);
+        self.replica.iter().for_each(|replica| replica.introduce(&self.machine));
         self.attach().await;
         true
     }
@@ -54,6 +55,10 @@ impl Test {
                 self.accept_what_is_there().await;
                 if !self.failed.get() {
                     self.check_snapshots();
+                }
+                if let Some(replica) = self.replica.as_ref().filter(|_| !self.failed.get()) {
+                    let kept = |block| client.found(block).version();
+                    replica.begin_epoch(&self.world, client.envelope.get().epoch, kept).await;
                 }
                 // A writer says it as soon as it can, and may be late.
                 if !self.failed.get() && self.world.one_in(2) {
@@ -90,6 +95,9 @@ impl Test {
         };
         match result.await {
             Ok(client) => {
+                if let Some(replica) = &self.replica {
+                    replica.begin_anew(&self.world, self.last_number.get()).await;
+                }
                 *self.client.borrow_mut() = client;
                 *self.blocks.borrow_mut() = Blocks::default();
             }
