@@ -56,18 +56,33 @@ pub struct ScrubReport {
 pub(super) struct Scrub {
     running: Option<Running>,
     finished: Option<ScrubPass>,
+    /// Starts so far.
+    starts: Start,
     pub stopped: bool,
 }
 
+/// Tells a pass from one that was stopped, of which a turn is still under way when the next is started: what that turn
+/// still finds is not the next one's.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+struct Start(u64);
+
 struct Running {
+    start: Start,
     pass: ScrubPass,
     rate_bytes_s: u64,
 }
 
 enum Turn {
-    Segment(SegmentIndex),
-    Compare,
+    Segment(Start, SegmentIndex),
+    Compare(Start),
     Stop,
+}
+
+impl Scrub {
+    /// Bytes a second; `None`: that pass was stopped.
+    fn rate_of(&self, start: Start) -> Option<u64> {
+        self.running.as_ref().filter(|running| running.start == start).map(|running| running.rate_bytes_s)
+    }
 }
 
 /// Where the records of a segment are listed.
@@ -82,7 +97,8 @@ impl<R: Runtime> Shard<R> {
         assert!(rate_bytes_s > 0, "a rate of zero means that there is no scrub");
         let scrub = &mut self.state.borrow_mut().scrub;
         if scrub.running.is_none() {
-            scrub.running = Some(Running { pass, rate_bytes_s });
+            scrub.starts.0 += 1;
+            scrub.running = Some(Running { start: scrub.starts, pass, rate_bytes_s });
         }
         self.background.notify();
     }
@@ -104,13 +120,13 @@ impl<R: Runtime> Shard<R> {
             let turn = self.background.until(|| self.state.borrow().scrub_turn(self.geometry)).await;
             match turn {
                 Turn::Stop => break,
-                Turn::Segment(segment) => {
-                    if self.scrub_segment(segment).await.is_some() {
-                        self.count(|pass| pass.segment += 1);
+                Turn::Segment(start, segment) => {
+                    if self.scrub_segment(start, segment).await.is_some() {
+                        self.count(start, |pass| pass.segment += 1);
                     }
                 }
-                Turn::Compare => {
-                    if self.compare_all().await.is_some() {
+                Turn::Compare(start) => {
+                    if self.compare_all(start).await.is_some() {
                         let state = &mut *self.state.borrow_mut();
                         state.forget_settled_conflicts();
                         state.scrub.finished = state.scrub.running.take().map(|running| running.pass);
@@ -123,23 +139,23 @@ impl<R: Runtime> Shard<R> {
         self.changed.notify();
     }
 
-    fn count(&self, change: impl FnOnce(&mut ScrubPass)) {
+    fn count(&self, start: Start, change: impl FnOnce(&mut ScrubPass)) {
         let scrub = &mut self.state.borrow_mut().scrub;
-        if let Some(running) = &mut scrub.running {
+        if let Some(running) = scrub.running.as_mut().filter(|running| running.start == start) {
             change(&mut running.pass);
         }
     }
 
     /// `None`: told to stop meanwhile.
-    async fn scrub_segment(self: &Rc<Self>, segment: SegmentIndex) -> Option<()> {
+    async fn scrub_segment(self: &Rc<Self>, start: Start, segment: SegmentIndex) -> Option<()> {
         let Some(blocks) = self.needed_blocks(segment).await else {
-            self.count(|pass| pass.segments_unread += 1);
+            self.count(start, |pass| pass.segments_unread += 1);
             tracing::error!(segment = segment.0, "scrub: the list of a segment's records cannot be read");
-            return self.pace(BLOCK).await;
+            return self.pace(start, BLOCK).await;
         };
         for group in neighbours(&blocks) {
-            let read = self.scrub_group(segment, group).await;
-            self.pace(read * BLOCK).await?;
+            let read = self.scrub_group(start, segment, group).await;
+            self.pace(start, read * BLOCK).await?;
         }
         Some(())
     }
@@ -167,7 +183,7 @@ impl<R: Runtime> Shard<R> {
     }
 
     /// Gives how many blocks were read.
-    async fn scrub_group(self: &Rc<Self>, segment: SegmentIndex, group: &[Damaged]) -> usize {
+    async fn scrub_group(self: &Rc<Self>, start: Start, segment: SegmentIndex, group: &[Damaged]) -> usize {
         let _held = self.hold(segment);
         // From here on the segment is not used anew: what is needed of it now stays what it is.
         let needed: Vec<&Damaged> = {
@@ -188,7 +204,7 @@ impl<R: Runtime> Shard<R> {
                 damaged += 1;
             }
         }
-        self.count(|pass| {
+        self.count(start, |pass| {
             pass.blocks_read += needed.len() as u64;
             pass.damaged += damaged;
         });
@@ -196,13 +212,13 @@ impl<R: Runtime> Shard<R> {
     }
 
     /// Sleeps for as long as that many bytes may take. `None`: told to stop.
-    async fn pace(&self, bytes: usize) -> Option<()> {
-        let rate = self.state.borrow().scrub.running.as_ref()?.rate_bytes_s;
+    async fn pace(&self, start: Start, bytes: usize) -> Option<()> {
+        let rate = self.state.borrow().scrub.rate_of(start)?;
         let nanoseconds = bytes as u128 * 1_000_000_000 / u128::from(rate);
         let sleep = self.runtime.clock().sleep(Duration::from_nanos(nanoseconds as u64));
         let is_over = || {
             let state = self.state.borrow();
-            (state.is_ending() || state.scrub.running.is_none()).then_some(())
+            (state.is_ending() || state.scrub.rate_of(start).is_none()).then_some(())
         };
         let over = self.background.until(is_over);
         futures::pin_mut!(sleep, over);
@@ -212,7 +228,7 @@ impl<R: Runtime> Shard<R> {
         }
     }
 
-    async fn compare_all(self: &Rc<Self>) -> Option<()> {
+    async fn compare_all(self: &Rc<Self>, start: Start) -> Option<()> {
         let volumes: Vec<VolumeId> = self.state.borrow().contents.volumes.keys().copied().collect();
         for volume in volumes {
             let extents = self.state.borrow().contents.index.extents_of(volume);
@@ -220,8 +236,8 @@ impl<R: Runtime> Shard<R> {
                 let first = extent.first_block();
                 for peer in self.other_holders(volume, first) {
                     for offset in (0..BLOCKS_PER_EXTENT).step_by(BLOCKS_PER_FRAME_MAX as usize) {
-                        let asked = self.compare(&peer, volume, BlockIndex(first.0 + offset)).await;
-                        self.pace(if asked { QUESTION_BYTES } else { 0 }).await?;
+                        let asked = self.compare(start, &peer, volume, BlockIndex(first.0 + offset)).await;
+                        self.pace(start, if asked { QUESTION_BYTES } else { 0 }).await?;
                     }
                 }
             }
@@ -230,7 +246,7 @@ impl<R: Runtime> Shard<R> {
     }
 
     /// One frame of blocks. False if there was nothing to ask.
-    async fn compare(&self, peer: &Peer, volume: VolumeId, first: BlockIndex) -> bool {
+    async fn compare(&self, start: Start, peer: &Peer, volume: VolumeId, first: BlockIndex) -> bool {
         let count = BLOCKS_PER_FRAME_MAX as u32;
         let here: Vec<Found> = {
             let contents = &self.state.borrow().contents;
@@ -248,9 +264,9 @@ impl<R: Runtime> Shard<R> {
             if entry.version != version {
                 continue;
             }
-            self.count(|pass| pass.blocks_compared += 1);
+            self.count(start, |pass| pass.blocks_compared += 1);
             if entry.checksum != checksum {
-                self.count(|pass| pass.conflicts += 1);
+                self.count(start, |pass| pass.conflicts += 1);
                 let (position, version) = (entry.position, entry.version);
                 let ours = Damaged { volume, block, version, checksum: entry.checksum, position };
                 self.note_conflict(&ours, checksum, peer);
@@ -272,8 +288,9 @@ impl State {
         if self.is_ending() {
             return Some(Turn::Stop);
         }
-        let pass = self.scrub.running.as_ref()?.pass;
-        Some(if pass.segment < geometry.segments { Turn::Segment(SegmentIndex(pass.segment)) } else { Turn::Compare })
+        let Running { start, pass, .. } = *self.scrub.running.as_ref()?;
+        let reads = pass.segment < geometry.segments;
+        Some(if reads { Turn::Segment(start, SegmentIndex(pass.segment)) } else { Turn::Compare(start) })
     }
 
     /// What was written anew since is a conflict no more.

@@ -107,6 +107,35 @@ fn a_pass_takes_as_long_as_its_rate_says_and_stops_when_told() {
 }
 
 #[test]
+fn a_pass_begun_while_the_one_that_was_stopped_still_waits_for_an_answer_reads_everything_itself() {
+    for seed in 0..20 {
+        simulate(seed, move |world| async move {
+            let pair = Pair::new(&world).await;
+            pair.link();
+            pair.write(0, 100).await;
+            let shard = pair.here.machine.shard();
+            shard.start_scrub(pass(100), RATE);
+            // At any point of it: while it reads, and while it compares.
+            world.sleep(Duration::from_millis(seed * 6)).await;
+            shard.stop_scrub();
+            shard.start_scrub(pass(200), RATE);
+            loop {
+                let result = finished(&pair.here).await;
+                if result.started_s == 200 {
+                    assert_eq!(
+                        (result.blocks_read, result.blocks_compared, result.segment),
+                        (100, 100, 8),
+                        "seed {seed}"
+                    );
+                    break;
+                }
+                world.sleep(Duration::from_millis(50)).await;
+            }
+        });
+    }
+}
+
+#[test]
 fn segments_are_cleaned_and_used_again_under_a_pass_and_nothing_is_taken_for_damaged() {
     for seed in 0..10 {
         simulate(seed, move |world| async move {

@@ -239,6 +239,7 @@ async fn run(world: World, damaged: bool, reached: Rc<RefCell<Reached>>) {
     }
     let lost = test.machine.is_up() && test.machine.shard().statistics().lost;
     assert!(!lost || test.damages() > 0, "seed {}", world.seed());
+    test.count_mended();
     // Tasks hold the world that holds them.
     test.machine.crash();
 }

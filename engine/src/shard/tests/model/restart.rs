@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 impl Test {
     /// False: the disk is so damaged that the shard cannot be opened any more, and says so.
     pub async fn restart(self: &Rc<Self>, in_the_middle: bool) -> bool {
+        self.count_mended();
         if self.failed.get() {
             self.profile.calm(&self.machine.disk);
         }

@@ -43,6 +43,13 @@ impl Reached {
 }
 
 impl Test {
+    /// Before the shard goes: what was mended since it was opened.
+    pub fn count_mended(&self) {
+        if self.machine.is_up() {
+            self.reached.borrow_mut().mended += self.machine.shard().statistics().repaired;
+        }
+    }
+
     /// One that nobody waits for, however it ends.
     pub fn begin_scrub(&self) {
         let rate = [MIB, 30 * MIB, 300 * MIB][self.world.random_below(3) as usize];
@@ -53,8 +60,11 @@ impl Test {
     /// Nothing is damaged meanwhile.
     pub async fn scrub(self: &Rc<Self>) {
         let shard = self.machine.shard();
-        self.profile.calm(&self.machine.disk);
         shard.stop_scrub();
+        for _ in 0..self.world.random_below(4) {
+            self.profile.hurt(&self.world, &self.machine.disk);
+        }
+        self.profile.calm(&self.machine.disk);
         let before = shard.statistics();
         let written_before = self.client().last_version();
         self.begin_scrub();
@@ -89,7 +99,7 @@ impl Test {
         self.reached.borrow_mut().add(Reached {
             passes: 1,
             found: pass.damaged,
-            mended: after.repaired - before.repaired,
+            mended: 0,
             not_mended: listed.len() as u64,
             conflicts: after.conflicts - before.conflicts,
             unread: u64::from(pass.segments_unread > 0),
