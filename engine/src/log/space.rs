@@ -310,6 +310,11 @@ impl Space {
         self.segments[segment.0 as usize].usage
     }
 
+    /// Of the opening that stands there.
+    pub fn sequence(&self, segment: SegmentIndex) -> Option<u64> {
+        self.segments[segment.0 as usize].sequence
+    }
+
     fn at(&mut self, segment: SegmentIndex) -> &mut Segment {
         &mut self.segments[segment.0 as usize]
     }

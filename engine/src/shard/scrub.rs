@@ -15,6 +15,7 @@ use super::{Shard, State};
 use crate::index::{Found, Place};
 use crate::log::record::Record;
 use crate::log::recovery::footer_of;
+use crate::log::search::search;
 use crate::log::space::Usage;
 use crate::log::{BLOCK, Geometry, Position, SegmentIndex};
 use std::rc::Rc;
@@ -41,7 +42,7 @@ pub struct ScrubPass {
     pub blocks_compared: u64,
     pub damaged: u64,
     pub conflicts: u64,
-    /// Segments whose list of records cannot be read: their blocks were not verified.
+    /// Segments whose footer cannot be read. What their headers list was verified nevertheless.
     pub segments_unread: u64,
 }
 
@@ -148,38 +149,41 @@ impl<R: Runtime> Shard<R> {
 
     /// `None`: told to stop meanwhile.
     async fn scrub_segment(self: &Rc<Self>, start: Start, segment: SegmentIndex) -> Option<()> {
-        let Some(blocks) = self.needed_blocks(segment).await else {
-            self.count(start, |pass| pass.segments_unread += 1);
-            tracing::error!(segment = segment.0, "scrub: the list of a segment's records cannot be read");
-            return self.pace(start, BLOCK).await;
+        let held = self.hold(segment);
+        let list = self.changed.until(|| self.state.borrow().list_of(segment)).await;
+        let records = match list {
+            List::Here(records) => records,
+            List::InFooter => match footer_of(&self.disk, self.geometry, segment).await.ok().flatten() {
+                Some(footer) => footer.records,
+                None => self.records_in_headers(start, segment).await?,
+            },
         };
-        for group in neighbours(&blocks) {
+        drop(held);
+        for group in neighbours(&self.needed_blocks(&records)) {
             let read = self.scrub_group(start, segment, group).await;
             self.pace(start, read * BLOCK).await?;
         }
         Some(())
     }
 
-    /// In the order they lie. `None`: the segment's footer cannot be read.
-    async fn needed_blocks(self: &Rc<Self>, segment: SegmentIndex) -> Option<Vec<Damaged>> {
-        let held = self.hold(segment);
-        let list = self.changed.until(|| self.state.borrow().list_of(segment)).await;
-        let records = match list {
-            List::Here(records) => records,
-            List::InFooter => self.footer_records(segment).await?,
-        };
-        drop(held);
+    /// The footer is damaged; the next start makes another, and until then the segment is not cleaned either.
+    async fn records_in_headers(&self, start: Start, segment: SegmentIndex) -> Option<Vec<Record>> {
+        self.count(start, |pass| pass.segments_unread += 1);
+        tracing::error!(segment = segment.0, "scrub: a footer cannot be read; its segment is read batch by batch");
+        let sequence = self.state.borrow().contents.space.sequence(segment);
+        let found = search(&self.disk, self.geometry, segment, |identity| Some(identity.sequence) == sequence).await;
+        self.pace(start, self.geometry.blocks as usize * BLOCK).await?;
+        Some(found.batches.into_iter().flat_map(|batch| batch.header.records).collect())
+    }
+
+    /// In the order they lie.
+    fn needed_blocks(&self, records: &[Record]) -> Vec<Damaged> {
         let state = self.state.borrow();
         let data = records.iter().filter_map(|record| if let Record::Data(data) = record { Some(data) } else { None });
         let blocks = data.flat_map(|data| (0..data.checksums.len()).map(|number| block_of(data, number)));
         let mut needed: Vec<Damaged> = blocks.filter(|block| state.is_needed_there(block)).collect();
         needed.sort_unstable_by_key(|block| block.position);
-        Some(needed)
-    }
-
-    async fn footer_records(&self, segment: SegmentIndex) -> Option<Vec<Record>> {
-        let footer = footer_of(&self.disk, self.geometry, segment).await.ok()??;
-        Some(footer.records)
+        needed
     }
 
     /// Gives how many blocks were read.

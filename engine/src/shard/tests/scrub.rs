@@ -107,6 +107,40 @@ fn a_pass_takes_as_long_as_its_rate_says_and_stops_when_told() {
 }
 
 #[test]
+fn a_segment_whose_footer_is_damaged_is_told_and_what_its_headers_list_is_verified_all_the_same() {
+    simulate(1, |world| async move {
+        let pair = Pair::new(&world).await;
+        pair.link();
+        // The first of eight segments of 64 blocks is full, and sealed.
+        let version = pair.write(0, 3).await;
+        for first in (10..110).step_by(5) {
+            pair.write(first, 5).await;
+        }
+        let here = &pair.here;
+        let shard = here.machine.shard();
+        let position = here.position(1);
+        shard.close().await;
+        here.machine.kill();
+        here.machine.start().await.unwrap();
+        here.open().await.unwrap();
+        pair.link();
+        here.rot(1);
+        let segment = here.machine.shard().geometry.segment_of(position);
+        let geometry = here.machine.shard().geometry;
+        let last = crate::log::Position(geometry.first(segment).0 + geometry.blocks - 1);
+        here.machine.disk.flip(crate::log::Geometry::offset(last) + BLOCK_BYTES - 10, 1);
+        let shard = here.machine.shard();
+        shard.start_scrub(pass(100), RATE);
+        let result = finished(here).await;
+        assert_eq!((result.segments_unread, result.damaged), (1, 1));
+        // The one that was mended may be read once more where it went.
+        assert!((103..=104).contains(&result.blocks_read), "{result:?}");
+        here.healed().await;
+        assert_eq!(here.read(0, 3).await.unwrap(), vec![(version, true); 3]);
+    });
+}
+
+#[test]
 fn a_pass_begun_while_the_one_that_was_stopped_still_waits_for_an_answer_reads_everything_itself() {
     for seed in 0..20 {
         simulate(seed, move |world| async move {

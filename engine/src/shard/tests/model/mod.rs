@@ -26,12 +26,13 @@ mod restart;
 mod scrub;
 
 use super::harness::*;
-use known::Blocks;
+use crate::log::BatchNumber;
+use known::{Blocks, Log};
 use past::Pin;
 use profile::{Profile, Trouble};
 use replica::Replica;
 use scrub::Reached;
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, RefCell, RefMut};
 use std::ops::Range;
 use std::rc::Rc;
 use std::time::Duration;
@@ -71,6 +72,15 @@ fn block_at(number: u64) -> u64 {
 impl Test {
     fn client(&self) -> Client {
         self.client.borrow().clone()
+    }
+
+    /// To be told something.
+    fn blocks_now(&self) -> RefMut<'_, Blocks> {
+        let mut blocks = self.blocks.borrow_mut();
+        let shard = self.machine.shard();
+        let queue = &shard.state.borrow().queue;
+        blocks.log = Log { durable: queue.durable, last: BatchNumber(queue.next_batch.0 - 1) };
+        blocks
     }
 
     fn seed(&self) -> u64 {
@@ -148,12 +158,19 @@ impl Test {
             }
         }
         if self.world.one_in(2) {
-            let covered = self.blocks.borrow().covered();
-            let flushed = self.client().flush().await;
-            if self.is_answered(flushed) {
-                self.blocks.borrow_mut().flushed(covered);
-            }
+            self.flush_all().await;
         }
+    }
+
+    /// F moves to all that was answered. False if that failed.
+    async fn flush_all(&self) -> bool {
+        let covered = self.blocks.borrow().covered();
+        let flushed = self.client().flush().await;
+        let answered = self.is_answered(flushed);
+        if answered {
+            self.blocks_now().flushed(covered);
+        }
+        answered
     }
 
     /// What comes seldom, between rounds. True if the machine went down.

@@ -38,14 +38,14 @@ impl Test {
         let blocks: Vec<u64> = (first..first + count).collect();
         // Some arrive late, behind others with higher versions.
         world.sleep(Duration::from_micros(world.random_below(300))).await;
-        let sent_at = self.blocks.borrow_mut().sent(&blocks, version, true);
+        let sent_at = self.blocks_now().sent(&blocks, version, true);
         if let Some(replica) = &self.replica {
             replica.write(world, first, count, version);
         }
         let (operation, payload) = Client::write_operation(first, count, version, durable);
         let answered = client.call_with(operation, payload).await;
         if self.is_answered(answered) {
-            self.blocks.borrow_mut().answered(&blocks, version, sent_at, durable);
+            self.blocks_now().answered(&blocks, version, sent_at, durable);
         }
     }
 
@@ -62,7 +62,7 @@ impl Test {
         let (version, durable) = (client.next_version(), world.one_in(8));
         world.sleep(Duration::from_micros(world.random_below(300))).await;
         tracing::trace!(first, end, %version, durable, "clear");
-        let sent_at = self.blocks.borrow_mut().sent(&blocks, version, false);
+        let sent_at = self.blocks_now().sent(&blocks, version, false);
         let first = BlockIndex(first);
         let operation = Operation::Clear { first, count: end - first.0, slice, version, durable };
         if let Some(replica) = &self.replica {
@@ -70,7 +70,7 @@ impl Test {
         }
         let answered = client.call(operation).await;
         if self.is_answered(answered) {
-            self.blocks.borrow_mut().answered(&blocks, version, sent_at, durable);
+            self.blocks_now().answered(&blocks, version, sent_at, durable);
         }
     }
 
@@ -78,7 +78,7 @@ impl Test {
         let covered = self.blocks.borrow().covered();
         let answered = self.client().call(Operation::Flush).await;
         if self.is_answered(answered) {
-            self.blocks.borrow_mut().flushed(covered);
+            self.blocks_now().flushed(covered);
         }
     }
 

@@ -130,7 +130,7 @@ impl Test {
                 let least = self.blocks.borrow().least(block, self.damages());
                 tracing::trace!(block, version = %found.0, data = found.1, "found");
                 self.check(block, found, least);
-                self.blocks.borrow_mut().accept(block, found.0, found.1);
+                self.blocks_now().accept(block, found.0, found.1);
             }
         }
     }
