@@ -120,6 +120,7 @@ async fn serve_all(
         process: "torusblk serve".to_string(),
         pid: std::process::id(),
         force: arguments.force,
+        repair: false,
     };
     let io_timeout = (arguments.io_timeout > 0).then(|| Duration::from_secs(arguments.io_timeout));
     let settings = VolumeSettings { io_timeout, ..VolumeSettings::default() };

@@ -102,6 +102,7 @@ async fn try_own<R: Runtime>(
         epoch: Epoch(epoch.record.epoch.0 + 1),
         lease: lease.id().0.to_string(),
         attached_s: unix_seconds(),
+        repair: attacher.repair,
     };
     let owner_lease = lease.generation();
     let transaction = match may_own {
