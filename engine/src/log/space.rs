@@ -20,7 +20,7 @@ pub const CLEANER_SEGMENTS: u32 = 1;
 /// With this many free or fewer no client data is taken, but clears, opens and drops still are, since they free space.
 pub const NOTE_SEGMENTS: u32 = 2;
 /// The reserve at least, in segments: the two above, the open one, and one being sealed.
-const RESERVE_SEGMENTS_MIN: u32 = 4;
+pub const RESERVE_SEGMENTS_MIN: u32 = 4;
 
 /// How a victim is chosen.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

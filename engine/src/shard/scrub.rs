@@ -89,7 +89,8 @@ impl Scrub {
 /// Where the records of a segment are listed.
 enum List {
     Here(Vec<Record>),
-    InFooter,
+    /// Of the use of that sequence.
+    InFooter(Option<u64>),
 }
 
 impl<R: Runtime> Shard<R> {
@@ -153,10 +154,12 @@ impl<R: Runtime> Shard<R> {
         let list = self.changed.until(|| self.state.borrow().list_of(segment)).await;
         let records = match list {
             List::Here(records) => records,
-            List::InFooter => match footer_of(&self.disk, self.geometry, segment).await.ok().flatten() {
-                Some(footer) => footer.records,
-                None => self.records_in_headers(start, segment).await?,
-            },
+            List::InFooter(sequence) => {
+                match footer_of(&self.disk, self.geometry, segment, sequence).await.ok().flatten() {
+                    Some(footer) => footer.records,
+                    None => self.records_in_headers(start, segment, sequence).await?,
+                }
+            }
         };
         drop(held);
         for group in neighbours(&self.needed_blocks(&records)) {
@@ -167,10 +170,14 @@ impl<R: Runtime> Shard<R> {
     }
 
     /// The footer is damaged; the next start makes another, and until then the segment is not cleaned either.
-    async fn records_in_headers(&self, start: Start, segment: SegmentIndex) -> Option<Vec<Record>> {
+    async fn records_in_headers(
+        &self,
+        start: Start,
+        segment: SegmentIndex,
+        sequence: Option<u64>,
+    ) -> Option<Vec<Record>> {
         self.count(start, |pass| pass.segments_unread += 1);
         tracing::error!(segment = segment.0, "scrub: a footer cannot be read; its segment is read batch by batch");
-        let sequence = self.state.borrow().contents.space.sequence(segment);
         let found = search(&self.disk, self.geometry, segment, |identity| Some(identity.sequence) == sequence).await;
         self.pace(start, self.geometry.blocks as usize * BLOCK).await?;
         Some(found.batches.into_iter().flat_map(|batch| batch.header.records).collect())
@@ -319,7 +326,7 @@ impl State {
         let mut filling = fillings.filter(|filling| filling.identity.segment == segment);
         match (filling.next(), self.contents.space.usage(segment)) {
             (Some(filling), _) => Some(List::Here(filling.records.clone())),
-            (None, Usage::Sealed) => Some(List::InFooter),
+            (None, Usage::Sealed) => Some(List::InFooter(self.contents.space.sequence(segment))),
             (None, Usage::Open | Usage::Sealing) if !self.is_ending() => None,
             // Nothing in it is needed.
             (None, _) => Some(List::Here(Vec::new())),

@@ -1,6 +1,7 @@
 //! What a client does in a round, and what it makes of the answers.
 
 use super::*;
+use crate::log::space::RESERVE_SEGMENTS_MIN;
 use torus_rpc::message::Operation;
 
 /// What a read found: version, and whether it is data; `None`: damaged.
@@ -23,9 +24,19 @@ impl Test {
                 false
             }
             // Segments that cannot be read cannot be cleaned either.
-            Err(Refusal::NoSpace) if self.damages() > 0 => false,
+            Err(Refusal::NoSpace) if self.damages() > 0 || self.is_needed_to_the_brim() => {
+                self.was_full.set(true);
+                false
+            }
             Err(refusal) => panic!("seed {}: {refusal}", self.seed()),
         }
+    }
+
+    /// Snapshots and what may be taken back are as much as the disk holds beside the reserve and the headers.
+    fn is_needed_to_the_brim(&self) -> bool {
+        let statistics = self.machine.shard().statistics();
+        let segments = u64::from(statistics.segments.saturating_sub(RESERVE_SEGMENTS_MIN));
+        statistics.live_bytes * 10 > segments * statistics.segment_bytes * 8
     }
 
     pub async fn write(self: Rc<Self>) {

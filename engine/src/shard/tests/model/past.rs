@@ -85,8 +85,8 @@ impl Test {
         let block = block_at(self.world.random_below(EXTENTS * BLOCKS_USED));
         let client = self.client();
         let Some((version, before)) = self.blocks.borrow().newest_two(block) else { return false };
-        // What the shard was told to be flushed everywhere is never taken back.
-        if version <= client.envelope.get().flush_point {
+        // What the shard was told to be flushed everywhere is never taken back, and what was refused may not be there.
+        if version <= client.envelope.get().flush_point || self.was_full.get() {
             return false;
         }
         tracing::debug!(block, %version, %before, "revoke");

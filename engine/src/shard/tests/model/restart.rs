@@ -41,6 +41,7 @@ impl Test {
         }
         self.profile.begin(&self.machine.disk);
         self.failed.set(false);
+        self.was_full.set(false);
         self.replica.iter().for_each(|replica| replica.introduce(&self.machine));
         self.attach().await;
         true
