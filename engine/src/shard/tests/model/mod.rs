@@ -291,7 +291,7 @@ fn run_seeds(default: Range<u64>, damaged: bool) {
 
 /// What its passes came across. Says which seed it was if it fails.
 fn run_seed(seed: u64, damaged: bool) -> Reached {
-    let reached = Rc::new(RefCell::default());
+    let reached: Rc<RefCell<Reached>> = Rc::default();
     let handle = reached.clone();
     let run = move || simulate(seed, move |world| run(world, damaged, handle));
     if let Err(panic) = std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)) {
@@ -299,8 +299,7 @@ fn run_seed(seed: u64, damaged: bool) -> Reached {
         let name = if damaged { "damaged disk" } else { "sound disk" };
         panic!("{name} fails with seed {seed}: {because}");
     }
-    let reached = *reached.borrow();
-    reached
+    reached.take()
 }
 
 /// Seeds that found something, and what it was. What a seed draws changes with the model; what they found has a test of
