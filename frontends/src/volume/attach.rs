@@ -142,14 +142,8 @@ async fn build<R: Runtime>(
     for id in replicas.shards() {
         shards.push(shard(&runtime, &owned.ring, &cluster, &record, *id).await?);
     }
-    let owner = owner_name(&owned.owner);
-    let open = Open {
-        token: key.sign(record.id, owned.epoch, &owner),
-        owner,
-        creation: key.sign(record.id, Epoch(0), CREATOR),
-        ring_slices: owned.ring.slices(),
-    };
     let keeper = status_keeper(&owned, volume_revision);
+    let open = Open::new(&key, record.id, (owned.epoch, &owned.owner), owned.ring.slices());
     let session = |this: &Weak<Session<R>>| Session {
         lots: Cell::new(runtime.random().u64() | 1),
         runtime,
@@ -210,6 +204,14 @@ fn check_record(record: &VolumeRecord, ring: &Ring) -> Result<(), VolumeError> {
         return Err(record_error(because));
     }
     Ok(())
+}
+
+impl Open {
+    fn new(key: &ClusterKey, volume: VolumeId, (epoch, owner): (Epoch, &OwnerRecord), ring_slices: u32) -> Self {
+        let owner = owner_name(owner);
+        let (token, creation) = (key.sign(volume, epoch, &owner), key.sign(volume, Epoch(0), CREATOR));
+        Self { token, owner, creation, ring_slices }
+    }
 }
 
 fn owner_name(owner: &OwnerRecord) -> String {
