@@ -14,7 +14,7 @@ impl Pair {
     /// Written by somebody of an earlier epoch than the resync; gives F as it is then.
     async fn start(world: &World) -> Self {
         let pair = Self::new(world).await;
-        pair.link(world);
+        pair.link();
         pair
     }
 
@@ -194,7 +194,7 @@ fn a_request_that_comes_too_late_does_nothing() {
         let not_held = pair.request(other.unwrap(), since, BlockIndex(0), true);
         assert_eq!(pair.here.call(not_held).await, Err(Refusal::NotOwner { slice: other.unwrap() }));
         pair.there.machine.crash_and_start().await;
-        pair.link(&world);
+        pair.link();
         pair.there.open_in(Epoch(1)).await.unwrap();
         let refused = pair.here.call(late.clone()).await;
         assert!(matches!(refused, Err(Refusal::Source { restarted: true, .. })), "{refused:?}");
