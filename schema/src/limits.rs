@@ -130,10 +130,17 @@ pub const METADATA_RETRY_PAUSE_MIN: Duration = Duration::from_millis(10);
 pub const METADATA_RETRY_PAUSE_MAX: Duration = Duration::from_millis(500);
 /// A metadata connection with nothing heard on it for this long is probed, so that a watch on a dead host ends.
 pub const METADATA_PROBE_AFTER: Duration = Duration::from_secs(10);
-/// Lease of a volume's writer.
+/// Lease of a volume's writer, by default and at the bounds of what can be asked for: etcd raises less than 2 s by
+/// itself, and after a minute nobody wants to wait for a dead writer any more.
 pub const OWNER_LEASE_TTL: Duration = Duration::from_secs(10);
-/// Clock drift between hosts over one lease, allowed for on both sides.
+pub const OWNER_LEASE_TTL_MIN: Duration = Duration::from_secs(2);
+pub const OWNER_LEASE_TTL_MAX: Duration = Duration::from_secs(60);
+/// Clock drift between hosts over one lease, allowed for on both sides. At most a quarter of the lease, so that an
+/// owner that misses one keepalive of three still reads.
 pub const LEASE_DRIFT: Duration = Duration::from_millis(500);
+pub const LEASE_DRIFT_PARTS_MIN: u32 = 4;
+/// Owners ask their replicas whether they are still theirs, while the metadata store does not answer: so many at once.
+pub const OWNER_PROBES_IN_FLIGHT_MAX: usize = 32;
 /// Lease of a node's heartbeat, and how often it is renewed.
 pub const HEARTBEAT_LEASE_TTL: Duration = Duration::from_secs(10);
 pub const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(3);
@@ -198,7 +205,9 @@ const _: () = assert!(WIDTH_DEFAULT.is_power_of_two() && WIDTH_DEFAULT <= SLICES
 const _: () = assert!(LINK_PROBE_AFTER.as_millis() * 2 < LINK_DEAD_AFTER.as_millis());
 const _: () = assert!(LINK_DEAD_AFTER.as_millis() < REQUEST_DEADLINE.as_millis());
 const _: () = assert!(HEARTBEAT_INTERVAL.as_millis() * 3 < HEARTBEAT_LEASE_TTL.as_millis());
-const _: () = assert!(LEASE_DRIFT.as_millis() * 4 < OWNER_LEASE_TTL.as_millis());
+const _: () = assert!(LEASE_DRIFT.as_millis() * (LEASE_DRIFT_PARTS_MIN as u128) <= OWNER_LEASE_TTL.as_millis());
+const _: () = assert!(OWNER_LEASE_TTL_MIN.as_millis() <= OWNER_LEASE_TTL.as_millis());
+const _: () = assert!(OWNER_LEASE_TTL.as_millis() <= OWNER_LEASE_TTL_MAX.as_millis());
 const _: () = assert!(METADATA_TRANSACTION_BYTES_MAX < MIB + MIB / 2);
 // A transaction that reads as many of the largest values as it may has to be answered.
 const _: () = assert!(METADATA_OPERATIONS_MAX as u64 * METADATA_TRANSACTION_BYTES_MAX < METADATA_ANSWER_BYTES_MAX);

@@ -262,9 +262,14 @@ pub struct EpochRecord {
     pub epoch: Epoch,
     /// A lower bound of the flush point: everything up to it is durable on every in-sync replica.
     pub flush_point: VersionRecord,
-    /// The last owner was forced out: the next one first waits until its reads have ended.
+    /// The last owner was forced out: the next one first waits so long, in milliseconds, since the forced one may read
+    /// until then by its own clock. 0: nobody was.
     #[serde(default)]
-    pub taken_over: bool,
+    pub wait_out_ms: u64,
+    /// A replica was found to know this epoch, which the store never gave: the store was restored from an older
+    /// backup, and what it says of the volume cannot be trusted. No attach until the operator has decided.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub regressed_below: Option<Epoch>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -277,6 +282,9 @@ pub struct OwnerRecord {
     pub lease: String,
     /// Seconds since the epoch of Unix.
     pub attached_s: u64,
+    /// How its lease was granted: who forces it out has to wait for the sum of both, whatever the own settings are.
+    pub lease_ttl_ms: u64,
+    pub clock_drift_ms: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -72,6 +72,8 @@ pub(crate) enum End {
     Violation(#[from] Violation),
     #[error("the handshake took longer than {} s", NBD_HANDSHAKE_DEADLINE.as_secs())]
     Slow,
+    #[error("the volume is no longer served here: {0}")]
+    Ended(String),
     #[error("the socket failed: {0}")]
     Socket(#[from] io::Error),
 }
@@ -140,7 +142,15 @@ impl Client {
         let failures = Rc::new(Failures { peer: self.peer, count: Cell::new(0) });
         let mut requests =
             Requests { input: self.input, session, device, outbox: outbox.clone(), failures, stopping: self.stopping };
-        let end = requests.run().await;
+        let end = {
+            let device = requests.device.clone();
+            // Answered with errors are what is under way and what comes before this is noticed; then the connection
+            // ends, so that its client does not take a device for alive that answers nothing but errors.
+            match select(pin!(requests.run()), pin!(device.ended())).await {
+                Either::Left((end, _)) => end,
+                Either::Right((because, _)) => End::Ended(because),
+            }
+        };
         // What follows the client's last good word is not looked at; the replies it waits for are still sent.
         drop(requests);
         outbox.finish();

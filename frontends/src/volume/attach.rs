@@ -1,10 +1,12 @@
 //! Becoming the writer of a volume: own it in one transaction, open it on every in-sync replica, reconcile what the
 //! last writer left unflushed, and only then serve (protocol rules 2 to 4).
 
+use super::counters::Counters;
 use super::lease::ProcessLease;
 use super::links::Links;
 use super::own::{Owned, give_up, keep_owning, own};
 use super::reconcile::reconcile;
+use super::regress::contradicted;
 use super::replay::{Budget, ReplayBuffer};
 use super::replicas::Replicas;
 use super::session::{Failure, Open, Session, Shard, Verdict, verdict};
@@ -14,6 +16,7 @@ use crate::device::VolumeError;
 use bytes::Bytes;
 use std::cell::{Cell, RefCell};
 use std::rc::{Rc, Weak};
+use std::sync::Arc;
 use std::time::Duration;
 use torus_rpc::message::{Answer, Opened, Operation, Refusal};
 use torus_rpc::metadata::{Entry, Metadata, MetadataError};
@@ -39,6 +42,16 @@ pub struct Attacher {
     pub force: bool,
 }
 
+/// What all volumes of a process share.
+#[derive(Clone)]
+pub(super) struct Surroundings<R: Runtime> {
+    pub runtime: R,
+    pub links: Rc<Links<R>>,
+    pub lease: Rc<ProcessLease<R>>,
+    pub budget: Rc<Budget>,
+    pub counters: Arc<Counters>,
+}
+
 pub(super) fn metadata_error(error: MetadataError) -> VolumeError {
     VolumeError::Metadata { because: error.to_string() }
 }
@@ -56,19 +69,17 @@ pub async fn find<R: Runtime>(runtime: &R, name: &str) -> Result<VolumeId, Volum
 }
 
 pub(super) async fn attach<R: Runtime>(
-    runtime: R,
-    links: Rc<Links<R>>,
-    lease: Rc<ProcessLease<R>>,
-    budget: Rc<Budget>,
+    around: Surroundings<R>,
     name: &str,
     attacher: &Attacher,
 ) -> Result<Rc<Session<R>>, VolumeError> {
+    let Surroundings { runtime, lease, .. } = around.clone();
     let volume = find(&runtime, name).await?;
     let owned = own(&runtime, &lease, volume, name, attacher).await?;
     let epoch = owned.epoch;
     tracing::info!(volume = name, %epoch, "attached; opening its replicas");
     let owner_revision = owned.owner_revision;
-    let session = match build(runtime.clone(), links, lease, budget, owned).await {
+    let session = match build(around, owned).await {
         Ok(built) => built,
         Err(error) => {
             give_up(&runtime, volume, owner_revision).await;
@@ -89,13 +100,8 @@ pub(super) fn decoded<T: serde::de::DeserializeOwned>(entry: &Entry) -> Result<T
     decode(&entry.key, &entry.value).map_err(record_error)
 }
 
-async fn build<R: Runtime>(
-    runtime: R,
-    links: Rc<Links<R>>,
-    lease: Rc<ProcessLease<R>>,
-    budget: Rc<Budget>,
-    owned: Owned,
-) -> Result<Rc<Session<R>>, VolumeError> {
+async fn build<R: Runtime>(around: Surroundings<R>, owned: Owned) -> Result<Rc<Session<R>>, VolumeError> {
+    let Surroundings { runtime, links, lease, budget, counters } = around;
     let (record, volume_revision) = owned.volume;
     if record.state != VolumeState::Ready {
         let because = "its creation was not finished; delete it and create it again".to_string();
@@ -121,6 +127,7 @@ async fn build<R: Runtime>(
         runtime,
         links,
         lease,
+        counters,
         record,
         owner: owned.owner,
         epoch: owned.epoch,
@@ -129,6 +136,7 @@ async fn build<R: Runtime>(
         replicas: RefCell::new(replicas),
         status: StatusKeeper {
             owner_revision: Cell::new(owned.owner_revision),
+            owning_again: Cell::new(false),
             epoch_revision: owned.epoch_revision,
             owner_lease: Cell::new(owned.owner_lease),
             volume_revision,
@@ -233,12 +241,7 @@ async fn open_and_reconcile<R: Runtime>(session: &Rc<Session<R>>) -> Result<(), 
             Ok(opened) if opened.missing.is_empty() => {}
             Ok(opened) => drop_missing(session, *shard, &opened.missing).await?,
             Err(Failure::Refused(Refusal::StaleEpoch { replica })) => {
-                let because = format!(
-                    "shard {} knows epoch {replica}, the metadata store gave {}: another writer attached since, or the \
-                     store was restored from an older backup",
-                    session.shards[*shard].id, session.epoch
-                );
-                return Err(VolumeError::NotReady { because });
+                return Err(contradicted(session, session.shards[*shard].id, replica).await);
             }
             Err(Failure::Refused(Refusal::BadToken)) => {
                 let because = format!("shard {} has another cluster key", session.shards[*shard].id);

@@ -204,6 +204,8 @@ impl<R: Runtime> Waiting<R> {
     fn begin(session: &Rc<Session<R>>, position: ShardPosition, failure: &Failure, below: BelowMinimum) -> Self {
         let shard = session.shards[position].id;
         if session.waiting.replace(session.waiting.get() + 1) == 0 {
+            session.counters.waits.add(1);
+            session.counters.volumes_waiting.add(1);
             tracing::warn!(volume = %session.record.name, %shard, %failure, slice = %below.slice,
                 would_remain = below.remaining, at_least = below.min, "too few replicas; I/O waits");
         }
@@ -214,7 +216,11 @@ impl<R: Runtime> Waiting<R> {
 impl<R: Runtime> Drop for Waiting<R> {
     fn drop(&mut self) {
         self.0.waiting.set(self.0.waiting.get() - 1);
-        if self.0.waiting.get() == 0 && self.0.ended.borrow().is_none() {
+        if self.0.waiting.get() > 0 {
+            return;
+        }
+        self.0.counters.volumes_waiting.sub(1);
+        if self.0.ended.borrow().is_none() {
             tracing::warn!(volume = %self.0.record.name, "enough replicas again; I/O goes on");
         }
     }

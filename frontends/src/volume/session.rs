@@ -1,6 +1,7 @@
 //! One epoch of one volume: who its replicas are, and the loop that gets a request to one of them until it is done or
 //! no longer required.
 
+use super::counters::Counters;
 use super::lease::ProcessLease;
 use super::links::Links;
 use super::locks::RangeLocks;
@@ -15,6 +16,7 @@ use futures::future::{Either, select};
 use std::cell::{Cell, RefCell};
 use std::pin::pin;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 use torus_rpc::error::LinkError;
 use torus_rpc::message::{Answer, Envelope, Operation, Refusal, Token};
@@ -33,6 +35,7 @@ pub(super) struct Session<R: Runtime> {
     pub runtime: R,
     pub links: Rc<Links<R>>,
     pub lease: Rc<ProcessLease<R>>,
+    pub counters: Arc<Counters>,
     pub record: VolumeRecord,
     /// As it stands in the metadata store, but for a lease that was replaced.
     pub owner: OwnerRecord,
@@ -152,6 +155,7 @@ impl<R: Runtime> Session<R> {
         let mut ended = self.ended.borrow_mut();
         if ended.is_none() {
             tracing::error!(volume = %self.record.name, epoch = %self.epoch, %because, "session ended");
+            self.counters.sessions_ended.add(1);
             *ended = Some(because);
         }
         drop(ended);

@@ -23,6 +23,8 @@ pub(super) struct StatusKeeper {
     pub owner_revision: Cell<Revision>,
     /// The lease our owner key hangs on, as `ProcessLease` counts them.
     pub owner_lease: Cell<u64>,
+    /// Our owner key is gone and is being taken again, or found to be another's.
+    pub owning_again: Cell<bool>,
     /// Of the epoch, as our attach wrote it.
     pub epoch_revision: Revision,
     /// Of the volume's record.

@@ -1,0 +1,67 @@
+//! A metadata store that was restored from an older backup: its epochs, and what it says of replicas, are those of then
+//! (interleaving 27). Replicas remember more: the highest epoch, and how often the status had changed. A volume on
+//! which they contradict the store is not attached, and that is written down: otherwise every attempt would raise the
+//! epoch by one, until it is as high as the replicas' and the old status is believed.
+
+use super::attach::{decoded, metadata_error, record_error};
+use super::session::Session;
+use crate::device::VolumeError;
+use torus_rpc::metadata::{Compare, Metadata, Transaction, Write};
+use torus_rpc::runtime::Runtime;
+use torus_schema::ids::{Epoch, ShardId};
+use torus_schema::records::{EpochRecord, encode, keys};
+
+pub(super) fn refuse_regressed(name: &str, record: &EpochRecord) -> Result<(), VolumeError> {
+    match record.regressed_below {
+        Some(known) => Err(VolumeError::NotReady { because: advice(name, record.epoch, known) }),
+        None => Ok(()),
+    }
+}
+
+fn advice(name: &str, found: Epoch, known: Epoch) -> String {
+    format!(
+        "the metadata store is older than the volume (epoch {found} there, {known} on a replica): it was restored from a \
+         backup, and which replicas are current is not known to it. Restore a newer state of it if there is one; \
+         otherwise `torusadm volume accept-restored {name}` asks the replicas"
+    )
+}
+
+/// The shard knows `replica`, an epoch as high as the one we were given. Another writer may have attached since, and
+/// then the store says so; or else the store has gone back, which is written down.
+pub(super) async fn contradicted<R: Runtime>(session: &Session<R>, shard: ShardId, replica: Epoch) -> VolumeError {
+    match note(session, replica).await {
+        Ok(Some(because)) => VolumeError::NotReady { because },
+        Ok(None) => {
+            let because =
+                format!("shard {shard} knows epoch {replica}, ours is {}: another writer attached", session.epoch);
+            VolumeError::NotReady { because }
+        }
+        Err(error) => error,
+    }
+}
+
+/// Gives what to do; `None`: the store knows of a later writer too.
+pub(super) async fn note<R: Runtime>(session: &Session<R>, replica: Epoch) -> Result<Option<String>, VolumeError> {
+    let metadata = session.runtime.metadata();
+    let key = keys::epoch(session.record.id);
+    loop {
+        let entry = metadata.get(&key).await.map_err(metadata_error)?;
+        let entry = entry.ok_or_else(|| record_error(format!("{key} is missing although the volume is owned")))?;
+        let record: EpochRecord = decoded(&entry)?;
+        if record.epoch > session.epoch {
+            return Ok(None);
+        }
+        let known = record.regressed_below.map_or(replica, |known| known.max(replica));
+        let because = advice(&session.record.name, record.epoch, known);
+        let next = EpochRecord { regressed_below: Some(known), ..record };
+        let transaction = Transaction {
+            compares: vec![Compare::ModRevision(key.clone(), entry.mod_revision)],
+            writes: vec![Write::Put { key: key.clone(), value: encode(&next), lease: None }],
+            reads: vec![],
+        };
+        if metadata.transact(transaction).await.map_err(metadata_error)?.applied {
+            tracing::error!(volume = %session.record.name, %because);
+            return Ok(Some(because));
+        }
+    }
+}
