@@ -112,7 +112,8 @@ pub fn with_volume<T>(
     let metadata = AnyMetadata::connect(url, Duration::from_secs(5)).map_err(BenchError::wrap(url.to_string()))?;
     let task = async {
         let host = nix::unistd::gethostname().map_or_else(|_| "?".into(), |name| name.to_string_lossy().into_owned());
-        let attacher = Attacher { host, process: "torus-bench".to_string(), pid: std::process::id(), force: false };
+        let attacher =
+            Attacher { host, process: "torus-bench".to_string(), pid: std::process::id(), force: false, repair: false };
         let exports = VolumeExports::new(GlommioRuntime::<_>::new(metadata), attacher);
         let device = exports.attach(name).await.map_err(volume_error)?;
         let result = work(device).await;

@@ -143,6 +143,7 @@ async fn serve_all(
         process: "torusblk serve".to_string(),
         pid: std::process::id(),
         force: arguments.force,
+        repair: false,
     };
     let io_timeout = (arguments.io_timeout > 0).then(|| Duration::from_secs(arguments.io_timeout));
     let lease = lease_terms(arguments)?;

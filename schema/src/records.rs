@@ -11,6 +11,8 @@
 //! | `/torus/v1/status/<uuid>`    | [`StatusRecord`]  | the volume's writer             |       |
 //! | `/torus/v1/epochs/<uuid>`    | [`EpochRecord`]   | the volume's writer             |       |
 //! | `/torus/v1/owners/<uuid>`    | [`OwnerRecord`]   | the volume's writer             | writer|
+//! | `/torus/v1/wanted/<uuid>`    | [`WantedRecord`]  | a client that waits for a repair to let go | client |
+//! | `/torus/v1/resyncs/<uuid>`   | [`ResyncRecord`]  | the volume's writer, while it resyncs | writer |
 //! | `/torus/v1/deleting/<uuid>`  | [`DeletingRecord`]| `volume delete`, then the nodes |       |
 //! | `/torus/v1/placements`       | [`PlacementsRecord`]| `volume create`               |       |
 //!
@@ -79,6 +81,18 @@ pub mod keys {
     }
     pub fn owner(volume: VolumeId) -> String {
         format!("{PREFIX}owners/{volume}")
+    }
+    pub fn wanteds() -> String {
+        format!("{PREFIX}wanted/")
+    }
+    pub fn wanted(volume: VolumeId) -> String {
+        format!("{PREFIX}wanted/{volume}")
+    }
+    pub fn resyncs() -> String {
+        format!("{PREFIX}resyncs/")
+    }
+    pub fn resync(volume: VolumeId) -> String {
+        format!("{PREFIX}resyncs/{volume}")
     }
     pub fn deletings() -> String {
         format!("{PREFIX}deleting/")
@@ -234,6 +248,10 @@ pub struct StatusRecord {
 pub struct StaleReplica {
     pub node: NodeNumber,
     pub since: VersionRecord,
+    /// Seconds since the epoch of Unix when the node's first replica of the volume became stale; 0: not known. Only for
+    /// people to read.
+    #[serde(default)]
+    pub stale_s: u64,
     pub slices: Vec<SliceId>,
 }
 
@@ -285,6 +303,43 @@ pub struct OwnerRecord {
     /// How its lease was granted: who forces it out has to wait for the sum of both, whatever the own settings are.
     pub lease_ttl_ms: u64,
     pub clock_drift_ms: u64,
+    /// A storage node that only brings stale replicas up to date: it lets go as soon as anybody wants the volume.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub repair: bool,
+}
+
+/// Somebody waits to attach a volume that is owned only for repair.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WantedRecord {
+    pub host: String,
+    pub process: String,
+    pub pid: u32,
+}
+
+/// How far the resyncs of a volume are, as its writer last said. Only for people to read.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ResyncRecord {
+    /// Seconds since the epoch of Unix.
+    pub updated_s: u64,
+    pub nodes: Vec<ResyncingNode>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ResyncingNode {
+    pub node: NodeNumber,
+    /// Seconds since the epoch of Unix.
+    pub started_s: u64,
+    /// Of the slices that are being brought up to date: those that are compared, and all of them.
+    pub slices_done: u32,
+    pub slices: u32,
+    #[serde(with = "decimal")]
+    pub pulled_bytes: u64,
+    /// Of late.
+    #[serde(with = "decimal")]
+    pub rate_bytes_s: u64,
+    /// What is left at this pace, in seconds; `None`: it cannot be told yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub left_s: Option<u64>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -320,7 +375,9 @@ mod tests {
     fn the_status_of_a_volume_with_a_dead_node_stays_below_a_kibibyte() {
         let slices = (0..64).map(|i| SliceId(4000 + i)).collect();
         let since = VersionRecord { epoch: Epoch(u32::MAX), sequence: crate::limits::SEQUENCE_MAX };
-        let status = StatusRecord { stale: vec![StaleReplica { node: NodeNumber(299), since, slices }] };
+        let status = StatusRecord {
+            stale: vec![StaleReplica { node: NodeNumber(299), since, stale_s: u64::from(u32::MAX), slices }],
+        };
         assert!(encode(&status).len() <= 1024, "{}", encode(&status).len());
     }
 }

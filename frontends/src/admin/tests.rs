@@ -284,6 +284,7 @@ fn a_volume_that_is_attached_is_not_deleted_and_its_owner_is_named() {
             pid: 77,
             epoch: Epoch(1),
             lease: "1".into(),
+            repair: false,
             attached_s: super::now_s() - 5,
             lease_ttl_ms: 10_000,
             clock_drift_ms: 500,

@@ -10,7 +10,7 @@ use super::regress::contradicted;
 use super::replay::{Budget, ReplayBuffer};
 use super::replicas::Replicas;
 use super::session::{Failure, Open, Session, Shard, Verdict, verdict};
-use super::status::{Loss, StatusKeeper};
+use super::status::{Loss, StatusKeeper, times_in};
 use super::window::Window;
 use crate::device::VolumeError;
 use bytes::Bytes;
@@ -40,6 +40,8 @@ pub struct Attacher {
     pub pid: u32,
     /// Take the volume over from a live owner.
     pub force: bool,
+    /// Only to bring stale replicas up to date: it lets go as soon as anybody wants the volume.
+    pub repair: bool,
 }
 
 /// What all volumes of a process share.
@@ -118,7 +120,7 @@ async fn build<R: Runtime>(around: Surroundings<R>, owned: Owned) -> Result<Rc<S
     let replicas = Replicas::new(placed.collect(), usize::from(record.min_replicas), &owned.status.0);
     let mut shards = Vec::new();
     for id in replicas.shards() {
-        shards.push(shard(&runtime, &owned.ring, &cluster, *id).await?);
+        shards.push(shard(&runtime, &owned.ring, &cluster, &record, *id).await?);
     }
     let open =
         Open { token: key.sign(record.id, owned.epoch, &owner_name(&owned.owner)), owner: owner_name(&owned.owner) };
@@ -144,6 +146,7 @@ async fn build<R: Runtime>(around: Surroundings<R>, owned: Owned) -> Result<Rc<S
             failed: RefCell::default(),
             refused: RefCell::default(),
             running: Cell::new(false),
+            stale_s: RefCell::new(times_in(&owned.status.0)),
             pending_since: Cell::new(None),
         },
         window: RefCell::new(Window::default()),
@@ -186,6 +189,7 @@ async fn shard<R: Runtime>(
     runtime: &R,
     ring: &Ring,
     cluster: &ClusterRecord,
+    record: &VolumeRecord,
     id: ShardId,
 ) -> Result<Shard, VolumeError> {
     let node =
@@ -195,6 +199,7 @@ async fn shard<R: Runtime>(
     Ok(Shard {
         id,
         peer: RefCell::new(Rc::new(peer)),
+        generation: Cell::new(ring.instance_generation(id.node, record.generation)),
         incarnation: Cell::new(Incarnation(0)),
         full: Cell::new(false),
         recovering: Cell::new(false),

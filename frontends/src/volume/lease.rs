@@ -215,6 +215,7 @@ mod tests {
             attached_s: 0,
             lease_ttl_ms: 60_000,
             clock_drift_ms: 100,
+            repair: false,
         };
         assert_eq!(LeaseTerms::new(ms(2000), ms(300)).unwrap().wait_out(&owner), ms(60_300), "the larger drift");
         assert_eq!(LeaseTerms::new(ms(2000), ms(0)).unwrap().wait_out(&owner), ms(60_100));

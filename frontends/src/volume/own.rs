@@ -102,6 +102,7 @@ async fn try_own<R: Runtime>(
         attached_s: unix_seconds(),
         lease_ttl_ms: lease.terms().ttl().as_millis() as u64,
         clock_drift_ms: lease.terms().drift().as_millis() as u64,
+        repair: attacher.repair,
     };
     let owner_lease = lease.generation();
     let transaction = match may_own {

@@ -128,6 +128,7 @@ impl Replicas {
         })
     }
 
+    /// Without the times, which `StatusKeeper` knows.
     pub fn to_status(&self) -> StatusRecord {
         let mut stale: BTreeMap<(NodeNumber, Version), Vec<SliceId>> = BTreeMap::new();
         for (slot, replicas) in self.slots.iter().enumerate() {
@@ -140,6 +141,7 @@ impl Replicas {
         let entry = |((node, since), slices): ((NodeNumber, Version), Vec<SliceId>)| StaleReplica {
             node,
             since: since.into(),
+            stale_s: 0,
             slices,
         };
         StatusRecord { stale: stale.into_iter().map(entry).collect() }

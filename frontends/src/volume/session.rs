@@ -22,7 +22,7 @@ use torus_rpc::error::LinkError;
 use torus_rpc::message::{Answer, Envelope, Operation, Refusal, Token};
 use torus_rpc::notify::Notify;
 use torus_rpc::runtime::{Clock, Peer, Runtime};
-use torus_schema::ids::{Epoch, Incarnation, ShardId, Version};
+use torus_schema::ids::{Epoch, Incarnation, RingGeneration, ShardId, Version};
 use torus_schema::records::{OwnerRecord, VolumeRecord};
 use torus_schema::ring::placement::Placement;
 
@@ -76,6 +76,8 @@ pub(super) struct Shard {
     pub id: ShardId,
     /// A node that was started anew may listen elsewhere.
     pub peer: RefCell<Rc<Peer>>,
+    /// Of the instances it is to hold: those of an earlier one are not what this volume means.
+    pub generation: Cell<RingGeneration>,
     /// Its life that has everything this session has acknowledged. A later one is named here only when all it may lack
     /// has been replayed to it: until then every request of ours is refused there.
     pub incarnation: Cell<Incarnation>,
@@ -188,7 +190,7 @@ impl<R: Runtime> Session<R> {
             volume: self.record.id,
             epoch: self.epoch,
             incarnation,
-            generation: self.record.generation,
+            generation: shard.generation.get(),
             flush_point: self.flush_point.get(),
         };
         let peer = shard.peer.borrow().clone();

@@ -12,7 +12,7 @@ use std::rc::Rc;
 use std::time::Duration;
 use torus_rpc::metadata::{Compare, Entry, Metadata, MetadataError, Revision, Transaction, Write};
 use torus_rpc::runtime::{Class, Clock, Runtime, Spawn};
-use torus_schema::ids::{SliceId, Version};
+use torus_schema::ids::{NodeNumber, SliceId, Version};
 use torus_schema::records::{StatusRecord, encode, keys};
 
 const RETRY_AFTER: Duration = Duration::from_millis(200);
@@ -35,6 +35,8 @@ pub(super) struct StatusKeeper {
     /// Those that could not be marked, and why.
     pub refused: RefCell<Vec<(ShardPosition, BelowMinimum)>>,
     pub running: Cell<bool>,
+    /// When each node's replicas began to be stale, as the status says.
+    pub stale_s: RefCell<BTreeMap<NodeNumber, u64>>,
     /// The mark of replicas that are being made stale, not yet listed; see `retain`.
     pub pending_since: Cell<Option<Version>>,
 }
@@ -159,7 +161,7 @@ fn lose_in_order(
 /// Tries until the outcome is known; false: the session ended.
 async fn store_status<R: Runtime>(session: &Rc<Session<R>>, status: &StatusRecord) -> bool {
     let (owner, key) = (keys::owner(session.record.id), keys::status(session.record.id));
-    let value = encode(status);
+    let value = encode(&dated(session, status));
     loop {
         if session.ended.borrow().is_some() {
             return false;
@@ -192,6 +194,23 @@ async fn store_status<R: Runtime>(session: &Rc<Session<R>>, status: &StatusRecor
         }
         session.runtime.clock().sleep(RETRY_AFTER).await;
     }
+}
+
+/// A node that was stale already keeps its time.
+fn dated<R: Runtime>(session: &Session<R>, status: &StatusRecord) -> StatusRecord {
+    let now_s = session.runtime.clock().unix_seconds();
+    let mut times = session.status.stale_s.borrow_mut();
+    times.retain(|node, _| status.stale.iter().any(|stale| stale.node == *node));
+    let mut status = status.clone();
+    for stale in &mut status.stale {
+        stale.stale_s = *times.entry(stale.node).or_insert(now_s);
+    }
+    status
+}
+
+/// The times in a status that was read.
+pub(super) fn times_in(status: &StatusRecord) -> BTreeMap<NodeNumber, u64> {
+    status.stale.iter().map(|stale| (stale.node, stale.stale_s)).collect()
 }
 
 fn log_retry<R: Runtime>(session: &Session<R>, error: &MetadataError) {
@@ -234,7 +253,7 @@ fn settle<R: Runtime>(session: &Session<R>, value: &[u8], reads: &[Option<Entry>
 #[cfg(test)]
 mod tests {
     use super::*;
-    use torus_schema::ids::{Epoch, NodeNumber, ShardId, ShardIndex};
+    use torus_schema::ids::{Epoch, ShardId, ShardIndex};
 
     fn three_nodes(min: usize) -> Replicas {
         let shard = |node| ShardId { node: NodeNumber(node), shard: ShardIndex(0) };

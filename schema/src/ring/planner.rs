@@ -67,9 +67,11 @@ pub fn plan(previous: &Ring, nodes: &[PlanNode]) -> RingRecord {
     }
     let (numbers, nodes): (Vec<NodeNumber>, Vec<PlanNode>) = numbered.into_iter().unzip();
     let table = if nodes.is_empty() { Vec::new() } else { Planner::new(previous, &numbers, &nodes).table() };
+    let generation = RingGeneration(before.generation.0 + 1);
     let number = |(number, node): (NodeNumber, PlanNode)| RingNode {
         number,
         id: node.id,
+        given: previous.node_by_id(node.id).map_or(generation, |known| known.given),
         host: node.host,
         zone: node.zone,
         rack: node.rack,
@@ -77,7 +79,7 @@ pub fn plan(previous: &Ring, nodes: &[PlanNode]) -> RingRecord {
     };
     RingRecord {
         format_version: RING_FORMAT_VERSION,
-        generation: RingGeneration(before.generation.0 + 1),
+        generation,
         kind: if nodes.is_empty() { RingKind::Empty } else { RingKind::Table },
         slices: before.slices,
         next_number,

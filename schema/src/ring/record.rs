@@ -17,7 +17,7 @@
 use crate::ids::{NodeId, NodeNumber, RingGeneration, ShardId, ShardIndex};
 use serde::{Deserialize, Serialize};
 
-pub const RING_FORMAT_VERSION: u32 = 1;
+pub const RING_FORMAT_VERSION: u32 = 2;
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RingRecord {
@@ -41,6 +41,9 @@ pub enum RingKind {
 pub struct RingNode {
     pub number: NodeNumber,
     pub id: NodeId,
+    /// The generation of the ring in which this node was given its places. What it kept of an earlier stay is of an
+    /// earlier generation, and never taken for what it should hold now (interleaving 16).
+    pub given: RingGeneration,
     pub host: String,
     #[serde(default)]
     pub zone: String,
@@ -104,6 +107,7 @@ mod tests {
             nodes: vec![RingNode {
                 number: NodeNumber(7),
                 id: NodeId::from_bytes([1; 16]),
+                given: RingGeneration(2),
                 host: "a".into(),
                 zone: String::new(),
                 rack: "r".into(),
@@ -112,8 +116,8 @@ mod tests {
             table: vec![ReplicaList(vec![shard(7, 3), shard(9, 0)])],
         };
         let json = concat!(
-            r#"{"format_version":1,"generation":2,"kind":"table","slices":1,"next_number":8,"nodes":[{"number":7,"#,
-            r#""id":"01010101-0101-0101-0101-010101010101","host":"a","zone":"","rack":"r","#,
+            r#"{"format_version":2,"generation":2,"kind":"table","slices":1,"next_number":8,"nodes":[{"number":7,"#,
+            r#""id":"01010101-0101-0101-0101-010101010101","given":2,"host":"a","zone":"","rack":"r","#,
             r#""shards":[{"index":3,"weight_bytes":"1152921504606846976"}]}],"table":["7.3,9.0"]}"#
         );
         assert_eq!(String::from_utf8(encode(&record)).unwrap(), json);

@@ -1,7 +1,7 @@
 //! The ring in use: what `RingRecord` says, checked once, so that looking up a slice needs no checks.
 
 use super::record::{RING_FORMAT_VERSION, RingKind, RingNode, RingRecord};
-use crate::ids::{NodeId, NodeNumber, RingGeneration, ShardId, SliceId};
+use crate::ids::{NodeId, NodeNumber, RingGeneration, ShardId, ShardIndex, SliceId};
 use crate::limits::{REPLICAS_MAX, SLICES_MAX};
 use std::collections::{BTreeMap, BTreeSet};
 use thiserror::Error;
@@ -75,6 +75,28 @@ impl Ring {
         self.record.nodes.iter().find(|node| node.id == id)
     }
 
+    /// Of the instances that the node holds of a volume placed by `volume`: since the volume was made, or since the
+    /// node got the places it has now.
+    pub fn instance_generation(&self, node: NodeNumber, volume: RingGeneration) -> RingGeneration {
+        self.node(node).map_or(volume, |node| node.given.max(volume))
+    }
+
+    /// The next generation, in which `node` has the places (and so the number and the slices) that the node of that
+    /// number had. `None`: there is no such node, `node` has a place already, or lacks a shard that has slices.
+    pub fn with_replaced(&self, number: NodeNumber, mut node: RingNode) -> Option<RingRecord> {
+        let index = *self.by_number.get(&number)?;
+        let has = |wanted: &ShardIndex| node.shards.iter().any(|shard| shard.index == *wanted);
+        let used = self.table.iter().filter(|shard| shard.node == number).map(|shard| shard.shard);
+        if self.node_by_id(node.id).is_some() || !used.collect::<BTreeSet<_>>().iter().all(has) {
+            return None;
+        }
+        let mut record = self.record.clone();
+        record.generation = RingGeneration(record.generation.0 + 1);
+        (node.number, node.given) = (number, record.generation);
+        record.nodes[index] = node;
+        Some(record)
+    }
+
     /// Replicas that a volume can have at most: one per node.
     pub fn replicas_max(&self) -> usize {
         self.replicas_max
@@ -120,6 +142,9 @@ fn check_nodes(record: &RingRecord) -> Result<BTreeMap<NodeNumber, usize>, RingE
         }
         if node.number.0 >= record.next_number {
             return Err(bad("its number is not below next_number"));
+        }
+        if node.given > record.generation {
+            return Err(bad("it was given its places by a later generation"));
         }
         if node.shards.is_empty() {
             return Err(bad("it has no shards"));
@@ -177,13 +202,13 @@ pub enum RingError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ids::ShardIndex;
     use crate::ring::record::{ReplicaList, RingShard};
 
     fn two_nodes() -> RingRecord {
         let node = |number: u32| RingNode {
             number: NodeNumber(number),
             id: NodeId::from_bytes([number as u8; 16]),
+            given: RingGeneration(2),
             host: "host".into(),
             zone: String::new(),
             rack: String::new(),
@@ -212,6 +237,23 @@ mod tests {
     }
 
     #[test]
+    fn a_node_that_replaces_another_has_its_slices_in_a_generation_of_its_own() {
+        let ring = Ring::from_record(two_nodes()).unwrap();
+        let new = RingNode { id: NodeId::from_bytes([9; 16]), ..ring.nodes()[1].clone() };
+        let next = Ring::from_record(ring.with_replaced(NodeNumber(5), new.clone()).unwrap()).unwrap();
+        assert_eq!(next.replicas(SliceId(0), 2), ring.replicas(SliceId(0), 2));
+        assert_eq!(next.node(NodeNumber(5)).unwrap().id, new.id);
+        let generation = |ring: &Ring, number| ring.instance_generation(NodeNumber(number), RingGeneration(2)).0;
+        assert_eq!((generation(&ring, 5), generation(&next, 5), generation(&next, 3)), (2, 3, 2));
+        // It comes back: what it held before was of generation 2, now it is to hold generation 4.
+        let back = next.with_replaced(NodeNumber(5), ring.nodes()[1].clone()).unwrap();
+        assert_eq!(generation(&Ring::from_record(back).unwrap(), 5), 4);
+        let shards = vec![RingShard { index: ShardIndex(7), weight_bytes: 1 }];
+        assert_eq!(ring.with_replaced(NodeNumber(5), RingNode { shards, ..new }), None, "it lacks shard 0");
+        assert_eq!(ring.with_replaced(NodeNumber(5), ring.nodes()[0].clone()), None, "it has a place");
+    }
+
+    #[test]
     fn an_empty_ring_survives_being_stored() {
         let ring = Ring::empty(4096);
         assert_eq!(Ring::from_record(ring.record().clone()), Ok(ring));
@@ -220,7 +262,7 @@ mod tests {
     #[test]
     fn a_document_that_contradicts_itself_is_refused_and_says_where() {
         type Damage = fn(&mut RingRecord);
-        let cases: [(Damage, &str); 10] = [
+        let cases: [(Damage, &str); 11] = [
             (|r| r.format_version = 9, "format version 9"),
             (|r| r.slices = 3, "3 slices"),
             (|r| r.slices = 4, "table of 2 rows, expected 4"),
@@ -228,6 +270,7 @@ mod tests {
             (|r| r.nodes[1].number = NodeNumber(3), "node 3: its number is given twice"),
             (|r| r.nodes[1].id = r.nodes[0].id, "node 5: its uuid is given twice"),
             (|r| r.next_number = 5, "node 5: its number is not below"),
+            (|r| r.nodes[1].given = RingGeneration(3), "node 5: it was given its places by a later generation"),
             (|r| r.nodes[0].shards.clear(), "node 3: it has no shards"),
             (|r| r.table[1].0[0].node = NodeNumber(3), "slice 1: two replicas on node 3"),
             (|r| r.table[0].0[1].shard = ShardIndex(7), "slice 0: shard 5.7 is not among"),

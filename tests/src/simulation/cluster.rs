@@ -242,7 +242,8 @@ impl Cluster {
         let store = self.store.another_client(here.clone());
         let distant = DistantStore { store: store.clone(), here };
         let runtime = SimulatedRuntime::new(&self.world, process, distant);
-        let attacher = Attacher { host: name.to_string(), process: "simulation".to_string(), pid: 1, force };
+        let attacher =
+            Attacher { host: name.to_string(), process: "simulation".to_string(), pid: 1, force, repair: false };
         let exports = VolumeExports::with_settings(runtime.clone(), attacher, settings);
         Client { process, exports, store, runtime }
     }
