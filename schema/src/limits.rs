@@ -155,6 +155,30 @@ pub const CONTROL_MESSAGE_WORDS_MAX: usize = 16 * 1024;
 /// Pause after a failed accept: it failed for want of descriptors, which are not back at once.
 pub const ACCEPT_RETRY_AFTER: Duration = Duration::from_millis(100);
 
+/// Requests of one volume under way at once, and their bytes; reads have as much again. Further ones wait. The bytes are
+/// what one NBD connection may have outstanding: a single client never waits here, a thousand share it.
+pub const VOLUME_OPERATIONS_MAX: usize = 1024;
+pub const VOLUME_OUTSTANDING_BYTES_MAX: u64 = 64 * MIB;
+/// Requests of one shard under way at once over all its connections, and their bytes; reads have as much again. A
+/// connection with nothing under way may always have one request.
+pub const SHARD_REQUESTS_MAX: usize = 8 * CONNECTION_REQUESTS_MAX;
+pub const SHARD_OUTSTANDING_BYTES_MAX: u64 = 4 * CONNECTION_BYTES_MAX;
+/// Volumes of one process whose replicas are being marked stale at the same time: the metadata store serves others too.
+pub const MARKS_IN_FLIGHT_MAX: usize = 32;
+/// Those who have to wait for that start so much apart at most, so that a thousand volumes do not move in step.
+pub const MARK_JITTER: Duration = Duration::from_millis(20);
+/// A node's record is not read again sooner, however many volumes of a process look for the node.
+pub const NODE_LOOKUP_INTERVAL: Duration = Duration::from_millis(500);
+
+/// A read is asked of a second replica after this factor times what 19 of 20 reads take, and not before the minimum.
+pub const HEDGE_AFTER_P95_FACTOR: u32 = 4;
+pub const HEDGE_AFTER_MIN: Duration = Duration::from_millis(5);
+/// One second replica for so many reads at most, and so many of them saved up.
+pub const READS_PER_HEDGE: u32 = 20;
+pub const HEDGE_CREDIT_MAX: u32 = 16;
+/// A replica on the client's own host is read from until it is so many times as slow as another.
+pub const LOCAL_READ_ADVANTAGE: u64 = 4;
+
 /// A link with requests outstanding that has been silent this long is probed.
 pub const LINK_PROBE_AFTER: Duration = Duration::from_millis(500);
 /// A link silent this long though probed, or not reconnected within it, is dead.
@@ -191,6 +215,8 @@ const _: () = assert!(EXTENT_BYTES.is_multiple_of(BLOCK_BYTES));
 const _: () = assert!(PAYLOAD_BYTES_MAX.is_multiple_of(BLOCK_BYTES));
 const _: () = assert!(PAYLOAD_BYTES_MAX <= EXTENT_BYTES);
 const _: () = assert!(CONNECTION_BYTES_MAX >= 8 * (PAYLOAD_BYTES_MAX + HEADER_BYTES_MAX));
+const _: () = assert!(VOLUME_OUTSTANDING_BYTES_MAX >= NBD_OUTSTANDING_BYTES_MAX);
+const _: () = assert!(VOLUME_OPERATIONS_MAX >= NBD_REQUESTS_MAX);
 const _: () = assert!(REPLAY_BYTES_PER_VOLUME_MAX >= 4 * PAYLOAD_BYTES_MAX);
 const _: () = assert!(REPLAY_BYTES_PER_PROCESS_MAX >= REPLAY_BYTES_PER_VOLUME_MAX);
 const _: () =

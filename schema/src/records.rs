@@ -240,6 +240,10 @@ pub struct VolumeRecord {
 /// Lists exceptions only: a replica that is not listed is in sync.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StatusRecord {
+    /// How often it was changed; never falls. The replicas remember it: who finds less here than they know has a
+    /// metadata store that was restored from an older backup.
+    #[serde(default)]
+    pub changes: u64,
     pub stale: Vec<StaleReplica>,
 }
 
@@ -376,6 +380,7 @@ mod tests {
         let slices = (0..64).map(|i| SliceId(4000 + i)).collect();
         let since = VersionRecord { epoch: Epoch(u32::MAX), sequence: crate::limits::SEQUENCE_MAX };
         let status = StatusRecord {
+            changes: 1_000_000,
             stale: vec![StaleReplica { node: NodeNumber(299), since, stale_s: u64::from(u32::MAX), slices }],
         };
         assert!(encode(&status).len() <= 1024, "{}", encode(&status).len());

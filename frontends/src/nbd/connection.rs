@@ -6,7 +6,7 @@
 use crate::device::{Device, ExportInfo, Exports, Piece, VolumeError};
 use crate::nbd::handshake::{Handshake, Step};
 use crate::nbd::outbox::Outbox;
-use crate::nbd::receive::{CHUNK_BYTES, Receive, SMALL_CHUNK_BYTES};
+use crate::nbd::receive::{CHUNK_BYTES, Receive, SMALL_CHUNK_BYTES, released};
 use crate::nbd::reply::{Gather, Reply};
 use crate::nbd::session::{Command, Next, Session, errno};
 use crate::nbd::wire::{Cookie, Errno, Violation};
@@ -242,7 +242,7 @@ async fn carry_out<D: Device>(
             }
             Err(error) => failed(cookie, "read", false, error),
         },
-        Command::Write { cookie, offset, data, durable } => match device.write(offset, data, durable).await {
+        Command::Write { cookie, offset, data, durable } => match device.write(offset, released(data), durable).await {
             Ok(()) => (cookie, Ok(Vec::new())),
             Err(error) => failed(cookie, "write", true, error),
         },

@@ -9,6 +9,7 @@ use super::links::Links;
 use super::own::give_up;
 use super::replay::{Budget, ReplayLimits};
 use super::session::Session;
+use super::share::Share;
 use super::writer::Begun;
 use crate::device::{Device, ExportInfo, Exports, Piece, VolumeError};
 use ahash::AHashMap;
@@ -24,6 +25,7 @@ use torus_rpc::metadata::{Compare, Metadata, Transaction, Write};
 use torus_rpc::notify::Notify;
 use torus_rpc::runtime::{Class, Clock, Runtime, Spawn};
 use torus_schema::ids::VolumeId;
+use torus_schema::limits::MARKS_IN_FLIGHT_MAX;
 use torus_schema::records::{EpochRecord, VolumeRecord, VolumeState, decode, encode, keys};
 
 /// A client that reconnects within this finds its volume still attached.
@@ -38,6 +40,8 @@ pub struct VolumeSettings {
     pub io_timeout: Option<Duration>,
     pub replay: ReplayLimits,
     pub lease: LeaseTerms,
+    /// No read is asked of a second replica because the first is slow.
+    pub never_hedge: bool,
 }
 
 pub struct VolumeExports<R: Runtime> {
@@ -55,9 +59,11 @@ struct Shared<R: Runtime> {
     attacher: Attacher,
     io_timeout: Option<Duration>,
     terms: LeaseTerms,
+    never_hedge: bool,
     links: Rc<Links<R>>,
     budget: Rc<Budget>,
     counters: Arc<Counters>,
+    marking: Rc<Share>,
     lease: RefCell<Option<Rc<ProcessLease<R>>>>,
     volumes: RefCell<AHashMap<VolumeId, Entry<R>>>,
     changed: Notify,
@@ -92,9 +98,11 @@ impl<R: Runtime> VolumeExports<R> {
             attacher,
             io_timeout: settings.io_timeout,
             terms: settings.lease,
+            never_hedge: settings.never_hedge,
             links,
             budget: Budget::new(settings.replay),
             counters: Arc::default(),
+            marking: Share::new(MARKS_IN_FLIGHT_MAX, 0),
             lease: RefCell::default(),
             volumes: RefCell::default(),
             changed: Notify::default(),
@@ -175,7 +183,15 @@ impl<R: Runtime> Shared<R> {
             }
         };
         let (runtime, links, budget) = (self.runtime.clone(), self.links.clone(), self.budget.clone());
-        let around = Surroundings { runtime, links, lease, budget, counters: self.counters.clone() };
+        let around = Surroundings {
+            runtime,
+            links,
+            lease,
+            budget,
+            counters: self.counters.clone(),
+            marking: self.marking.clone(),
+            never_hedge: self.never_hedge,
+        };
         attach(around, name, &self.attacher).await
     }
 
@@ -413,22 +429,33 @@ impl<R: Runtime> Device for AttachedVolume<R> {
     }
 
     async fn read(&self, offset: u64, length: u64) -> Result<Vec<Piece>, VolumeError> {
-        let Some(deadline) = self.deadline() else {
-            return self.session.read(offset, length).await;
+        let reading = async {
+            let _part = self.session.part(&self.session.reading, length).await;
+            self.session.read(offset, length).await
         };
-        match select(pin!(self.session.read(offset, length)), pin!(deadline)).await {
+        let Some(deadline) = self.deadline() else {
+            return reading.await;
+        };
+        match select(pin!(reading), pin!(deadline)).await {
             Either::Left((read, _)) => read,
             Either::Right((timed_out, _)) => Err(timed_out),
         }
     }
 
     async fn write(&self, offset: u64, data: Bytes, durable: bool) -> Result<(), VolumeError> {
-        self.detached(|session, begun| async move { session.write(offset, data, durable, &begun).await }).await
+        let write = |session: Rc<Session<R>>, begun: Rc<Begun>| async move {
+            let _part = session.part(&session.writing, data.len() as u64).await;
+            session.write(offset, data, durable, &begun).await
+        };
+        self.detached(write).await
     }
 
     async fn clear(&self, offset: u64, length: u64, durable: bool, advisory: bool) -> Result<(), VolumeError> {
-        self.detached(|session, begun| async move { session.clear(offset, length, durable, advisory, &begun).await })
-            .await
+        let clear = |session: Rc<Session<R>>, begun: Rc<Begun>| async move {
+            let _part = session.part(&session.writing, 0).await;
+            session.clear(offset, length, durable, advisory, &begun).await
+        };
+        self.detached(clear).await
     }
 
     async fn ended(&self) -> String {

@@ -12,6 +12,7 @@
 //! * `lease`      what ownership hangs on; `guard` notices that it is gone
 //! * `links`      connections to shards, shared by all volumes of the executor
 //! * `counters`   what happened, in numbers
+//! * `hedge`      when a read is asked of a second replica (pure); `share` what a volume's requests may take at once
 //! * `plan`, `locks`, `window`    ranges cut into frames, ranges under way, sequences under way (pure)
 
 mod attach;
@@ -19,6 +20,7 @@ mod counters;
 mod exports;
 mod flush;
 mod guard;
+mod hedge;
 mod lease;
 mod links;
 mod locks;
@@ -32,6 +34,7 @@ mod replay;
 mod replicas;
 mod retain;
 mod session;
+mod share;
 mod status;
 mod window;
 mod writer;

@@ -4,8 +4,9 @@
 //! epoch by one, until it is as high as the replicas' and the old status is believed.
 
 use super::attach::{decoded, metadata_error, record_error};
-use super::session::Session;
+use super::session::{Failure, Session};
 use crate::device::VolumeError;
+use torus_rpc::message::Opened;
 use torus_rpc::metadata::{Compare, Metadata, Transaction, Write};
 use torus_rpc::runtime::Runtime;
 use torus_schema::ids::{Epoch, ShardId};
@@ -24,6 +25,23 @@ fn advice(name: &str, found: Epoch, known: Epoch) -> String {
          backup, and which replicas are current is not known to it. Restore a newer state of it if there is one; \
          otherwise `torusadm volume accept-restored {name}` asks the replicas"
     )
+}
+
+/// What the replicas heard of changes of the status, against what the store has.
+pub(super) async fn check_not_regressed<R: Runtime>(
+    session: &Session<R>,
+    answers: &[Result<Opened, Failure>],
+) -> Result<(), VolumeError> {
+    let known = answers.iter().flatten().map(|opened| opened.status_changes).max().unwrap_or_default();
+    let found = session.status.changes.get();
+    if known <= found {
+        return Ok(());
+    }
+    tracing::error!(volume = %session.record.name, known, found, "replicas know of more changes of the status");
+    match note(session, session.epoch).await? {
+        Some(because) => Err(VolumeError::NotReady { because }),
+        None => Err(VolumeError::NotReady { because: "another writer attached meanwhile".to_string() }),
+    }
 }
 
 /// The shard knows `replica`, an epoch as high as the one we were given. Another writer may have attached since, and
