@@ -288,10 +288,19 @@ pub struct EpochRecord {
     /// until then by its own clock. 0: nobody was.
     #[serde(default)]
     pub wait_out_ms: u64,
-    /// A replica was found to know this epoch, which the store never gave: the store was restored from an older
-    /// backup, and what it says of the volume cannot be trusted. No attach until the operator has decided.
+    /// A replica was found to know more than the store: the store was restored from an older backup, and what it says of
+    /// the volume cannot be trusted. No attach until the operator has decided.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub regressed_below: Option<Epoch>,
+    pub regressed: Option<RegressedRecord>,
+}
+
+/// What replicas knew of a volume that the store did not.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RegressedRecord {
+    /// The highest epoch, and the highest count of changes of the status. Whoever sets the volume right again writes an
+    /// epoch and a status that are at least as high.
+    pub epoch: Epoch,
+    pub status_changes: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

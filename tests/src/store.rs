@@ -78,6 +78,28 @@ impl Store {
         self.process.take().expect("the store runs").kill();
     }
 
+    /// A copy of all that a stopped store has on its disk.
+    pub fn back_up(&self) -> PathBuf {
+        assert!(self.process.is_none(), "a running store's files are not of one moment");
+        let copy = self.folder.join("backup");
+        copy_folder(&self.data(), &copy);
+        copy
+    }
+
+    /// The stopped store has again what it had then.
+    pub fn restore(&self, backup: &Path) {
+        assert!(self.process.is_none(), "the store runs");
+        std::fs::remove_dir_all(self.data()).expect("our own folder");
+        copy_folder(backup, &self.data());
+    }
+
+    fn data(&self) -> PathBuf {
+        match self.kind {
+            StoreKind::Embedded => self.folder.join("metadata"),
+            StoreKind::Etcd => self.folder.join("etcd"),
+        }
+    }
+
     /// It is there and answers nobody.
     pub fn freeze(&self) {
         self.process.as_ref().expect("the store runs").signal(Signal::SIGSTOP);
@@ -85,6 +107,19 @@ impl Store {
 
     pub fn thaw(&self) {
         self.process.as_ref().expect("the store runs").signal(Signal::SIGCONT);
+    }
+}
+
+fn copy_folder(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).expect("the test's folder can be written");
+    for entry in std::fs::read_dir(from).expect("the folder is there") {
+        let entry = entry.expect("the folder can be read");
+        let target = to.join(entry.file_name());
+        if entry.path().is_dir() {
+            copy_folder(&entry.path(), &target);
+        } else {
+            std::fs::copy(entry.path(), target).expect("the test's folder can be written");
+        }
     }
 }
 

@@ -58,7 +58,7 @@ async fn is_refused_for_good(world: &World, cluster: &Cluster) {
         let refused = attach_in_turn(world, &client).await.err();
         let refused = refused.unwrap_or_else(|| panic!("seed {}: attached at attempt {attempt}", world.seed()));
         let says = refused.to_string();
-        let expected = says.contains("restored from a backup") && says.contains("accept-restored");
+        let expected = says.contains("restored from a backup") && says.contains("volume promote");
         assert!(expected, "seed {}, attempt {attempt}: {says}", world.seed());
         client.exports.release_all().await;
     }

@@ -10,20 +10,22 @@ use torus_rpc::message::Opened;
 use torus_rpc::metadata::{Compare, Metadata, Transaction, Write};
 use torus_rpc::runtime::Runtime;
 use torus_schema::ids::{Epoch, ShardId};
-use torus_schema::records::{EpochRecord, encode, keys};
+use torus_schema::records::{EpochRecord, RegressedRecord, encode, keys};
 
 pub(super) fn refuse_regressed(name: &str, record: &EpochRecord) -> Result<(), VolumeError> {
-    match record.regressed_below {
+    match record.regressed {
         Some(known) => Err(VolumeError::NotReady { because: advice(name, record.epoch, known) }),
         None => Ok(()),
     }
 }
 
-fn advice(name: &str, found: Epoch, known: Epoch) -> String {
+fn advice(name: &str, found: Epoch, known: RegressedRecord) -> String {
+    let RegressedRecord { epoch, status_changes } = known;
     format!(
-        "the metadata store is older than the volume (epoch {found} there, {known} on a replica): it was restored from a \
-         backup, and which replicas are current is not known to it. Restore a newer state of it if there is one; \
-         otherwise `torusadm volume accept-restored {name}` asks the replicas"
+        "the metadata store is older than the volume's replicas (epoch {found} there; a replica knows epoch {epoch} and \
+         {status_changes} changes of the status): it was restored from a backup, and does not know which replicas are \
+         current. Restore a newer state of it if there is one; otherwise choose the replica to go on from: `torusadm why \
+         {name} 0` shows what each has, `torusadm volume promote {name} NODE` goes on from one"
     )
 }
 
@@ -38,7 +40,7 @@ pub(super) async fn check_not_regressed<R: Runtime>(
         return Ok(());
     }
     tracing::error!(volume = %session.record.name, known, found, "replicas know of more changes of the status");
-    match note(session, session.epoch).await? {
+    match note(session, RegressedRecord { epoch: session.epoch, status_changes: known }).await? {
         Some(because) => Err(VolumeError::NotReady { because }),
         None => Err(VolumeError::NotReady { because: "another writer attached meanwhile".to_string() }),
     }
@@ -47,7 +49,7 @@ pub(super) async fn check_not_regressed<R: Runtime>(
 /// The shard knows `replica`, an epoch as high as the one we were given. Another writer may have attached since, and
 /// then the store says so; or else the store has gone back, which is written down.
 pub(super) async fn contradicted<R: Runtime>(session: &Session<R>, shard: ShardId, replica: Epoch) -> VolumeError {
-    match note(session, replica).await {
+    match note(session, RegressedRecord { epoch: replica, status_changes: 0 }).await {
         Ok(Some(because)) => VolumeError::NotReady { because },
         Ok(None) => {
             let because =
@@ -59,7 +61,7 @@ pub(super) async fn contradicted<R: Runtime>(session: &Session<R>, shard: ShardI
 }
 
 /// Gives what to do; `None`: the store knows of a later writer too.
-pub(super) async fn note<R: Runtime>(session: &Session<R>, replica: Epoch) -> Result<Option<String>, VolumeError> {
+async fn note<R: Runtime>(session: &Session<R>, found: RegressedRecord) -> Result<Option<String>, VolumeError> {
     let metadata = session.runtime.metadata();
     let key = keys::epoch(session.record.id);
     loop {
@@ -69,9 +71,13 @@ pub(super) async fn note<R: Runtime>(session: &Session<R>, replica: Epoch) -> Re
         if record.epoch > session.epoch {
             return Ok(None);
         }
-        let known = record.regressed_below.map_or(replica, |known| known.max(replica));
+        let before = record.regressed.unwrap_or_default();
+        let known = RegressedRecord {
+            epoch: found.epoch.max(before.epoch),
+            status_changes: found.status_changes.max(before.status_changes),
+        };
         let because = advice(&session.record.name, record.epoch, known);
-        let next = EpochRecord { regressed_below: Some(known), ..record };
+        let next = EpochRecord { regressed: Some(known), ..record };
         let transaction = Transaction {
             compares: vec![Compare::ModRevision(key.clone(), entry.mod_revision)],
             writes: vec![Write::Put { key: key.clone(), value: encode(&next), lease: None }],
