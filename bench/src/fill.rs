@@ -94,14 +94,7 @@ pub fn run(options: &FillOptions) -> Result<()> {
     let (node_bytes, size) = if options.quick { (QUICK_BYTES, QUICK_SIZE) } else { (NODE_BYTES, NODE_SIZE) };
     let machine = Machine::describe(&process::programs());
     let store = StoreKind::Embedded;
-    let mut cluster = Cluster::start(ClusterOptions {
-        name: "bench-fill",
-        nodes: 1,
-        store,
-        size,
-        node_arguments: vec![],
-        is_joined: true,
-    });
+    let mut cluster = Cluster::start(ClusterOptions { store, size, ..ClusterOptions::new("bench-fill", 1) });
     let node = Watched::new("node", cluster.node(0).pid());
     let mut run = Run { cluster, node, rows: Vec::new() };
     run.all_phases(node_bytes, options.times)?;

@@ -106,7 +106,7 @@ impl Stand {
 /// Nodes on free ports, in the build folder, joined to a ring.
 pub fn start_cluster(name: &'static str, nodes: usize) -> Cluster {
     let store = StoreKind::Embedded;
-    Cluster::start(ClusterOptions { name, nodes, store, size: NODE_SIZE, node_arguments: vec![], is_joined: true })
+    Cluster::start(ClusterOptions { store, size: NODE_SIZE, ..ClusterOptions::new(name, nodes) })
 }
 
 pub fn create_volume(cluster: &Cluster, name: &str, replicas: u32) {

@@ -1,23 +1,29 @@
 //! A cluster of real processes on this machine: a metadata store, nodes, and the commands to administer them.
 //! Everything is started on free ports in a folder of its own, and killed by pid when it is dropped.
 
+use crate::network::{Host, Network};
 use crate::process::{self, Outcome, Process};
 use crate::store::{Store, StoreKind, free_address};
 use crate::wait;
 use futures::executor::block_on;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 use std::time::Duration;
 use tempfile::TempDir;
 use torus_engine::datadir::Identity;
-use torus_rpc::metadata::Metadata;
 use torus_rpc::metadata::any::AnyMetadata;
+use torus_rpc::metadata::{Metadata, Transaction, Write};
 use torus_schema::ids::NodeId;
-use torus_schema::records::{self, HeartbeatRecord, NodeRecord, keys};
+use torus_schema::records::{self, HeartbeatRecord, NodeRecord, StatusRecord, keys};
 
 /// The smallest node there is.
 pub const NODE_SIZE: &str = "512MiB";
+/// Where Debian puts it.
+const FAKETIME: [&str; 2] =
+    ["/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1", "/usr/lib/aarch64-linux-gnu/faketime/libfaketimeMT.so.1"];
+/// Of the first NBD server of a host of its own.
+const NBD_PORT: u16 = 10809;
 const DEADLINE: Duration = Duration::from_secs(5);
 
 #[derive(Clone, Debug)]
@@ -31,12 +37,32 @@ pub struct ClusterOptions {
     pub node_arguments: Vec<String>,
     /// Make the nodes members of the ring.
     pub is_joined: bool,
+    /// Store, nodes and clients on hosts of their own (`hosts_for`), and the test on another; loopback otherwise.
+    pub network: Option<Network>,
+}
+
+/// Where the test itself and its commands are.
+pub const TEST_HOST: Host = 0;
+pub const STORE_HOST: Host = 1;
+
+pub fn node_host(node: usize) -> Host {
+    2 + node
+}
+
+/// Where NBD servers are.
+pub fn client_host(nodes: usize) -> Host {
+    2 + nodes
+}
+
+/// Hosts that a cluster of so many nodes needs.
+pub fn hosts_for(nodes: usize) -> usize {
+    3 + nodes
 }
 
 impl ClusterOptions {
     pub fn new(name: &'static str, nodes: usize) -> Self {
         let store = StoreKind::Embedded;
-        Self { name, nodes, store, size: NODE_SIZE, node_arguments: vec![], is_joined: true }
+        Self { name, nodes, store, size: NODE_SIZE, node_arguments: vec![], is_joined: true, network: None }
     }
 }
 
@@ -44,7 +70,7 @@ pub struct Cluster {
     options: ClusterOptions,
     pub store: Store,
     nodes: Vec<Option<Process>>,
-    servers: usize,
+    servers: u16,
     /// Last, so that the processes are gone before it is.
     folder: TempDir,
 }
@@ -53,7 +79,11 @@ impl Cluster {
     /// Initialised, every node up, and all of them members if asked for.
     pub fn start(options: ClusterOptions) -> Self {
         let folder = process::temporary_dir(options.name);
-        let store = Store::start(options.store, folder.path());
+        if let Some(network) = &options.network {
+            network.enter(TEST_HOST);
+        }
+        let place = options.network.clone().map(|network| (network, STORE_HOST));
+        let store = Store::start_at(options.store, folder.path(), place);
         let nodes = (0..options.nodes).map(|_| None).collect();
         let mut cluster = Self { options, store, nodes, servers: 0, folder };
         cluster.torusadm(&["init"]).ok();
@@ -84,7 +114,15 @@ impl Cluster {
     /// As node `node` is started, for tests that want it otherwise.
     pub fn node_command(&self, node: usize) -> Command {
         let mut command = process::program("torus-engine");
-        command.args(["--metadata", &self.url(), "--listen", "127.0.0.1:0"]).arg("--data-dir").arg(self.data_dir(node));
+        let listen = match &self.options.network {
+            Some(network) => {
+                network.place(node_host(node), &mut command);
+                network.address(node_host(node))
+            }
+            None => Ipv4Addr::LOCALHOST,
+        };
+        command.args(["--metadata", &self.url(), "--listen", &format!("{listen}:0")]);
+        command.arg("--data-dir").arg(self.data_dir(node));
         if !self.data_dir(node).join("torus.json").exists() {
             command.args(["--size", self.options.size]);
         }
@@ -113,6 +151,21 @@ impl Cluster {
         assert!(self.nodes[node].is_none(), "node {node} runs already");
         let mut command = self.node_command(node);
         command.args(arguments);
+        self.nodes[node] = Some(Process::spawn(&format!("node-{}", node + 1), &mut command, self.folder.path()));
+        self.await_node(node);
+    }
+
+    /// Its wall clock is off by so many seconds. Without libfaketime it starts as always, which is said.
+    pub fn start_node_shifted(&mut self, node: usize, seconds: i64) {
+        assert!(self.nodes[node].is_none(), "node {node} runs already");
+        let mut command = self.node_command(node);
+        match FAKETIME.iter().find(|path| Path::new(path).exists()) {
+            Some(library) => {
+                command.env("LD_PRELOAD", library).env("FAKETIME", format!("{seconds:+}s"));
+                command.env("FAKETIME_DONT_FAKE_MONOTONIC", "1");
+            }
+            None => eprintln!("SKIPPED: no libfaketime here, the clock stays as it is"),
+        }
         self.nodes[node] = Some(Process::spawn(&format!("node-{}", node + 1), &mut command, self.folder.path()));
         self.await_node(node);
     }
@@ -163,6 +216,27 @@ impl Cluster {
         Some(records::decode(&key, &entry.value).expect("a heartbeat can be read"))
     }
 
+    /// A server that was killed holds its volumes until its lease ends. That it is dead is certain, so they are taken
+    /// away by hand: to wait for it each time shows nothing more.
+    pub fn free_volumes(&self) {
+        let metadata = self.metadata();
+        let owners = block_on(metadata.range(&keys::owners())).expect("the store answers").entries;
+        let writes = owners.into_iter().map(|owner| Write::Delete { key: owner.key }).collect();
+        block_on(metadata.transact(Transaction { writes, ..Default::default() })).expect("the store answers");
+    }
+
+    /// Whether every replica of every volume is in sync within `deadline`, without anybody's help.
+    pub fn await_in_sync(&self, deadline: Duration) -> bool {
+        let metadata = self.metadata();
+        let in_sync = wait::within(deadline, || {
+            let entries = block_on(metadata.range(&keys::statuses())).ok()?.entries;
+            let mut statuses =
+                entries.iter().map(|entry| records::decode::<StatusRecord>(&entry.key, &entry.value).expect("ours"));
+            statuses.all(|status| status.stale.is_empty()).then_some(())
+        });
+        in_sync.is_some()
+    }
+
     /// With the cluster's URL.
     pub fn torusadm(&self, arguments: &[&str]) -> Outcome {
         Outcome::of(process::program("torusadm").args(["--metadata", &self.url()]).args(arguments))
@@ -179,9 +253,17 @@ impl Cluster {
 
     pub fn serve_with(&mut self, arguments: &[&str]) -> NbdServer {
         self.servers += 1;
-        let address = free_address();
         let mut command = process::program("torusblk");
-        command.args(["--metadata", &self.url(), "serve", "--listen", &address.to_string()]).args(arguments);
+        let address = match &self.options.network {
+            Some(network) => {
+                let host = client_host(self.options.nodes);
+                network.place(host, &mut command);
+                SocketAddr::from((network.address(host), NBD_PORT + self.servers))
+            }
+            None => free_address(),
+        };
+        command.args(["--metadata", &self.url(), "serve", "--insecure", "--listen", &address.to_string()]);
+        command.args(arguments);
         let mut process = Process::spawn(&format!("nbd-{}", self.servers), &mut command, self.folder.path());
         wait::until("the NBD server's port", || {
             assert!(process.is_running(), "the NBD server ended:\n{}", process.log());

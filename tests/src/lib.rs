@@ -2,6 +2,7 @@
 //!
 //! * `wait`     await a state, with a deadline
 //! * `loops`    loop devices, and file systems on them that can be cut off
+//! * `network`  hosts with addresses of their own, which can be cut off from each other
 //! * `nbd`      a client whose every answer can be recorded
 //! * `process`  a program that ends with its test
 //! * `simulation`  a whole cluster in one thread, from one seed
@@ -13,6 +14,7 @@
 pub mod cluster;
 pub mod loops;
 pub mod nbd;
+pub mod network;
 pub mod process;
 pub mod simulation;
 pub mod store;

@@ -1,6 +1,7 @@
 //! A small NBD client that blocks, for load whose every answer is recorded (NBD protocol, doc/proto.md: fixed newstyle,
 //! NBD_OPT_EXPORT_NAME, simple replies).
 
+use crate::wait;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
@@ -26,6 +27,15 @@ pub enum Command {
 /// An errno of the server's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Failed(pub u32);
+
+/// A client whose reads are answered: the volume has a writer.
+pub fn connect(server: SocketAddr, volume: &str) -> NbdClient {
+    wait::until("the volume to answer", || {
+        let mut client = NbdClient::connect(server, volume).ok()?;
+        client.read(0, 4096).ok()?.ok()?;
+        Some(client)
+    })
+}
 
 pub struct NbdClient {
     stream: TcpStream,

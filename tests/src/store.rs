@@ -1,6 +1,7 @@
 //! A metadata store in a process of its own, which can be stopped and started under a running cluster.
 
-use crate::process::{self, Process};
+use crate::network::{Host, Network};
+use crate::process::{self, Outcome, Process};
 use crate::wait;
 use nix::sys::signal::Signal;
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -14,18 +15,33 @@ pub enum StoreKind {
     Etcd,
 }
 
+/// Those of etcd, where they are certainly free.
+const CLIENT_PORT: u16 = 2379;
+const PEER_PORT: u16 = 2380;
+
 pub struct Store {
     kind: StoreKind,
     folder: PathBuf,
     /// The same for every start, since the nodes were told it.
     address: SocketAddr,
+    place: Option<(Network, Host)>,
     process: Option<Process>,
 }
 
 impl Store {
     pub fn start(kind: StoreKind, folder: &Path) -> Self {
+        Self::start_at(kind, folder, None)
+    }
+
+    /// On a host of its own, or on this one.
+    pub fn start_at(kind: StoreKind, folder: &Path, place: Option<(Network, Host)>) -> Self {
         let folder = folder.to_path_buf();
-        let mut store = Self { kind, folder, address: free_address(), process: None };
+        let address = match &place {
+            // Nobody else is there.
+            Some((network, host)) => SocketAddr::from((network.address(*host), CLIENT_PORT)),
+            None => free_address(),
+        };
+        let mut store = Self { kind, folder, address, place, process: None };
         store.start_again();
         store
     }
@@ -44,6 +60,9 @@ impl Store {
             StoreKind::Embedded => self.embedded(),
             StoreKind::Etcd => self.etcd(),
         };
+        if let Some((network, host)) = &self.place {
+            network.place(*host, &mut command);
+        }
         let mut process = Process::spawn("metadata", &mut command, &self.folder);
         wait::until("the metadata store's port", || {
             assert!(process.is_running(), "the metadata store ended:\n{}", process.log());
@@ -54,16 +73,19 @@ impl Store {
 
     fn embedded(&self) -> std::process::Command {
         let mut command = process::program("torus-engine");
-        command.arg("metadata").arg("--dir").arg(self.folder.join("metadata"));
+        command.arg("metadata").arg("--dir").arg(self.data());
         command.arg("--listen").arg(self.address.to_string());
         command
     }
 
     fn etcd(&self) -> std::process::Command {
         let client = format!("http://{}", self.address);
-        let peer = format!("http://{}", free_address());
+        let peer = match &self.place {
+            Some((network, host)) => format!("http://{}:{PEER_PORT}", network.address(*host)),
+            None => format!("http://{}", free_address()),
+        };
         let mut command = process::tool("etcd");
-        command.arg("--data-dir").arg(self.folder.join("etcd"));
+        command.arg("--data-dir").arg(self.data());
         command.args(["--listen-client-urls", &client, "--advertise-client-urls", &client]);
         command.args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer]);
         command.args(["--initial-cluster", &format!("default={peer}"), "--log-level", "warn"]);
@@ -78,26 +100,26 @@ impl Store {
         self.process.take().expect("the store runs").kill();
     }
 
-    /// A copy of all that a stopped store has on its disk.
-    pub fn back_up(&self) -> PathBuf {
-        assert!(self.process.is_none(), "a running store's files are not of one moment");
-        let copy = self.folder.join("backup");
-        copy_folder(&self.data(), &copy);
-        copy
+    /// All it knows, as a copy to `restore` later. It must not run.
+    pub fn back_up(&self, name: &str) {
+        assert!(self.process.is_none(), "a store is copied while it does not run");
+        let copy = self.folder.join(name);
+        let _ = std::fs::remove_dir_all(&copy);
+        Outcome::of(process::tool("cp").arg("-a").arg(self.data()).arg(&copy)).ok();
     }
 
-    /// The stopped store has again what it had then.
-    pub fn restore(&self, backup: &Path) {
-        assert!(self.process.is_none(), "the store runs");
-        std::fs::remove_dir_all(self.data()).expect("our own folder");
-        copy_folder(backup, &self.data());
+    /// It knows what it knew then, and nothing since. It must not run.
+    pub fn restore(&self, name: &str) {
+        assert!(self.process.is_none(), "a store is restored while it does not run");
+        std::fs::remove_dir_all(self.data()).expect("the store ran before");
+        Outcome::of(process::tool("cp").arg("-a").arg(self.folder.join(name)).arg(self.data())).ok();
     }
 
     fn data(&self) -> PathBuf {
-        match self.kind {
-            StoreKind::Embedded => self.folder.join("metadata"),
-            StoreKind::Etcd => self.folder.join("etcd"),
-        }
+        self.folder.join(match self.kind {
+            StoreKind::Embedded => "metadata",
+            StoreKind::Etcd => "etcd",
+        })
     }
 
     /// It is there and answers nobody.
@@ -107,19 +129,6 @@ impl Store {
 
     pub fn thaw(&self) {
         self.process.as_ref().expect("the store runs").signal(Signal::SIGCONT);
-    }
-}
-
-fn copy_folder(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).expect("the test's folder can be written");
-    for entry in std::fs::read_dir(from).expect("the folder is there") {
-        let entry = entry.expect("the folder can be read");
-        let target = to.join(entry.file_name());
-        if entry.path().is_dir() {
-            copy_folder(&entry.path(), &target);
-        } else {
-            std::fs::copy(entry.path(), target).expect("the test's folder can be written");
-        }
     }
 }
 

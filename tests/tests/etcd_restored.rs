@@ -16,7 +16,7 @@ fn a_volume_that_changed_after_the_backup_is_refused_and_stays_as_it_is() {
     let mut server = cluster.serve_with(&["--volume", "changed", "--lease-ttl", "2"]);
     qemu_io_ok(&server.url("changed"), &["write -P 1 0 64k", "flush"]);
     cluster.store.kill();
-    let backup = cluster.store.back_up();
+    cluster.store.back_up("backup");
     cluster.store.start_again();
     // A volume that the backup knows nothing of, and a replica that went stale.
     cluster.torusblk(&["volume", "create", "forgotten", "64MiB"]).ok();
@@ -26,7 +26,7 @@ fn a_volume_that_changed_after_the_backup_is_refused_and_stays_as_it_is() {
     assert!(server.process.stop().success(), "{}", server.process.log());
     let used = cluster.heartbeat(0).expect("it runs").shards[0].used_bytes;
     cluster.store.kill();
-    cluster.store.restore(&backup);
+    cluster.store.restore("backup");
     cluster.store.start_again();
     cluster.start_node(2);
     for _ in 0..4 {

@@ -8,13 +8,9 @@
 //!
 //! `TORUS_KILL_ROUNDS=200` makes it as long as one likes.
 
-use futures::executor::block_on;
-use std::net::SocketAddr;
 use std::time::Duration;
-use torus_rpc::metadata::{Metadata, Transaction, Write};
-use torus_schema::records::keys;
 use torus_tests::cluster::{Cluster, ClusterOptions};
-use torus_tests::nbd::NbdClient;
+use torus_tests::nbd::connect;
 use torus_tests::wait;
 use torus_tests::witness::{Promise, Witness};
 
@@ -28,15 +24,6 @@ fn rounds() -> usize {
 
 fn create(cluster: &Cluster, volume: &str, replicas: &str) {
     cluster.torusblk(&["volume", "create", volume, &format!("{VOLUME_MIB}MiB"), "--replicas", replicas]).ok();
-}
-
-/// A client whose reads are answered: the volume has a writer again.
-fn connect(server: SocketAddr, volume: &str) -> NbdClient {
-    wait::until("the volume to answer", || {
-        let mut client = NbdClient::connect(server, volume).ok()?;
-        client.read(0, 4096).ok()?.ok()?;
-        Some(client)
-    })
 }
 
 fn kill_after<const COUNT: usize>(pids: [u32; COUNT], delay: Duration) -> std::thread::JoinHandle<()> {
@@ -53,15 +40,6 @@ fn kill_after<const COUNT: usize>(pids: [u32; COUNT], delay: Duration) -> std::t
 /// Of the round, so that the kill falls into writes, flushes, footers and cleaning alike.
 fn delay(round: usize) -> Duration {
     Duration::from_millis(100 + (round as u64 * 97) % 700)
-}
-
-/// The server that was killed holds its volume until its lease ends. That it is dead is certain, so it is taken away by
-/// hand here: to wait for it each time shows nothing more.
-fn free_volumes(cluster: &Cluster) {
-    let metadata = cluster.metadata();
-    let owners = block_on(metadata.range(&keys::owners())).expect("the store answers").entries;
-    let writes = owners.into_iter().map(|owner| Write::Delete { key: owner.key }).collect();
-    block_on(metadata.transact(Transaction { writes, ..Default::default() })).expect("the store answers");
 }
 
 #[test]
@@ -82,7 +60,7 @@ fn what_was_flushed_to_a_single_replica_is_there_after_every_kill() {
         drop(client);
         server.process.kill();
         cluster.kill_node(0);
-        free_volumes(&cluster);
+        cluster.free_volumes();
         cluster.start_node(0);
         println!("round {round}: {} writes acknowledged before {:?}", end.0, end.1);
     }

@@ -36,7 +36,8 @@ fn a_read_does_not_wait_for_a_burst_of_writes() {
         let alone = Outcome::of(&mut fio(&url, &[&read[..], &range[..]].concat())).ok();
         let burst = ["--name=burst", "--rw=randwrite", "--size=256M", "--runtime=9"];
         let (bs, depth) = (format!("--bs={block}"), format!("--iodepth={depth}"));
-        let mut burst = spawn_fio(&mut fio(&url, &[&burst[..], &[bs.as_str(), depth.as_str()]].concat()), cluster.folder());
+        let mut burst =
+            spawn_fio(&mut fio(&url, &[&burst[..], &[bs.as_str(), depth.as_str()]].concat()), cluster.folder());
         let beside = Outcome::of(&mut fio(&url, &[&read[..], &range[..]].concat())).ok();
         assert!(burst.await_end().success(), "{}", burst.log());
         let (before, p50, p99) = (

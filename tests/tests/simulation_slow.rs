@@ -26,6 +26,8 @@ async fn attached(world: &World, settings: VolumeSettings) -> (Cluster, Client, 
     let volume = client.exports.attach(NAME).await.expect("nobody else is there");
     for block in 0..BLOCKS {
         write(&volume, block).await;
+        // Also, so that each replica is connected to for reads.
+        volume.read(block * BLOCK, BLOCK).await.expect("all are there");
     }
     (cluster, client, volume)
 }

@@ -63,8 +63,7 @@ fn many_volumes_stall_for_three_seconds_at_most_when_a_node_falls_silent() {
     let node = cluster.node(2);
     let stalled = run("test", None, async {
         let runtime = Runtime::new(metadata);
-        let attacher =
-            Attacher { host: "test".into(), process: "test".into(), pid: 1, force: false, repair: false };
+        let attacher = Attacher { host: "test".into(), process: "test".into(), pid: 1, force: false, repair: false };
         let exports = VolumeExports::new(runtime.clone(), attacher);
         let volumes = attach_all(&runtime, &exports).await;
         let before = write_all(&volumes).await;

@@ -115,5 +115,5 @@ pub async fn status<M: Metadata>(metadata: &M) -> Result<Report, AdminError> {
         "deleting": deleting.values().collect::<Vec<_>>(),
     });
     let summary = summary.chain(waiting).collect();
-    Ok(Report { header: vec!["WHAT", "STATE"], rows, summary, json: json(document), warnings: vec![] })
+    Ok(Report { header: vec!["WHAT", "STATE"], rows, summary, json: json(document), ..Report::default() })
 }

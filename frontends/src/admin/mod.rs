@@ -4,7 +4,7 @@
 //! * `cluster`   `init` and `status`
 //! * `peer`      storage nodes, and which of them are in the ring
 //! * `ring`      the ring document
-//! * `volume`    the noun both programs share; `volume_create`, `volume_delete`, `volume_show`
+//! * `volume`    the noun both programs share; `volume_create`, `volume_compare`, `volume_delete`, `volume_show`
 //! * `scrub`     reading and verifying everything, and what was found
 //! * `snapshot`  what stands in the metadata store, read and checked
 //! * `output`    tables, JSON and CSV
@@ -18,6 +18,7 @@ pub mod ring;
 pub mod scrub;
 mod snapshot;
 pub mod volume;
+mod volume_compare;
 pub mod volume_create;
 pub mod volume_delete;
 mod volume_show;

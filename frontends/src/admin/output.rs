@@ -21,6 +21,8 @@ pub struct Report {
     pub json: Value,
     /// For the error output, whatever the format.
     pub warnings: Vec<String>,
+    /// What was looked for is not as it should be: exit code 1.
+    pub failed: bool,
 }
 
 impl Report {
@@ -99,7 +101,7 @@ mod tests {
             rows: vec![vec!["a".into(), "1 GiB".into()], vec!["b,\"c\"".into(), "2 GiB".into()]],
             summary: vec!["Balanced: true".into()],
             json: json(["a", "b"]),
-            warnings: vec![],
+            ..Report::default()
         }
     }
 

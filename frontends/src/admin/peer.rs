@@ -110,6 +110,7 @@ pub async fn list<M: Metadata>(metadata: &M) -> Result<Report, AdminError> {
         summary: vec![format!("Balanced: {balanced} Usage: {usage}")],
         json: object!({"peers": documents, "balanced": balanced, "usage": usage}),
         warnings,
+        failed: false,
     })
 }
 

@@ -115,6 +115,7 @@ fn inspect_shards(ring: &Ring, nodes: &Nodes, replicas: u8) -> Report {
             "nodes": documents,
         }),
         warnings: vec![],
+        failed: false,
     }
 }
 
@@ -143,5 +144,6 @@ fn inspect_slice(ring: &Ring, nodes: &Nodes, slice: SliceId) -> Result<Report, A
         summary: vec![format!("slice {slice}: a volume of n replicas uses the first n")],
         json: object!({"slice": slice, "replicas": documents}),
         warnings: vec![],
+        failed: false,
     })
 }

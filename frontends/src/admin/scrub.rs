@@ -118,6 +118,7 @@ async fn order<M: Metadata>(
         summary,
         json: json!({ "nodes": documents }),
         warnings,
+        failed: false,
     })
 }
 
@@ -217,6 +218,7 @@ async fn damaged<M: Metadata>(metadata: &M, wanted: &[String], patience: Duratio
         summary: vec![format!("{damaged} damaged blocks, {conflicts} conflicts")],
         json: json!({ "shards": documents, "damaged": damaged, "conflicts": conflicts }),
         warnings,
+        failed: false,
     })
 }
 

@@ -2,7 +2,7 @@
 
 use super::volume_create::{NewVolume, check_name, check_size, create};
 use super::volume_delete::{Wait, delete};
-use super::{AdminError, Report, snapshot, volume_show};
+use super::{AdminError, Report, snapshot, volume_compare, volume_show};
 use clap::{Args, Subcommand};
 use serde_json::json as object;
 use std::time::Duration;
@@ -23,8 +23,17 @@ pub enum VolumeCommand {
     List,
     /// Show all that is known of a volume: record, owner, stale replicas, where it lies
     Show { name: String },
+    /// Compare what all replicas in sync hold, by version and checksum of each block; best while nobody writes
+    Compare { name: String },
     /// Delete a volume that nobody has attached; its space comes back as the nodes confirm
     Delete(DeleteArguments),
+}
+
+impl VolumeCommand {
+    /// It takes as long as it takes, and shows how far it is.
+    pub fn is_long(&self) -> bool {
+        matches!(self, Self::Compare { .. })
+    }
 }
 
 #[derive(Args, Clone, Debug)]
@@ -74,6 +83,7 @@ pub async fn run<R: Runtime>(
     progress: impl FnMut(&[String]),
 ) -> Result<Report, AdminError> {
     match command {
+        VolumeCommand::Compare { name } => volume_compare::compare(runtime, name, deadline, progress).await,
         VolumeCommand::Create(arguments) => run_create(runtime, arguments, deadline).await,
         VolumeCommand::List => volume_show::list(runtime.metadata()).await,
         VolumeCommand::Show { name } => volume_show::show(runtime.metadata(), name).await,

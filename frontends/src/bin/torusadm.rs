@@ -59,7 +59,8 @@ enum Command {
 fn main() -> ExitCode {
     let Arguments { global, command } = Arguments::parse();
     let deadline = global.deadline;
-    execute(&global, async move |runtime| {
+    let is_long = matches!(&command, Command::Volume(command) if command.is_long());
+    execute(&global, is_long, async move |runtime| {
         let metadata = runtime.metadata();
         match &command {
             Command::Init(arguments) => cluster::init(runtime, arguments).await,

@@ -42,9 +42,9 @@ fn main() -> ExitCode {
     let Arguments { global, command } = Arguments::parse();
     let deadline = global.deadline;
     match command {
-        Command::Volume(command) => {
-            execute(&global, async move |runtime| volume::run(runtime, &command, deadline, progress).await)
-        }
+        Command::Volume(command) => execute(&global, command.is_long(), async move |runtime| {
+            volume::run(runtime, &command, deadline, progress).await
+        }),
         Command::Serve(arguments) => {
             let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
             tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();

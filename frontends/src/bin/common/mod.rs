@@ -13,6 +13,9 @@ use torus_rpc::runtime::{Clock, Runtime};
 
 pub type CommandRuntime = GlommioRuntime<AnyMetadata>;
 
+/// A month.
+const LONG: Duration = Duration::from_secs(30 * 24 * 3600);
+
 #[derive(Args, Clone, Debug)]
 pub struct Global {
     /// Where the metadata store is: etcd://HOST:PORT[,HOST:PORT…] or torus://HOST:PORT
@@ -51,13 +54,18 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
     Ok(Duration::from_millis(milliseconds))
 }
 
-/// Runs the command within its deadline and shows what came of it.
-pub fn execute(global: &Global, command: impl AsyncFnOnce(&CommandRuntime) -> Result<Report, AdminError>) -> ExitCode {
+/// Runs the command and shows what came of it. A long one shows how far it is, and only what it asks of others has the
+/// deadline; any other ends within it.
+pub fn execute(
+    global: &Global,
+    is_long: bool,
+    command: impl AsyncFnOnce(&CommandRuntime) -> Result<Report, AdminError>,
+) -> ExitCode {
     let metadata = match AnyMetadata::connect(&global.metadata, global.metadata_deadline()) {
         Ok(metadata) => metadata,
         Err(error) => return fail(&error),
     };
-    let deadline = global.deadline;
+    let deadline = if is_long { LONG } else { global.deadline };
     let result = run("torus-command", None, async move {
         let runtime = CommandRuntime::new(metadata);
         let limit = runtime.clock().sleep(deadline);
@@ -91,6 +99,7 @@ fn show(report: &Report, format: Format) -> ExitCode {
     // A reader that has seen enough, such as `head`, is no failure.
     match std::io::stdout().write_all(report.render(format).as_bytes()) {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => fail(&format!("standard output: {error}")),
+        _ if report.failed => ExitCode::FAILURE,
         _ => ExitCode::SUCCESS,
     }
 }

@@ -1,0 +1,152 @@
+//! Hosts with addresses of their own on one Ethernet segment: network namespaces, joined by a bridge in one more. What
+//! passes between any two can be dropped, one way or both, by the kernel's packet filter; neither side is told.
+//!
+//! Needs root, `ip` and `nft`. Nothing outside the namespaces is touched or can be reached from inside.
+
+use crate::process::{self, Outcome};
+use nix::sched::{CloneFlags, setns};
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::Write;
+use std::net::Ipv4Addr;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+use std::rc::Rc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// Which host: a number below the count asked for.
+pub type Host = usize;
+
+#[derive(Clone)]
+pub struct Network(Rc<Inner>);
+
+impl std::fmt::Debug for Network {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0.prefix)
+    }
+}
+
+struct Inner {
+    /// Part of every namespace's name, so that tests beside each other do not meet.
+    prefix: String,
+    hosts: usize,
+    cut: RefCell<BTreeSet<(Host, Host)>>,
+}
+
+impl Network {
+    /// `None`, with the reason printed, where this machine lets us make no network namespaces.
+    pub fn new(hosts: usize) -> Option<Self> {
+        static NETWORKS: AtomicUsize = AtomicUsize::new(0);
+        assert!(hosts < 250);
+        let number = NETWORKS.fetch_add(1, Ordering::Relaxed);
+        let prefix = format!("torus-{}-{number}", std::process::id());
+        let tried = Outcome::of(process::tool("ip").args(["netns", "add", &format!("{prefix}-switch")]));
+        if !tried.status.success() {
+            eprintln!("SKIPPED: no network namespace can be had here: {}", tried.stderr.trim());
+            return None;
+        }
+        let inner = Rc::new(Inner { prefix, hosts, cut: RefCell::default() });
+        let switch = inner.switch();
+        ip(&["-n", &switch, "link", "add", "bridge", "type", "bridge"]);
+        ip(&["-n", &switch, "link", "set", "bridge", "up"]);
+        (0..hosts).for_each(|host| inner.add(host));
+        Some(Self(inner))
+    }
+
+    pub fn address(&self, host: Host) -> Ipv4Addr {
+        address(host)
+    }
+
+    /// The command's process will be on that host.
+    pub fn place(&self, host: Host, command: &mut Command) {
+        let namespace = self.0.open(host);
+        // SAFETY: between fork and exec only one system call is made, which allocates nothing.
+        unsafe {
+            command.pre_exec(move || setns(&namespace, CloneFlags::CLONE_NEWNET).map_err(std::io::Error::from));
+        }
+    }
+
+    /// This thread is on that host from now on, and so is every thread and process it starts.
+    pub fn enter(&self, host: Host) {
+        setns(self.0.open(host), CloneFlags::CLONE_NEWNET).expect("the namespace is ours");
+    }
+
+    /// Nothing that `from` sends arrives at `to`.
+    pub fn cut(&self, from: Host, to: Host) {
+        if self.0.cut.borrow_mut().insert((from, to)) {
+            self.0.filter(to, &format!("add element inet torus cut {{ {} }}\n", address(from)));
+        }
+    }
+
+    /// In both directions.
+    pub fn part(&self, one: Host, other: Host) {
+        self.cut(one, other);
+        self.cut(other, one);
+    }
+
+    /// Everything arrives again.
+    pub fn heal(&self) {
+        for (from, to) in self.0.cut.take() {
+            self.0.filter(to, &format!("delete element inet torus cut {{ {} }}\n", address(from)));
+        }
+    }
+}
+
+fn address(host: Host) -> Ipv4Addr {
+    Ipv4Addr::new(10, 77, 0, 1 + u8::try_from(host).expect("fewer than 250 hosts"))
+}
+
+#[track_caller]
+fn ip(arguments: &[&str]) {
+    Outcome::of(process::tool("ip").args(arguments)).ok();
+}
+
+impl Inner {
+    fn switch(&self) -> String {
+        format!("{}-switch", self.prefix)
+    }
+
+    fn name(&self, host: Host) -> String {
+        format!("{}-{host}", self.prefix)
+    }
+
+    fn add(&self, host: Host) {
+        let (name, switch, port) = (self.name(host), self.switch(), format!("port{host}"));
+        ip(&["netns", "add", &name]);
+        ip(&["-n", &switch, "link", "add", &port, "type", "veth", "peer", "name", "eth0", "netns", &name]);
+        ip(&["-n", &switch, "link", "set", &port, "master", "bridge", "up"]);
+        ip(&["-n", &name, "address", "add", &format!("{}/24", address(host)), "dev", "eth0"]);
+        ip(&["-n", &name, "link", "set", "lo", "up"]);
+        ip(&["-n", &name, "link", "set", "eth0", "up"]);
+        let rules = "table inet torus {\n set cut { type ipv4_addr; }\n \
+                     chain input { type filter hook input priority 0; ip saddr @cut drop; }\n}\n";
+        self.filter(host, rules);
+    }
+
+    fn open(&self, host: Host) -> File {
+        assert!(host < self.hosts, "host {host} of {}", self.hosts);
+        File::open(format!("/run/netns/{}", self.name(host))).expect("the namespace was made by us")
+    }
+
+    #[track_caller]
+    fn filter(&self, host: Host, rules: &str) {
+        let mut command = process::tool("ip");
+        command.args(["netns", "exec", &self.name(host), "nft", "-f", "-"]);
+        let mut child = command.stdin(Stdio::piped()).spawn().expect("`ip` was run before");
+        let mut stdin = child.stdin.take().expect("it was asked for");
+        stdin.write_all(rules.as_bytes()).expect("nft reads what it is told");
+        drop(stdin);
+        let ended = child.wait().expect("our own child");
+        assert!(ended.success(), "nft refused (is it installed? `make setup`):\n{rules}");
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        // Whoever still runs in one keeps it until he ends; its name is gone.
+        for name in (0..self.hosts).map(|host| self.name(host)).chain([self.switch()]) {
+            let _ = process::tool("ip").args(["netns", "delete", &name]).status();
+        }
+    }
+}
