@@ -1,13 +1,14 @@
 //! A read beside a burst of writes at queue depth 256 does not wait for the burst: it has connections and shares of its
-//! own all the way. The figures it prints are the point; the bound leaves room for a machine that does other things.
+//! own all the way. Of the figures it prints the median is held to the bound: the 99th percentile is the disk's and the
+//! scheduler's too, where nodes, client and load share a machine.
 
 use std::time::Duration;
 use torus_tests::cluster::{Cluster, ClusterOptions};
 use torus_tests::process::{self, Outcome};
 use torus_tests::tools::{qemu_io_ok, spawn_fio};
 
-/// 20 ms is the aim, on a machine that has nothing else to do.
-const P99_MAX: Duration = Duration::from_millis(100);
+/// Behind 256 writes of 128 KiB in one queue a read would wait for 32 MiB.
+const P50_MAX: Duration = Duration::from_millis(20);
 
 fn fio(url: &str, arguments: &[&str]) -> std::process::Command {
     let mut command = process::tool("fio");
@@ -46,6 +47,6 @@ fn a_read_does_not_wait_for_a_burst_of_writes() {
             percentile_us(&beside, "99.000000%"),
         );
         println!("reads beside {block} writes at depth 256: p50 {p50} us, p99 {p99} us; alone p99 {before} us");
-        assert!(Duration::from_micros(p99) <= P99_MAX, "p99 {p99} us beside {block} writes");
+        assert!(Duration::from_micros(p50) <= P50_MAX, "p50 {p50} us beside {block} writes");
     }
 }
