@@ -460,11 +460,6 @@ impl ReadFooter {
     pub fn entries<'a, D: Disk>(&self, geometry: Geometry, data: &'a Data<D>) -> Option<Entries<'a>> {
         self.trailer.entries(geometry, data.0.as_deref().unwrap_or_default()).ok()
     }
-
-    /// Of data that `entries` found good.
-    pub fn entries_again<'a, D: Disk>(&self, data: &'a Data<D>) -> Entries<'a> {
-        self.trailer.entries_again(data.0.as_deref().unwrap_or_default())
-    }
 }
 
 /// The footer of a segment that was seen to have one; `None` if it is damaged.

@@ -182,12 +182,17 @@ impl Space {
     }
 
     pub fn add_live(&mut self, position: Position) {
-        let segment = self.geometry.segment_of(position);
+        self.add_live_run(position, 1);
+    }
+
+    /// So many blocks from `first` on, within one segment.
+    pub fn add_live_run(&mut self, first: Position, count: u32) {
+        let segment = self.geometry.segment_of(first);
         let entry = self.at(segment);
         assert!(!matches!(entry.usage, Usage::Free | Usage::Emptied { .. }), "{segment:?} is {:?}", entry.usage);
-        entry.live += 1;
+        entry.live += count;
         entry.changed = entry.changed.max(entry.sequence.unwrap_or_default());
-        self.live += 1;
+        self.live += u64::from(count);
     }
 
     /// A copy is as old as what it is a copy of.

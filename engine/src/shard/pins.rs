@@ -48,7 +48,7 @@ struct Held {
     checksum: u32,
 }
 
-#[derive(Default)]
+#[derive(Default, Debug)]
 pub struct Pins {
     kept: BTreeMap<Kept, Held>,
     /// Those whose successor is above the limit, by the successor: a higher limit releases the lowest.
