@@ -78,9 +78,16 @@ fn an_attached_volume_cannot_be_deleted_and_a_detached_one_gives_its_space_back(
 fn every_command_ends_within_its_deadline_when_the_store_does_not_answer() {
     let nobody = free_address().to_string();
     for url in [format!("etcd://{nobody}"), format!("torus://{nobody}")] {
-        for (program, arguments) in
-            [("torusadm", &["list-peers"][..]), ("torusadm", &["init"]), ("torusblk", &["volume", "list"])]
-        {
+        let commands: [(&str, &[&str]); 7] = [
+            ("torusadm", &["list-peers"]),
+            ("torusadm", &["init"]),
+            ("torusadm", &["status"]),
+            ("torusadm", &["why", "demo", "0"]),
+            ("torusadm", &["peer", "replace", "old", "new"]),
+            ("torusadm", &["volume", "promote", "demo", "node"]),
+            ("torusblk", &["volume", "list"]),
+        ];
+        for (program, arguments) in commands {
             let started = Instant::now();
             let mut command = process::program(program);
             let text = Outcome::of(command.args(["--metadata", &url, "--deadline", "1s"]).args(arguments)).refused();

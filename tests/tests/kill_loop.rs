@@ -1,7 +1,6 @@
 //! kill -9 of nodes, again and again, under load that knows what it was promised (`witness`).
 //!
-//! What is shown, and what is not: a node that was away is stale for the volumes that were written meanwhile until it
-//! is resynchronised, which does not exist yet. So there are two loops. In the first a volume has one replica, and its
+//! There are two loops (what a node is worth that was brought up to date shows in `rejoin`). In the first a volume has one replica, and its
 //! node is killed each round: what was flushed is there after every restart of the same log, which grows older with
 //! each. In the second each round has a volume of its own with three replicas, of which one is killed: what was
 //! acknowledged is there, without an error to anybody; and the killed node has to serve the next round's volume.

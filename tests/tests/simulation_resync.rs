@@ -420,9 +420,6 @@ const DISTURBANCES: [Disturbance; 12] = [
 /// Node 0 is away for a while, comes back, and is disturbed; writes, clears, flushes and reads of every block go on and
 /// are checked. In the end every replica is in sync by itself, all have the same, and node 0 alone serves all of it.
 async fn disturbed(run: Rc<Run>, disturbance: Disturbance) {
-    if !run.world.one_in(4) {
-        run.world.set_faults(Faults { slow: 30, very_late: 400, answer_lost: 200, carried_out_twice: 20 });
-    }
     let script = Script { world: run.world.clone(), cluster: run.cluster.clone() };
     let mut client = run.cluster.client("w0", false);
     let device = run.attach(&client).await.expect("all nodes run");
@@ -443,6 +440,10 @@ async fn disturbed(run: Rc<Run>, disturbance: Disturbance) {
         }
     }
     run.cluster.start_node(0).await;
+    // Not before: an answer that is lost makes another replica stale, and then node 0 could not be done without.
+    if !run.world.one_in(4) {
+        run.world.set_faults(Faults { slow: 30, very_late: 400, answer_lost: 200, carried_out_twice: 20 });
+    }
     let load = async {
         let all = pin!(work(&run, &device, 60));
         let patience = pin!(run.world.sleep(Duration::from_secs(120)));

@@ -20,7 +20,7 @@ pub const CLEANER_SEGMENTS: u32 = 1;
 /// With this many free or fewer no client data is taken, but clears, opens and drops still are, since they free space.
 pub const NOTE_SEGMENTS: u32 = 2;
 /// The reserve at least, in segments: the two above, the open one, and one being sealed.
-const RESERVE_SEGMENTS_MIN: u32 = 4;
+pub const RESERVE_SEGMENTS_MIN: u32 = 4;
 
 /// How a victim is chosen.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -313,6 +313,11 @@ impl Space {
 
     pub fn usage(&self, segment: SegmentIndex) -> Usage {
         self.segments[segment.0 as usize].usage
+    }
+
+    /// Of the opening that stands there.
+    pub fn sequence(&self, segment: SegmentIndex) -> Option<u64> {
+        self.segments[segment.0 as usize].sequence
     }
 
     fn at(&mut self, segment: SegmentIndex) -> &mut Segment {

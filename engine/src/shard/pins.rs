@@ -179,6 +179,17 @@ impl Pins {
     pub fn positions(&self) -> impl Iterator<Item = Position> + '_ {
         self.kept.values().map(|held| held.position)
     }
+
+    /// All that is kept.
+    #[cfg(test)]
+    pub fn all(&self) -> impl Iterator<Item = (BlockIndex, Entry)> + '_ {
+        let entry = |kept: &Kept, held: &Held| Entry {
+            position: held.position,
+            checksum: held.checksum,
+            version: kept.version,
+        };
+        self.kept.iter().map(move |(kept, held)| (kept.block, entry(kept, held)))
+    }
 }
 
 const HIGHEST: Version = Version { epoch: torus_schema::ids::Epoch(u32::MAX), sequence: u64::MAX };

@@ -48,7 +48,7 @@ impl Scene {
             let slices = held.collect();
             stale.push(StaleReplica { node: number, since: VersionRecord::default(), stale_s: NOW_S - 90, slices });
         }
-        self.put(keys::status(volume.id), encode(&StatusRecord { stale })).await;
+        self.put(keys::status(volume.id), encode(&StatusRecord { changes: 1, stale })).await;
     }
 
     async fn replace(&self, old: u8, new: u8, force: bool) -> Result<Replaced, AdminError> {
@@ -60,7 +60,17 @@ impl Scene {
 fn owner(repair: bool) -> OwnerRecord {
     let (host, process) = ("client-7".to_string(), "torusblk serve".to_string());
     let epoch = torus_schema::ids::Epoch(3);
-    OwnerRecord { host, process, pid: 7, epoch, lease: "1".into(), attached_s: NOW_S, repair }
+    OwnerRecord {
+        host,
+        process,
+        pid: 7,
+        epoch,
+        lease: "1".into(),
+        lease_ttl_ms: 10_000,
+        clock_drift_ms: 500,
+        attached_s: NOW_S,
+        repair,
+    }
 }
 
 #[test]

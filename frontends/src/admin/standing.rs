@@ -79,7 +79,7 @@ pub fn with_stale(
         }
     }
     stale.sort_by_key(|stale| (stale.node, stale.since));
-    StatusRecord { stale }
+    StatusRecord { changes: status.changes + 1, stale }
 }
 
 /// The status with these slices of one node in sync.
@@ -89,7 +89,7 @@ pub fn without_stale(status: &StatusRecord, node: NodeNumber, slices: &[SliceId]
         listed.slices.retain(|slice| !slices.contains(slice));
     }
     stale.retain(|listed| !listed.slices.is_empty());
-    StatusRecord { stale }
+    StatusRecord { changes: status.changes + 1, stale }
 }
 
 #[cfg(test)]

@@ -81,7 +81,8 @@ pub async fn show<M: Metadata>(metadata: &M, name: &str) -> Result<Report, Admin
     }
     for stale in &found.status.stale {
         let since = torus_schema::ids::Version::from(stale.since);
-        row("stale", format!("{}: {} slices since {since}", node_name(stale.node), stale.slices.len()));
+        let when = if stale.stale_s > 0 { ago(now_s().saturating_sub(stale.stale_s)) } else { "?".to_string() };
+        row("stale", format!("{}: {} slices since {since}, {when}", node_name(stale.node), stale.slices.len()));
     }
     let held = slices.iter().map(|(number, count)| {
         object!({"node": number, "uuid": cluster.ring.node(*number).map(|node| node.id), "slices": count})
@@ -109,5 +110,6 @@ fn state(state: VolumeState) -> &'static str {
 
 fn owner_sentence(owner: &OwnerRecord) -> String {
     let age = ago(now_s().saturating_sub(owner.attached_s));
-    format!("{}, process {} (pid {}), epoch {}, {age}", owner.host, owner.process, owner.pid, owner.epoch)
+    let why = if owner.repair { ", only to repair it" } else { "" };
+    format!("{}, process {} (pid {}), epoch {}, {age}{why}", owner.host, owner.process, owner.pid, owner.epoch)
 }

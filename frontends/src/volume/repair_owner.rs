@@ -5,12 +5,15 @@
 //! volume, and the transaction of the attach decides. An idle cluster costs three watches per node; only as long as there
 //! is something to repair that nobody owns, the heartbeats are looked at.
 
-use super::attach::{Attacher, begin, metadata_error, open_and_reconcile, record_error};
-use super::lease::ProcessLease;
+use super::attach::{Attacher, Surroundings, begin, metadata_error, open_and_reconcile, record_error};
+use super::counters::Counters;
+use super::lease::{LeaseTerms, ProcessLease};
 use super::links::Links;
 use super::own::give_up;
+use super::places::Places;
 use super::replay::{Budget, ReplayLimits};
 use super::session::Session;
+use super::share::Share;
 use super::wanted::watch_wanted;
 use crate::device::VolumeError;
 use futures::future::{Either, select};
@@ -18,14 +21,15 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::pin::pin;
 use std::rc::{Rc, Weak};
+use std::sync::Arc;
 use std::time::Duration;
 use torus_rpc::metadata::{Event, Metadata, MetadataError, Range, Revision, Watch};
 use torus_rpc::notify::Notify;
 use torus_rpc::runtime::{Class, Clock, Instant, Random, Runtime, Spawn};
 use torus_schema::ids::{NodeId, NodeNumber, VolumeId};
 use torus_schema::limits::{
-    METADATA_RETRY_AFTER, REPAIR_BACKOFF_MAX, REPAIR_BACKOFF_MIN, REPAIR_OWNER_AFTER, REPAIR_STUCK_AFTER,
-    REPAIRS_OWNED_MAX,
+    MARKS_IN_FLIGHT_MAX, METADATA_RETRY_AFTER, REPAIR_BACKOFF_MAX, REPAIR_BACKOFF_MIN, REPAIR_OWNER_AFTER,
+    REPAIR_STUCK_AFTER, REPAIRS_OWNED_MAX,
 };
 use torus_schema::records::{HeartbeatRecord, StatusRecord, VolumeRecord, VolumeState, decode, keys};
 use torus_schema::ring::rank::rank;
@@ -53,6 +57,9 @@ struct Shared<R: Runtime> {
     attacher: Attacher,
     links: Rc<Links<R>>,
     budget: Rc<Budget>,
+    counters: Arc<Counters>,
+    marking: Rc<Share>,
+    places: Places<R>,
     /// Held only while something is repaired.
     lease: RefCell<Weak<ProcessLease<R>>>,
     repairing: RefCell<BTreeSet<VolumeId>>,
@@ -89,6 +96,9 @@ impl<R: Runtime> RepairOwner<R> {
         let shared = Shared {
             links: Links::new(runtime.clone()),
             budget: Budget::new(ReplayLimits::default()),
+            counters: Arc::default(),
+            marking: Share::new(MARKS_IN_FLIGHT_MAX, 0),
+            places: Places::new(runtime.clone()),
             runtime,
             node,
             attacher,
@@ -306,9 +316,9 @@ impl<R: Runtime> Shared<R> {
             return Ok(Outcome::Wanted);
         };
         let lease = self.lease().await?;
-        let (runtime, links, budget) = (self.runtime.clone(), self.links.clone(), self.budget.clone());
-        let session = begin(runtime, links, lease, budget, (volume, &record.name), &self.attacher).await?;
+        let session = begin(self.around(lease), (volume, &record.name), &self.attacher).await?;
         tracing::info!(volume = %record.name, "owned for repair");
+        self.places.follow(&session);
         let result = {
             let work = pin!(work(&session));
             let stopping = pin!(self.changed.until(|| self.stopping.get().then_some(())));
@@ -325,12 +335,24 @@ impl<R: Runtime> Shared<R> {
         result
     }
 
+    fn around(&self, lease: Rc<ProcessLease<R>>) -> Surroundings<R> {
+        Surroundings {
+            runtime: self.runtime.clone(),
+            links: self.links.clone(),
+            lease,
+            budget: self.budget.clone(),
+            counters: self.counters.clone(),
+            marking: self.marking.clone(),
+            never_hedge: true,
+        }
+    }
+
     async fn lease(&self) -> Result<Rc<ProcessLease<R>>, VolumeError> {
         let held = self.lease.borrow().upgrade();
         if let Some(lease) = held {
             return Ok(lease);
         }
-        let lease = ProcessLease::grant(self.runtime.clone()).await.map_err(metadata_error)?;
+        let lease = ProcessLease::grant(self.runtime.clone(), LeaseTerms::default()).await.map_err(metadata_error)?;
         *self.lease.borrow_mut() = Rc::downgrade(&lease);
         Ok(lease)
     }

@@ -288,7 +288,7 @@ impl<R: Runtime> Session<R> {
         let (mut from, mut failures, mut tried) = (BlockIndex(0), 0, Vec::new());
         loop {
             self.still_syncing(position)?;
-            let (chosen, source) = self.choose_source(position, slice, &mut tried).await?;
+            let (chosen, source) = self.choose_source(position, slice, &tried).await?;
             let asked_of = source.incarnation;
             let blocks_max = RESYNC_BLOCKS_PER_REQUEST;
             let asked = Operation::Resync(Resync { slice: id, since, through, source, from, blocks_max, pull });
@@ -327,7 +327,7 @@ impl<R: Runtime> Session<R> {
         &self,
         position: ShardPosition,
         slice: Slice,
-        tried: &mut Vec<ShardPosition>,
+        tried: &[ShardPosition],
     ) -> Result<(ShardPosition, Source), Stopped> {
         loop {
             self.still_syncing(position)?;

@@ -138,6 +138,7 @@ fn set_peer_read(mut read: peer_read::Builder<'_>, token: &Token, (first, count)
 
 fn set_retain(mut builder: retain::Builder<'_>, retention: &Retention) {
     set_version(builder.reborrow().init_horizon(), retention.horizon);
+    builder.set_status_changes(retention.status_changes);
     builder.set_is_stale(retention.stale_since.is_some());
     set_version(builder.reborrow().init_stale_since(), retention.stale_since.unwrap_or_default());
     let mut pins = builder.init_pins(retention.pins.len() as u32);
@@ -256,8 +257,8 @@ fn get_resync(asked: resync::Reader<'_>) -> Result<Resync, FrameError> {
         node: NodeId::from_bytes(from_halves(asked.get_source_node_high(), asked.get_source_node_low())),
         shard: ShardIndex(asked.get_source_shard()),
         address: asked.get_source_address()?.to_str()?.to_string(),
-        generation: RingGeneration(asked.get_source_generation()),
         incarnation: Incarnation(u128::from(incarnation.get_high()) << 64 | u128::from(incarnation.get_low())),
+        generation: RingGeneration(asked.get_source_generation()),
     };
     Ok(Resync {
         slice: SliceId(asked.get_slice()),
@@ -276,6 +277,7 @@ fn get_retention(retain: retain::Reader<'_>) -> Result<Retention, FrameError> {
         horizon: get_version(retain.get_horizon()?)?,
         pins: retain.get_pins()?.iter().map(get_version).collect::<Result<_, _>>()?,
         stale_since: retain.get_is_stale().then_some(stale_since),
+        status_changes: retain.get_status_changes(),
     })
 }
 
@@ -345,8 +347,13 @@ mod tests {
             Operation::Describe { above: version, from: BlockIndex(1024), slice: None },
             Operation::Describe { above: version, from: BlockIndex(0), slice: Some(SliceId(0)) },
             Operation::Resync(resync(version)),
-            Operation::Retain(Retention { horizon: version, pins: vec![version], stale_since: Some(Version::ZERO) }),
-            Operation::Retain(Retention { horizon: version, pins: vec![], stale_since: None }),
+            Operation::Retain(Retention {
+                horizon: version,
+                pins: vec![version],
+                stale_since: Some(Version::ZERO),
+                status_changes: 7,
+            }),
+            Operation::Retain(Retention { horizon: version, ..Retention::default() }),
             Operation::Revoke { revoked: vec![Revoked { block: BlockIndex(8), version }] },
             Operation::Map { first: BlockIndex(9), count: 10 },
             Operation::PeerRead { token: Token([7; 32]), first: BlockIndex(9), count: 10, data: true },
@@ -355,8 +362,8 @@ mod tests {
 
     fn resync(version: Version) -> Resync {
         let (node, incarnation) = (NodeId::from_bytes([4; 16]), Incarnation(0xffee_0000_0000_0000_0000_0000_0000_0011));
-        let (address, generation) = ("host:7000".to_string(), RingGeneration(5));
-        let source = Source { node, shard: ShardIndex(2), address, incarnation, generation };
+        let (shard, generation) = (ShardIndex(2), RingGeneration(5));
+        let source = Source { node, shard, address: "host:7000".to_string(), incarnation, generation };
         let (slice, since, from) = (SliceId(6), Version::new(Epoch(3), 8), BlockIndex(77));
         Resync { slice, since, through: version, source, from, blocks_max: 512, pull: true }
     }

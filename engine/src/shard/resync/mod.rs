@@ -21,8 +21,8 @@ use super::queue::{Need, Waiting};
 use super::requests::{VOLUME_BLOCKS_MAX, malformed};
 use super::{Shard, State};
 use crate::index::{Found, Place};
-use crate::log::Position;
 use crate::log::record::{Clear, Data, Record, Revoke};
+use crate::log::{BLOCK, Position};
 use crate::shard::damage::Damaged;
 use bytes::Bytes;
 use compare::{Job, Step, Theirs, add_job, beginning_of, frames, step, theirs_of};
@@ -31,10 +31,11 @@ use futures::future::{Either, join_all, select};
 use pace::Pacer;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::pin::pin;
 use std::rc::Rc;
 use std::time::Duration;
-use torus_rpc::message::{Answer, Descriptor, Envelope, Operation, Refusal, Resync, Resynced, Revoked, Run};
+use torus_rpc::message::{Answer, Descriptor, Envelope, Operation, Refusal, Resync, Resynced, Revoked, Run, Source};
 use torus_rpc::runtime::{Clock, Instant, Peer, Runtime};
 use torus_schema::ids::{BlockIndex, Version};
 use torus_schema::limits::{
@@ -143,11 +144,8 @@ impl<R: Runtime> Work<'_, R> {
     }
 
     async fn ask(&self, operation: &Operation) -> Result<(Answer, Bytes), Refusal> {
-        let envelope = Envelope {
-            incarnation: self.asked.source.incarnation,
-            generation: self.asked.source.generation,
-            ..*self.envelope
-        };
+        let Source { incarnation, generation, .. } = self.asked.source;
+        let envelope = Envelope { incarnation, generation, ..*self.envelope };
         let clock = self.shard.runtime.clock();
         let asked = pin!(self.shard.ask_peer(&self.peer, &envelope, operation));
         let too_long = pin!(clock.sleep(RESYNC_SOURCE_DEADLINE));
@@ -387,44 +385,39 @@ impl<R: Runtime> Work<'_, R> {
         self.shard.check(self.envelope, Some(self.asked.slice))?;
         let (mut waiting, mut at, mut of_data) = (Vec::new(), first.0, 0);
         for run in runs {
-            for number in 0..u64::from(run.count) {
-                let block = BlockIndex(at + number);
-                let is_newer = self.ours(block).version() < run.version;
-                let data = run.data.then(|| of_data + number as usize);
-                match data {
-                    _ if !is_newer => {}
-                    Some(data) => {
-                        let start = data * BLOCK_BYTES as usize;
-                        let payload = payload.slice(start..start + BLOCK_BYTES as usize);
-                        waiting.push(self.submit_block(block, run.version, checksums[data], payload)?);
-                    }
-                    None => {
-                        let job = Job::Clear { first: block, count: 1, version: run.version };
-                        waiting.extend(self.submit_clear(&job)?);
-                    }
+            let count = u64::from(run.count);
+            let newer = (at..at + count).filter(|block| self.ours(BlockIndex(*block)).version() < run.version);
+            for blocks in neighbours(newer) {
+                let (first, count) = (BlockIndex(blocks.start), (blocks.end - blocks.start) as u32);
+                if !run.data {
+                    waiting.extend(self.submit_clear(&Job::Clear { first, count, version: run.version })?);
+                    continue;
                 }
+                let start = of_data + (blocks.start - at) as usize;
+                let numbers = start..start + count as usize;
+                let payload = payload.slice(numbers.start * BLOCK..numbers.end * BLOCK);
+                waiting.push(self.submit_data(first, run.version, checksums[numbers].to_vec(), payload)?);
             }
-            at += u64::from(run.count);
+            at += count;
             of_data += if run.data { run.count as usize } else { 0 };
         }
         Ok(waiting)
     }
 
-    fn submit_block(
+    fn submit_data(
         &self,
-        block: BlockIndex,
+        first: BlockIndex,
         version: Version,
-        checksum: u32,
+        checksums: Vec<u32>,
         payload: Bytes,
     ) -> Result<Waiting, Refusal> {
         let volume = self.envelope.volume;
         let flush_point = {
             let state = self.shard.state.borrow();
-            state.check_not_revoked(volume, block.0..block.0 + 1, version)?;
+            state.check_not_revoked(volume, first.0..first.0 + checksums.len() as u64, version)?;
             state.flush_point(volume)
         };
-        let (position, checksums) = (Position(0), vec![checksum]);
-        let data = Data { volume, first: block, version, flush_point, position, checksums };
+        let data = Data { volume, first, version, flush_point, position: Position(0), checksums };
         self.shard.submit(Need::Data, Record::Data(data), payload, None)
     }
 
@@ -480,6 +473,18 @@ impl State {
         let of = (&layout.ok_or(Refusal::NotOpen)?.placement, Some(asked.slice));
         Ok(self.contents.index.describe(envelope.volume, asked.since, from, of, DESCRIPTORS_PER_REPLY_MAX))
     }
+}
+
+/// Ascending numbers as ranges.
+fn neighbours(numbers: impl Iterator<Item = u64>) -> Vec<Range<u64>> {
+    let mut ranges: Vec<Range<u64>> = Vec::new();
+    for number in numbers {
+        match ranges.last_mut() {
+            Some(last) if last.end == number => last.end += 1,
+            _ => ranges.push(number..number + 1),
+        }
+    }
+    ranges
 }
 
 async fn all_done(waiting: impl IntoIterator<Item = Waiting>) -> Result<(), Refusal> {

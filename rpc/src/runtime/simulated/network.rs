@@ -3,8 +3,8 @@
 //! Fault model: a message takes 20 µs to 1 ms, one in some dozens up to 50 ms, and one in some hundreds longer than
 //! any timeout. A connection breaks when one end is killed. While two processes are cut off from each other, messages
 //! between them are held back and delivered after the cut, long after the sender gave up. Answers get lost and
-//! requests are carried out twice with the probability of `Faults`. A cut can be one-way. A process can be slow: some or all messages to and
-//! from it take longer.
+//! requests are carried out twice with the probability of `Faults`. A cut can be one-way. A process can be slow: some or
+//! all messages to and from it take longer.
 
 use super::{Here, ProcessId, World};
 use crate::error::LinkError;
