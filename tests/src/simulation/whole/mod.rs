@@ -117,8 +117,6 @@ pub struct Whole {
     names_given: Cell<u64>,
     /// Clients that have a volume, or are about to.
     busy: Rc<Cell<usize>>,
-    /// Nodes whose power failed: they take what was answered and not flushed with them.
-    powerless: RefCell<BTreeSet<usize>>,
     troubles: Cell<u64>,
     /// Troubles that still last.
     lasting: Cell<usize>,
@@ -139,8 +137,23 @@ pub struct Whole {
 struct Volume {
     id: VolumeId,
     workload: Workload,
+    /// Nodes whose power failed since the last attach, which makes durable what it finds: they take with them what was
+    /// answered and not flushed.
+    powerless: Rc<RefCell<BTreeSet<usize>>>,
+    /// The epoch of the last writer that attached.
+    newest: Rc<Cell<u64>>,
     /// About to be deleted: nobody attaches it any more.
     closed: bool,
+}
+
+impl Volume {
+    /// As many as have to be in sync may be all that are, the others were marked stale before: what they lost may be
+    /// gone, even if it was read meanwhile where it still was.
+    fn forget_what_may_be_lost(&self, min_replicas: u8) {
+        if self.powerless.borrow().len() >= usize::from(min_replicas) {
+            self.workload.history.borrow_mut().power_lost();
+        }
+    }
 }
 
 async fn whole(world: World) -> Result<Figures, String> {
@@ -184,7 +197,6 @@ impl Whole {
             people: RefCell::default(),
             names_given: Cell::new(0),
             busy: Rc::default(),
-            powerless: RefCell::default(),
             troubles: Cell::new(0),
             lasting: Cell::new(0),
             healing: Cell::new(false),

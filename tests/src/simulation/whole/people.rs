@@ -4,6 +4,7 @@
 
 use super::{AREA_BLOCKS, AREAS, Volume, Whole};
 use crate::simulation::cluster::Client;
+use crate::simulation::workload::Workload;
 use futures::future::{join_all, select};
 use std::pin::pin;
 use std::rc::Rc;
@@ -73,7 +74,7 @@ impl Whole {
         }
         let epoch = u64::from(device.epoch().0);
         self.world.note(|| format!("{} attached {name} in epoch {epoch}", self.world.name_of(client.process)));
-        let workload = volume.workload.in_epoch(epoch);
+        let workload = self.attached(volume, epoch);
         let operations = 5 + self.world.random_below(80);
         let workers = AREAS.iter().map(|first| {
             let work = workload.work(&device, *first, AREA_BLOCKS, operations);
@@ -86,6 +87,18 @@ impl Whole {
         if self.world.one_in(2) {
             client.exports.release_all().await;
         }
+    }
+}
+
+impl Whole {
+    /// A writer serves from now on: what it found is durable wherever it is in sync, and what it did not find is gone.
+    pub(super) fn attached(&self, volume: &Volume, epoch: u64) -> Workload {
+        if volume.newest.get() < epoch {
+            volume.newest.set(epoch);
+            volume.forget_what_may_be_lost(self.profile.min_replicas);
+            volume.powerless.borrow_mut().clear();
+        }
+        volume.workload.in_epoch(epoch)
     }
 }
 

@@ -68,9 +68,20 @@ impl Whole {
         let mut attached = Vec::new();
         if !self.profile.left_alone {
             for name in self.names() {
-                attached.push(self.attach(&client, &name).await?);
+                let (device, volume) = (self.attach(&client, &name).await?, self.volumes.borrow()[&name].clone());
+                self.attached(&volume, u64::from(device.epoch().0));
+                attached.push(device);
             }
         }
+        self.wait_until_in_sync().await?;
+        drop(attached);
+        client.exports.release_all().await;
+        self.world.kill(client.process);
+        Ok(self.world.now().since(began))
+    }
+
+    async fn wait_until_in_sync(&self) -> Result<(), String> {
+        let began = self.world.now();
         while !self.all_in_sync().await {
             let passed = self.world.now().since(began);
             if passed > WHOLE_WITHIN {
@@ -83,10 +94,7 @@ impl Whole {
             self.world.sleep(Duration::from_millis(200)).await;
         }
         self.world.note(|| "every replica is in sync".to_string());
-        drop(attached);
-        client.exports.release_all().await;
-        self.world.kill(client.process);
-        Ok(self.world.now().since(began))
+        Ok(())
     }
 
     fn new_name(&self) -> String {
@@ -116,7 +124,7 @@ impl Whole {
         for name in self.names() {
             let volume = self.volumes.borrow()[&name].clone();
             let device = self.attach(&client, &name).await?;
-            let workload = volume.workload.in_epoch(u64::from(device.epoch().0));
+            let workload = self.attached(&volume, u64::from(device.epoch().0));
             for _ in 0..4 {
                 for first in AREAS {
                     let read = workload.read(&device, first * BLOCK_BYTES, AREA_BLOCKS * BLOCK_BYTES).await;
@@ -124,6 +132,8 @@ impl Whole {
                 }
             }
             workload.flush(&device).await.map_err(|error| format!("{name} cannot be flushed: {error}"))?;
+            // A replica that lost everything may have been noticed by this attach only.
+            self.wait_until_in_sync().await?;
             self.compare(&name, &volume).await?;
         }
         client.exports.release_all().await;

@@ -149,10 +149,9 @@ impl Whole {
 
     /// Its power fails, as seen by who checks what was promised.
     fn powerless(&self, node: usize) {
-        self.powerless.borrow_mut().insert(node);
-        // As many as have to be in sync may be all that are, the others were marked stale before.
-        if self.powerless.borrow().len() >= usize::from(self.profile.min_replicas) {
-            self.volumes.borrow().values().for_each(|volume| volume.workload.history.borrow_mut().power_lost());
+        for volume in self.volumes.borrow().values() {
+            volume.powerless.borrow_mut().insert(node);
+            volume.forget_what_may_be_lost(self.profile.min_replicas);
         }
     }
 

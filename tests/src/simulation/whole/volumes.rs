@@ -16,7 +16,8 @@ impl Whole {
         let Self { cluster, profile, .. } = self;
         let id = cluster.create_volume(name, VOLUME_BYTES, profile.replicas, profile.min_replicas).await;
         self.world.note(|| format!("{name} is created: {id}"));
-        let volume = Volume { id, workload: self.workload.beside(), closed: false };
+        let workload = self.workload.beside();
+        let volume = Volume { id, workload, powerless: Rc::default(), newest: Rc::default(), closed: false };
         self.volumes.borrow_mut().insert(name.to_string(), volume);
     }
 
