@@ -435,7 +435,7 @@ mod tests {
         records()[1..].iter().for_each(|record| record.encode(&mut tail));
         let notes = tail.len() as u32 - 28;
         let mut golden = [
-            &b"TORUSFTR\x02\0\0\0\x01\0\0\0\xef\xcd\xab\0\0\0\0\0\x09\0\0\0\0\0\0\0"[..],
+            &b"TORUSFTR\x03\0\0\0\x01\0\0\0\xef\xcd\xab\0\0\0\0\0\x09\0\0\0\0\0\0\0"[..],
             b"\x04\0\0\0\0\0\0\0\x06\0\0\0\0\0\0\0\x05\0\0\0\0\0\0\0\x07\0\0\0\0\0\0\0",
             b"\x01\0\0\0\x28\0\0\0\x01\0\0\0",
             &(records().len() as u32 - 1).to_le_bytes(),

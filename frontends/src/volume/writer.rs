@@ -168,6 +168,7 @@ impl<R: Runtime> Session<R> {
         let operation = |version| Operation::Write { first: piece.first, version, durable, checksums };
         let (record, replicas) = self.begin(slot, operation, payload, begun).await?;
         self.replicate(&record, replicas, durable).await?;
+        self.status_told().await?;
         self.settle(record.sequence);
         Ok(())
     }
@@ -189,6 +190,7 @@ impl<R: Runtime> Session<R> {
         };
         let (record, replicas) = self.begin(slot, operation, Bytes::new(), begun).await?;
         self.replicate(&record, replicas, durable).await?;
+        self.status_told().await?;
         self.settle(record.sequence);
         Ok(())
     }

@@ -112,7 +112,12 @@ impl History {
             _ => {
                 let mut pins = vec![said, version(2 * self.dice.below(self.sequence))];
                 pins.sort();
-                let retention = Retention { horizon: version(2 * self.sequence), pins, stale_since: None };
+                let retention = Retention {
+                    horizon: version(2 * self.sequence),
+                    pins,
+                    stale_since: None,
+                    status_changes: self.sequence,
+                };
                 let (epoch, order) = (Epoch(1), self.sequence);
                 Record::Retain(Retain { volume: id, flush_point: said, epoch, order, retention })
             }

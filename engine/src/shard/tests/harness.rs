@@ -254,7 +254,7 @@ impl Client {
     /// As a writer that has these snapshots and no others, and takes none.
     pub async fn retain(&self, pins: Vec<Version>, stale_since: Option<Version>) -> Result<(), Refusal> {
         let horizon = Version::new(self.envelope.get().epoch, torus_schema::limits::SEQUENCE_MAX);
-        let answer = self.call(Operation::Retain(Retention { horizon, pins, stale_since })).await?;
+        let answer = self.call(Operation::Retain(Retention { horizon, pins, stale_since, status_changes: 0 })).await?;
         assert_eq!(answer, Answer::Retained);
         Ok(())
     }
