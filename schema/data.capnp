@@ -103,6 +103,8 @@ struct Retain {
   # The lowest mark of a stale replica, if there is one.
   isStale @2 :Bool;
   staleSince @3 :Version;
+  # How often the volume's status has changed; what is remembered never falls.
+  statusChanges @4 :UInt64;
 }
 
 struct Revoke {
@@ -152,6 +154,8 @@ struct Opened {
   flushPoint @2 :Version;
   # Slices asked for of which the shard holds no instance of this generation.
   missing @3 :List(UInt32);
+  # The highest that a retain ever said.
+  statusChanges @4 :UInt64;
 }
 
 struct ReadResult {

@@ -30,6 +30,10 @@ pub trait Device: Clone + 'static {
         durable: bool,
         advisory: bool,
     ) -> impl Future<Output = Result<(), VolumeError>>;
+    /// Why every further request will fail; waits until that is so.
+    fn ended(&self) -> impl Future<Output = String> {
+        std::future::pending()
+    }
     /// Everything that was answered before the call is on stable storage of every in-sync replica after it.
     fn flush(&self) -> impl Future<Output = Result<(), VolumeError>>;
 }

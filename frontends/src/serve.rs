@@ -1,19 +1,23 @@
 //! `torusblk serve`: the volumes of a cluster over NBD, until it is told to stop.
 
-use crate::device::{Exports, VolumeError};
+use crate::device::{Device, Exports, VolumeError};
 use crate::nbd::{Listener, ListenerError, serve};
-use crate::volume::{Attacher, VolumeExports, VolumeSettings};
+use crate::volume::{AttachedVolume, Attacher, Counters, LeaseTerms, VolumeExports, VolumeSettings};
 use clap::Args;
 use futures::channel::oneshot;
-use futures::future::{FutureExt, Shared};
+use futures::future::{FutureExt, Shared, select};
 use std::io::Write;
 use std::net::ToSocketAddrs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 use thiserror::Error;
 use torus_rpc::metadata::MetadataError;
 use torus_rpc::metadata::any::AnyMetadata;
 use torus_rpc::runtime::glommio::{GlommioRuntime, StartError, run};
+use torus_schema::limits::{LEASE_DRIFT, OWNER_LEASE_TTL};
+
+const STATS_INTERVAL: Duration = Duration::from_secs(1);
 
 /// What clap shows as the command's help.
 #[derive(Args, Clone, Debug)]
@@ -24,7 +28,7 @@ pub struct ServeArguments {
     /// Attach this volume from the start instead of at its first use; may be given several times
     #[arg(long, value_name = "NAME")]
     pub volume: Vec<String>,
-    /// Take volumes over from another owner (waits until its reads have ended, about 11 s)
+    /// Take volumes over from another owner (waits until its reads have ended: its --lease-ttl and --clock-drift)
     #[arg(long)]
     pub force: bool,
     /// Listen on other than loopback addresses although NBD here has neither authentication nor encryption
@@ -33,6 +37,15 @@ pub struct ServeArguments {
     /// Fail a request that has waited so many seconds for replicas to come back; 0: never
     #[arg(long, value_name = "SECONDS", default_value_t = 0)]
     pub io_timeout: u64,
+    /// Volumes of a process that died can be attached again this long after its last sign of life
+    #[arg(long, value_name = "SECONDS", default_value_t = OWNER_LEASE_TTL.as_secs())]
+    pub lease_ttl: u64,
+    /// How far the clocks of two hosts may drift apart within the lease; at most a quarter of it
+    #[arg(long, value_name = "MILLISECONDS", default_value_t = LEASE_DRIFT.as_millis() as u64)]
+    pub clock_drift: u64,
+    /// Write counters to this file every second, in Prometheus' text format
+    #[arg(long, value_name = "FILE")]
+    pub stats: Option<PathBuf>,
     /// Pin the server to this CPU
     #[arg(long, value_name = "N")]
     pub cpu: Option<usize>,
@@ -55,6 +68,10 @@ pub enum ServeError {
     Metadata(#[from] MetadataError),
     #[error(transparent)]
     Volume(#[from] VolumeError),
+    #[error("--lease-ttl and --clock-drift: {because}")]
+    Lease { because: String },
+    #[error("none of the volumes named by --volume is served any more; the last: {because}")]
+    Ended { because: String },
     #[error("{what}: {because}")]
     Io { what: &'static str, because: std::io::Error },
 }
@@ -65,10 +82,16 @@ fn io_error(what: &'static str) -> impl FnOnce(std::io::Error) -> ServeError {
 
 /// Prints one line `serving URI` per address on stdout, then serves until SIGTERM or SIGINT.
 pub fn run_server(metadata: &str, deadline: Duration, arguments: &ServeArguments) -> Result<(), ServeError> {
+    lease_terms(arguments)?;
     let listeners = listen(arguments)?;
     let metadata = AnyMetadata::connect(metadata, deadline)?;
     let stop = stop_signal()?;
     run("torusblk", arguments.cpu, serve_all(listeners, metadata, arguments, stop))?
+}
+
+fn lease_terms(arguments: &ServeArguments) -> Result<LeaseTerms, ServeError> {
+    let (ttl, drift) = (Duration::from_secs(arguments.lease_ttl), Duration::from_millis(arguments.clock_drift));
+    LeaseTerms::new(ttl, drift).map_err(|because| ServeError::Lease { because })
 }
 
 fn listen(arguments: &ServeArguments) -> Result<Vec<Listener>, ServeError> {
@@ -123,8 +146,12 @@ async fn serve_all(
         repair: false,
     };
     let io_timeout = (arguments.io_timeout > 0).then(|| Duration::from_secs(arguments.io_timeout));
-    let settings = VolumeSettings { io_timeout, ..VolumeSettings::default() };
+    let lease = lease_terms(arguments)?;
+    let settings = VolumeSettings { io_timeout, lease, ..VolumeSettings::default() };
     let exports = VolumeExports::with_settings(GlommioRuntime::<_>::new(metadata), attacher, settings);
+    if let Some(file) = &arguments.stats {
+        write_stats(file.clone(), exports.counters())?;
+    }
     let served = serve_until(listeners, &exports, arguments, stop).await;
     exports.release_all().await;
     served
@@ -148,10 +175,52 @@ async fn serve_until(
         writeln!(stdout, "serving {}", listener.uri(name)).map_err(io_error("stdout"))?;
     }
     stdout.flush().map_err(io_error("stdout"))?;
-    let servers = listeners.into_iter().map(|listener| serve(listener, exports.clone(), stop.clone().map(|_| ())));
+    let ended = all_ended(kept).shared();
+    let stopped = select(stop, ended.clone()).map(|_| ()).shared();
+    let servers = listeners.into_iter().map(|listener| serve(listener, exports.clone(), stopped.clone()));
     for ended in futures::future::join_all(servers).await {
         ended.map_err(io_error("NBD listener"))?;
     }
-    drop(kept);
+    // A process that serves nothing of what it was started for must not look healthy.
+    match ended.peek() {
+        Some(because) => Err(ServeError::Ended { because: because.clone() }),
+        None => Ok(()),
+    }
+}
+
+/// When no session of these volumes is left; never, if there are none.
+async fn all_ended(volumes: Vec<AttachedVolume<GlommioRuntime<AnyMetadata>>>) -> String {
+    let mut last = None;
+    for volume in volumes {
+        last = Some(format!("{}: {}", volume.name(), volume.ended().await));
+    }
+    match last {
+        Some(last) => last,
+        None => std::future::pending().await,
+    }
+}
+
+/// From a thread of its own, since a file may be slow; until the process ends.
+fn write_stats(file: PathBuf, counters: Arc<Counters>) -> Result<(), ServeError> {
+    let beside = file.with_extension("new");
+    let write = move || {
+        // Renamed, so that no reader sees half of it.
+        std::fs::write(&beside, counters.to_text()).and_then(|()| std::fs::rename(&beside, &file))
+    };
+    write().map_err(io_error("--stats"))?;
+    let write_on = move || {
+        let mut failed = false;
+        loop {
+            std::thread::sleep(STATS_INTERVAL);
+            let written = write();
+            if let Err(error) = &written
+                && !failed
+            {
+                tracing::warn!(%error, "cannot write the statistics; trying on");
+            }
+            failed = written.is_err();
+        }
+    };
+    std::thread::Builder::new().name("stats".to_string()).spawn(write_on).map_err(io_error("--stats"))?;
     Ok(())
 }

@@ -204,7 +204,8 @@ impl Connection {
         );
         stay_awake();
         if !self.watching.replace(true) {
-            self.heard.set(true);
+            // Its silence counts from this request on.
+            self.heard.set(false);
             glommio::spawn_local(watch(self.clone())).detach();
         }
         Ok(answered)

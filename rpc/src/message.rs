@@ -112,6 +112,9 @@ pub struct Retention {
     pub pins: Vec<Version>,
     /// The lowest mark of a stale replica: clears and revocations above it are kept. `None`: no replica is stale.
     pub stale_since: Option<Version>,
+    /// How often the volume's status has changed so far. A shard remembers the highest it heard, so that a metadata
+    /// store which was restored from an older backup is found out (interleaving 27).
+    pub status_changes: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -172,6 +175,8 @@ pub struct Opened {
     pub flush_point: Version,
     /// Slices asked for of which the shard has no instance of this generation.
     pub missing: Vec<SliceId>,
+    /// The highest that a retain ever said.
+    pub status_changes: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -8,6 +8,7 @@ use crate::client::duplicate;
 use crate::error::FrameError;
 use crate::frame::{decode_request, encode_reply};
 use crate::message::{Answer, Envelope, Operation, PROTOCOL, Refusal, Reply};
+use crate::notify::Notify;
 use crate::outbox::Outbox;
 use crate::receive::{Frame, ReceiveBuffer};
 use crate::runtime::glommio::stay_awake;
@@ -23,6 +24,7 @@ use thiserror::Error;
 use torus_schema::ids::{ClusterId, NodeId, ShardIndex};
 use torus_schema::limits::{
     BLOCK_BYTES, BLOCKS_PER_FRAME_MAX, CONNECTION_BYTES_MAX, CONNECTION_REQUESTS_MAX, LINK_DEAD_AFTER,
+    SHARD_OUTSTANDING_BYTES_MAX, SHARD_REQUESTS_MAX,
 };
 
 /// Who answers on this port; a hello that looks for another is refused.
@@ -52,15 +54,52 @@ pub struct ConnectionCounts {
     pub refused: Cell<u64>,
 }
 
+/// What all connections of a shard have under way, reads and the rest apart.
+#[derive(Default)]
+struct ShardLoad {
+    lanes: [LaneLoad; 2],
+}
+
+#[derive(Default)]
+struct LaneLoad {
+    requests: Cell<usize>,
+    bytes: Cell<usize>,
+    released: Notify,
+}
+
+impl ShardLoad {
+    fn lane(&self, operation: &Operation) -> &LaneLoad {
+        &self.lanes[usize::from(matches!(operation, Operation::Read { .. } | Operation::Map { .. }))]
+    }
+}
+
+impl LaneLoad {
+    fn has_room(&self, bytes: usize) -> bool {
+        self.requests.get() < SHARD_REQUESTS_MAX && self.bytes.get() + bytes <= SHARD_OUTSTANDING_BYTES_MAX as usize
+    }
+
+    fn add(&self, bytes: usize) {
+        self.requests.set(self.requests.get() + 1);
+        self.bytes.set(self.bytes.get() + bytes);
+    }
+
+    fn release(&self, bytes: usize) {
+        self.requests.set(self.requests.get() - 1);
+        self.bytes.set(self.bytes.get() - bytes);
+        self.released.notify();
+    }
+}
+
 /// Accepts until dropped.
 pub async fn serve<H: Handler>(listener: TcpListener, identity: Identity, handler: H, counts: Rc<ConnectionCounts>) {
+    let shard = Rc::new(ShardLoad::default());
     loop {
         match listener.accept().await {
             Ok(stream) => {
-                let (handler, counts) = (handler.clone(), counts.clone());
+                let (handler, counts, shard) = (handler.clone(), counts.clone(), shard.clone());
                 glommio::spawn_local(async move {
                     counts.open.set(counts.open.get() + 1);
-                    serve_connection(stream, identity, handler, &counts).await;
+                    serve_connection(stream, identity, handler, &counts, shard).await;
                     counts.open.set(counts.open.get() - 1);
                 })
                 .detach();
@@ -84,9 +123,15 @@ enum ConnectionError {
     Hello(Refusal),
 }
 
-async fn serve_connection<H: Handler>(stream: TcpStream, identity: Identity, handler: H, counts: &ConnectionCounts) {
+async fn serve_connection<H: Handler>(
+    stream: TcpStream,
+    identity: Identity,
+    handler: H,
+    counts: &ConnectionCounts,
+    shard: Rc<ShardLoad>,
+) {
     let peer = stream.peer_addr().map(|address| address.to_string()).unwrap_or_default();
-    let connection = Rc::new(Connection { outbox: Outbox::default(), load: Load::default() });
+    let connection = Rc::new(Connection { outbox: Outbox::default(), load: Load::default(), shard });
     let receiving = stream.set_nodelay(true).map_err(std::io::Error::from).and_then(|()| duplicate(&stream));
     let receiving = match receiving {
         Ok(receiving) => receiving,
@@ -111,6 +156,18 @@ async fn serve_connection<H: Handler>(stream: TcpStream, identity: Identity, han
 struct Connection<P> {
     outbox: Outbox<P>,
     load: Load,
+    shard: Rc<ShardLoad>,
+}
+
+impl<P> Connection<P> {
+    /// A connection with nothing else under way may always have one: it cannot be kept out by others.
+    async fn enter_shard(&self, operation: &Operation, bytes: usize) {
+        let lane = self.shard.lane(operation);
+        if !lane.has_room(bytes) {
+            lane.released.until(|| (lane.has_room(bytes) || self.load.requests.get() <= 1).then_some(())).await;
+        }
+        lane.add(bytes);
+    }
 }
 
 async fn receive<H: Handler>(
@@ -146,6 +203,7 @@ async fn receive<H: Handler>(
             }
             let cost = cost(&frame, &operation);
             connection.load.admit(cost).await;
+            connection.enter_shard(&operation, cost).await;
             start(connection.clone(), handler.clone(), envelope, operation, frame, cost);
         }
     }
@@ -187,12 +245,14 @@ fn start<H: Handler>(
     frame: Frame,
     cost: usize,
 ) {
+    let reads = matches!(operation, Operation::Read { .. } | Operation::Map { .. });
     let work = handler.handle(envelope, operation, frame.payload);
     glommio::spawn_local(async move {
         let (reply, payload) = work.await;
         let payload_bytes = payload.iter().map(|chunk| chunk.len()).sum();
         connection.outbox.push(|out| encode_reply(out, frame.prefix.request_id, &reply, payload_bytes), payload);
         connection.load.release(cost);
+        connection.shard.lanes[usize::from(reads)].release(cost);
     })
     .detach();
 }

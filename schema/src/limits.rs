@@ -130,10 +130,17 @@ pub const METADATA_RETRY_PAUSE_MIN: Duration = Duration::from_millis(10);
 pub const METADATA_RETRY_PAUSE_MAX: Duration = Duration::from_millis(500);
 /// A metadata connection with nothing heard on it for this long is probed, so that a watch on a dead host ends.
 pub const METADATA_PROBE_AFTER: Duration = Duration::from_secs(10);
-/// Lease of a volume's writer.
+/// Lease of a volume's writer, by default and at the bounds of what can be asked for: etcd raises less than 2 s by
+/// itself, and after a minute nobody wants to wait for a dead writer any more.
 pub const OWNER_LEASE_TTL: Duration = Duration::from_secs(10);
-/// Clock drift between hosts over one lease, allowed for on both sides.
+pub const OWNER_LEASE_TTL_MIN: Duration = Duration::from_secs(2);
+pub const OWNER_LEASE_TTL_MAX: Duration = Duration::from_secs(60);
+/// Clock drift between hosts over one lease, allowed for on both sides. At most a quarter of the lease, so that an
+/// owner that misses one keepalive of three still reads.
 pub const LEASE_DRIFT: Duration = Duration::from_millis(500);
+pub const LEASE_DRIFT_PARTS_MIN: u32 = 4;
+/// Owners ask their replicas whether they are still theirs, while the metadata store does not answer: so many at once.
+pub const OWNER_PROBES_IN_FLIGHT_MAX: usize = 32;
 /// Lease of a node's heartbeat, and how often it is renewed.
 pub const HEARTBEAT_LEASE_TTL: Duration = Duration::from_secs(10);
 pub const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(3);
@@ -147,6 +154,30 @@ pub const CONTROL_CONNECTIONS_MAX: usize = 64;
 pub const CONTROL_MESSAGE_WORDS_MAX: usize = 16 * 1024;
 /// Pause after a failed accept: it failed for want of descriptors, which are not back at once.
 pub const ACCEPT_RETRY_AFTER: Duration = Duration::from_millis(100);
+
+/// Requests of one volume under way at once, and their bytes; reads have as much again. Further ones wait. The bytes are
+/// what one NBD connection may have outstanding: a single client never waits here, a thousand share it.
+pub const VOLUME_OPERATIONS_MAX: usize = 1024;
+pub const VOLUME_OUTSTANDING_BYTES_MAX: u64 = 64 * MIB;
+/// Requests of one shard under way at once over all its connections, and their bytes; reads have as much again. A
+/// connection with nothing under way may always have one request.
+pub const SHARD_REQUESTS_MAX: usize = 8 * CONNECTION_REQUESTS_MAX;
+pub const SHARD_OUTSTANDING_BYTES_MAX: u64 = 4 * CONNECTION_BYTES_MAX;
+/// Volumes of one process whose replicas are being marked stale at the same time: the metadata store serves others too.
+pub const MARKS_IN_FLIGHT_MAX: usize = 32;
+/// Those who have to wait for that start so much apart at most, so that a thousand volumes do not move in step.
+pub const MARK_JITTER: Duration = Duration::from_millis(20);
+/// A node's record is not read again sooner, however many volumes of a process look for the node.
+pub const NODE_LOOKUP_INTERVAL: Duration = Duration::from_millis(500);
+
+/// A read is asked of a second replica after this factor times what 19 of 20 reads take, and not before the minimum.
+pub const HEDGE_AFTER_P95_FACTOR: u32 = 4;
+pub const HEDGE_AFTER_MIN: Duration = Duration::from_millis(5);
+/// One second replica for so many reads at most, and so many of them saved up.
+pub const READS_PER_HEDGE: u32 = 20;
+pub const HEDGE_CREDIT_MAX: u32 = 16;
+/// A replica on the client's own host is read from until it is so many times as slow as another.
+pub const LOCAL_READ_ADVANTAGE: u64 = 4;
 
 /// A link with requests outstanding that has been silent this long is probed.
 pub const LINK_PROBE_AFTER: Duration = Duration::from_millis(500);
@@ -184,6 +215,8 @@ const _: () = assert!(EXTENT_BYTES.is_multiple_of(BLOCK_BYTES));
 const _: () = assert!(PAYLOAD_BYTES_MAX.is_multiple_of(BLOCK_BYTES));
 const _: () = assert!(PAYLOAD_BYTES_MAX <= EXTENT_BYTES);
 const _: () = assert!(CONNECTION_BYTES_MAX >= 8 * (PAYLOAD_BYTES_MAX + HEADER_BYTES_MAX));
+const _: () = assert!(VOLUME_OUTSTANDING_BYTES_MAX >= NBD_OUTSTANDING_BYTES_MAX);
+const _: () = assert!(VOLUME_OPERATIONS_MAX >= NBD_REQUESTS_MAX);
 const _: () = assert!(REPLAY_BYTES_PER_VOLUME_MAX >= 4 * PAYLOAD_BYTES_MAX);
 const _: () = assert!(REPLAY_BYTES_PER_PROCESS_MAX >= REPLAY_BYTES_PER_VOLUME_MAX);
 const _: () =
@@ -198,7 +231,9 @@ const _: () = assert!(WIDTH_DEFAULT.is_power_of_two() && WIDTH_DEFAULT <= SLICES
 const _: () = assert!(LINK_PROBE_AFTER.as_millis() * 2 < LINK_DEAD_AFTER.as_millis());
 const _: () = assert!(LINK_DEAD_AFTER.as_millis() < REQUEST_DEADLINE.as_millis());
 const _: () = assert!(HEARTBEAT_INTERVAL.as_millis() * 3 < HEARTBEAT_LEASE_TTL.as_millis());
-const _: () = assert!(LEASE_DRIFT.as_millis() * 4 < OWNER_LEASE_TTL.as_millis());
+const _: () = assert!(LEASE_DRIFT.as_millis() * (LEASE_DRIFT_PARTS_MIN as u128) <= OWNER_LEASE_TTL.as_millis());
+const _: () = assert!(OWNER_LEASE_TTL_MIN.as_millis() <= OWNER_LEASE_TTL.as_millis());
+const _: () = assert!(OWNER_LEASE_TTL.as_millis() <= OWNER_LEASE_TTL_MAX.as_millis());
 const _: () = assert!(METADATA_TRANSACTION_BYTES_MAX < MIB + MIB / 2);
 // A transaction that reads as many of the largest values as it may has to be answered.
 const _: () = assert!(METADATA_OPERATIONS_MAX as u64 * METADATA_TRANSACTION_BYTES_MAX < METADATA_ANSWER_BYTES_MAX);

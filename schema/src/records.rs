@@ -240,6 +240,10 @@ pub struct VolumeRecord {
 /// Lists exceptions only: a replica that is not listed is in sync.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StatusRecord {
+    /// How often it was changed; never falls. The replicas remember it: who finds less here than they know has a
+    /// metadata store that was restored from an older backup.
+    #[serde(default)]
+    pub changes: u64,
     pub stale: Vec<StaleReplica>,
 }
 
@@ -280,9 +284,23 @@ pub struct EpochRecord {
     pub epoch: Epoch,
     /// A lower bound of the flush point: everything up to it is durable on every in-sync replica.
     pub flush_point: VersionRecord,
-    /// The last owner was forced out: the next one first waits until its reads have ended.
+    /// The last owner was forced out: the next one first waits so long, in milliseconds, since the forced one may read
+    /// until then by its own clock. 0: nobody was.
     #[serde(default)]
-    pub taken_over: bool,
+    pub wait_out_ms: u64,
+    /// A replica was found to know more than the store: the store was restored from an older backup, and what it says of
+    /// the volume cannot be trusted. No attach until the operator has decided.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub regressed: Option<RegressedRecord>,
+}
+
+/// What replicas knew of a volume that the store did not.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RegressedRecord {
+    /// The highest epoch, and the highest count of changes of the status. Whoever sets the volume right again writes an
+    /// epoch and a status that are at least as high.
+    pub epoch: Epoch,
+    pub status_changes: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -295,6 +313,9 @@ pub struct OwnerRecord {
     pub lease: String,
     /// Seconds since the epoch of Unix.
     pub attached_s: u64,
+    /// How its lease was granted: who forces it out has to wait for the sum of both, whatever the own settings are.
+    pub lease_ttl_ms: u64,
+    pub clock_drift_ms: u64,
     /// A storage node that only brings stale replicas up to date: it lets go as soon as anybody wants the volume.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub repair: bool,
@@ -368,6 +389,7 @@ mod tests {
         let slices = (0..64).map(|i| SliceId(4000 + i)).collect();
         let since = VersionRecord { epoch: Epoch(u32::MAX), sequence: crate::limits::SEQUENCE_MAX };
         let status = StatusRecord {
+            changes: 1_000_000,
             stale: vec![StaleReplica { node: NodeNumber(299), since, stale_s: u64::from(u32::MAX), slices }],
         };
         assert!(encode(&status).len() <= 1024, "{}", encode(&status).len());

@@ -244,11 +244,15 @@ fn a_request_waits_as_long_as_the_io_timeout_and_the_volume_goes_on_by_itself() 
         let timed_out = Err(VolumeError::TimedOut { waited_ms: 30_000 });
         assert_eq!(write(&volume, 2).await, timed_out, "seed {}", world.seed());
         assert!(world.now().since(before) >= Duration::from_secs(30));
+        let counters = client.exports.counters();
+        let waiting = || (counters.volumes_waiting.get(), counters.waits.get());
+        assert_eq!((waiting(), counters.io_timeouts.get()), ((1, 1), 1), "seed {}", world.seed());
         // Behind the first one, whose lock it waits for: it has not begun, and never will.
         assert_eq!(write(&volume, 3).await, timed_out, "seed {}", world.seed());
         cluster.start_node(1).await;
         volume.flush().await.expect("both are there");
         assert_eq!(read(&volume).await, 2, "seed {}: it had begun", world.seed());
+        assert_eq!(waiting(), (0, 1), "seed {}", world.seed());
         write(&volume, 4).await.expect("both are there");
         assert_eq!(read(&volume).await, 4, "seed {}", world.seed());
     });

@@ -7,7 +7,9 @@
 //! * `table`    the pages of a volume
 //! * `page`     the blocks of one extent
 //! * `cleared`  whole extents that were cleared
+//! * `bulk`     many blocks of one extent at once
 
+pub mod bulk;
 pub mod cleared;
 mod page;
 mod table;

@@ -149,8 +149,8 @@ mod tests {
         let mut records = Vec::new();
         examples().iter().for_each(|record| record.encode(&mut records));
         let mut golden = [
-            &b"TORUSBAT\x02\0\0\0\x02\0\0\0\x08\x07\x06\x05\x04\x03\x02\x01\x09\0\0\0\0\0\0\0"[..],
-            b"\x0b\0\0\0\0\0\0\0\x0a\0\0\0\0\0\0\0\x21\0\0\0\x08\0\0\0\x20\x02\0\0\x02\0\0\0",
+            &b"TORUSBAT\x03\0\0\0\x02\0\0\0\x08\x07\x06\x05\x04\x03\x02\x01\x09\0\0\0\0\0\0\0"[..],
+            b"\x0b\0\0\0\0\0\0\0\x0a\0\0\0\0\0\0\0\x21\0\0\0\x08\0\0\0\x30\x02\0\0\x02\0\0\0",
             &crc32c::crc32c(&records).to_le_bytes(),
             b"\x08\0\0\0\0\0\0\0",
         ]
@@ -164,7 +164,7 @@ mod tests {
     #[test]
     fn a_header_with_any_bit_of_its_used_bytes_inverted_is_refused() {
         let bytes = example().encode();
-        for at in 0..FIXED_BYTES + 544 {
+        for at in 0..FIXED_BYTES + 560 {
             let mut bad = bytes.clone();
             bad[at] ^= 1 << (at % 8);
             assert!(UncheckedHeader::decode(&bad).and_then(|header| header.finalize(&bad)).is_err(), "byte {at}");

@@ -295,38 +295,27 @@ impl Trailer {
     pub fn entries<'a>(&self, geometry: Geometry, bytes: &'a [u8]) -> Result<Entries<'a>, FormatError> {
         if self.data_bytes == 0 {
             Reader::new(WHAT, &[]).expect("records in no bytes", u64::from(self.data_count), 0)?;
-            return Ok(Entries { bytes: &[], at: 0 });
+            return Ok(Entries { bytes: &[] });
         }
         let end = self.blocks() as usize * BLOCK - self.behind_data() as usize;
         let start = end - self.data_bytes as usize;
         let body = bytes.get(start..end).ok_or(FormatError::Short { what: WHAT, found: bytes.len(), expected: end })?;
         check(body, self.data_checksum)?;
-        let (mut reader, mut count) = (Reader::new(WHAT, body), 0u64);
-        while !reader.is_empty() {
-            let entry = Entry::decode(&mut reader)?;
-            reader.expect("volume beyond the table", u64::from(entry.volume >= self.volume_count), 0)?;
+        let (reader, mut count) = (Reader::new(WHAT, body), 0u64);
+        let mut rest = body;
+        while !rest.is_empty() {
+            let (entry, behind) = Entry::decode(rest)?;
             let blocks = entry.checksums.len() as u64 / 4;
             let inside = geometry.holds_payload(self.identity.segment, entry.position, blocks);
-            reader.expect("data outside of its segment", u64::from(!inside), 0)?;
-            reader.expect("block outside of any volume", u64::from(!is_in_a_volume(entry.first, blocks)), 0)?;
-            count += 1;
+            if entry.volume >= self.volume_count || !inside || !is_in_a_volume(entry.first, blocks) {
+                reader.expect("volume beyond the table", u64::from(entry.volume >= self.volume_count), 0)?;
+                reader.expect("data outside of its segment", u64::from(!inside), 0)?;
+                reader.expect("block outside of any volume", 1, 0)?;
+            }
+            (rest, count) = (behind, count + 1);
         }
         reader.expect("count of records", count, u64::from(self.data_count))?;
-        Ok(Entries { bytes: body, at: 0 })
-    }
-
-    /// The same of bytes for which `entries` gave some before.
-    pub fn entries_again<'a>(&self, bytes: &'a [u8]) -> Entries<'a> {
-        Entries { bytes: self.body(bytes).expect("they were there before"), at: 0 }
-    }
-
-    fn body<'a>(&self, bytes: &'a [u8]) -> Result<&'a [u8], FormatError> {
-        if self.data_bytes == 0 {
-            return Ok(&[]);
-        }
-        let end = self.blocks() as usize * BLOCK - self.behind_data() as usize;
-        let start = end - self.data_bytes as usize;
-        bytes.get(start..end).ok_or(FormatError::Short { what: WHAT, found: bytes.len(), expected: end })
+        Ok(Entries { bytes: body })
     }
 
     /// All records; `bytes` are the whole footer.
@@ -361,16 +350,23 @@ pub struct Entry<'a> {
 }
 
 impl<'a> Entry<'a> {
-    fn decode(reader: &mut Reader<'a>) -> Result<Self, FormatError> {
-        let fixed: &[u8; ENTRY_BYTES] = reader.take(ENTRY_BYTES)?.try_into().expect("as many as asked for");
+    /// And what stands behind it.
+    #[inline]
+    fn decode(bytes: &'a [u8]) -> Result<(Self, &'a [u8]), FormatError> {
+        let short = |expected| FormatError::Short { what: WHAT, found: bytes.len(), expected };
+        let (fixed, rest) = bytes.split_first_chunk::<ENTRY_BYTES>().ok_or_else(|| short(ENTRY_BYTES))?;
         let u32_at = |at: usize| u32::from_le_bytes(fixed[at..at + 4].try_into().expect("four bytes"));
         let u64_at = |at: usize| u64::from_le_bytes(fixed[at..at + 8].try_into().expect("eight bytes"));
         let (position, count, volume) = (Position(u32_at(0)), u32_at(4), u32_at(8));
         let (first, sequence) = (BlockIndex(u64_at(16)), u64_at(24));
-        reader.expect("sequence", sequence, sequence & SEQUENCE_MAX)?;
+        if sequence > SEQUENCE_MAX {
+            return Err(FormatError::Field { what: WHAT, field: "sequence", found: sequence, expected: SEQUENCE_MAX });
+        }
         let version = Version { epoch: Epoch(u32_at(12)), sequence };
-        let checksums = reader.take((count as usize).saturating_mul(4))?;
-        Ok(Self { volume, first, version, position, checksums })
+        let length = (count as usize).saturating_mul(4);
+        let (checksums, behind) =
+            rest.split_at_checked(length).ok_or_else(|| short(ENTRY_BYTES.saturating_add(length)))?;
+        Ok((Self { volume, first, version, position, checksums }, behind))
     }
 
     pub fn checksums(&self) -> impl ExactSizeIterator<Item = u32> + 'a {
@@ -388,30 +384,18 @@ impl<'a> Entry<'a> {
 #[derive(Clone, Debug)]
 pub struct Entries<'a> {
     bytes: &'a [u8],
-    at: usize,
-}
-
-impl<'a> Entries<'a> {
-    /// In bytes: where the next one starts.
-    pub fn offset(&self) -> usize {
-        self.at
-    }
-
-    /// The one that starts there.
-    pub fn at(&self, offset: usize) -> Entry<'a> {
-        Entry::decode(&mut Reader::new(WHAT, &self.bytes[offset..])).expect("it was looked at")
-    }
 }
 
 impl<'a> Iterator for Entries<'a> {
     type Item = Entry<'a>;
 
+    #[inline]
     fn next(&mut self) -> Option<Entry<'a>> {
-        if self.at == self.bytes.len() {
+        if self.bytes.is_empty() {
             return None;
         }
-        let entry = self.at(self.at);
-        self.at += ENTRY_BYTES + entry.checksums.len();
+        let (entry, behind) = Entry::decode(self.bytes).expect("it was looked at");
+        self.bytes = behind;
         Some(entry)
     }
 }
@@ -451,7 +435,7 @@ mod tests {
         records()[1..].iter().for_each(|record| record.encode(&mut tail));
         let notes = tail.len() as u32 - 28;
         let mut golden = [
-            &b"TORUSFTR\x02\0\0\0\x01\0\0\0\xef\xcd\xab\0\0\0\0\0\x09\0\0\0\0\0\0\0"[..],
+            &b"TORUSFTR\x03\0\0\0\x01\0\0\0\xef\xcd\xab\0\0\0\0\0\x09\0\0\0\0\0\0\0"[..],
             b"\x04\0\0\0\0\0\0\0\x06\0\0\0\0\0\0\0\x05\0\0\0\0\0\0\0\x07\0\0\0\0\0\0\0",
             b"\x01\0\0\0\x28\0\0\0\x01\0\0\0",
             &(records().len() as u32 - 1).to_le_bytes(),

@@ -40,7 +40,7 @@ use thiserror::Error;
 use torus_schema::limits::BLOCK_BYTES;
 
 /// Of every structure below; a program that finds another refuses.
-pub const FORMAT_VERSION: u32 = 2;
+pub const FORMAT_VERSION: u32 = 3;
 /// First block of the first segment; aligned for devices that like it.
 pub const SEGMENTS_START_BLOCK: u64 = 16;
 /// A block in bytes, as a length in memory.

@@ -46,8 +46,9 @@
 //! | 48     | 12     | horizon                                                                          |
 //! | 60     | 4      | 1 if the next field bounds anything, else 0                                      |
 //! | 64     | 12     | the mark below which a replica may be stale; zero if there is none               |
-//! | 76     | 4      | count of pins                                                                    |
-//! | 80     | 12 × n | pins, ascending: epoch (4), sequence (8)                                         |
+//! | 76     | 8      | how often the volume's status had changed; of all the highest counts             |
+//! | 84     | 4      | count of pins                                                                    |
+//! | 88     | 12 × n | pins, ascending: epoch (4), sequence (8)                                         |
 //!
 //! | offset | bytes  | revoke: exactly these records of data and clears never were, wherever they stand |
 //! |--------|--------|----------------------------------------------------------------------------------|
@@ -68,7 +69,7 @@ use torus_schema::limits::{SEQUENCE_MAX, SLICES_MAX};
 /// Of a data record, without its checksums.
 pub const DATA_BYTES: usize = 64;
 /// Of a retain, without its pins.
-const RETAIN_BYTES: usize = 80;
+const RETAIN_BYTES: usize = 88;
 /// Of a revoke, without what it lists.
 const REVOKE_BYTES: usize = 28;
 const WHAT: &str = "record";
@@ -238,13 +239,14 @@ impl Record {
 }
 
 fn encode_retain(retain: &Retain, out: &mut Vec<u8>) {
-    let Retention { horizon, pins, stale_since } = &retain.retention;
+    let Retention { horizon, pins, stale_since, status_changes } = &retain.retention;
     put_version(out, retain.flush_point);
     put_u32(out, retain.epoch.0);
     put_u64(out, retain.order);
     put_version(out, *horizon);
     put_u32(out, u32::from(stale_since.is_some()));
     put_version(out, stale_since.unwrap_or_default());
+    put_u64(out, *status_changes);
     put_u32(out, pins.len() as u32);
     pins.iter().for_each(|pin| put_version(out, *pin));
 }
@@ -331,9 +333,10 @@ fn decode_retain(volume: VolumeId, reader: &mut Reader) -> Result<Retain, Format
     let (is_bounded, bound) = (reader.u32()?, version(reader)?);
     reader.expect("whether a replica may be stale", u64::from(is_bounded), u64::from(is_bounded.min(1)))?;
     reader.expect("a mark that bounds nothing", u64::from(is_bounded == 0 && bound != Version::ZERO), 0)?;
+    let status_changes = reader.u64()?;
     let pins = counted(reader, 12, version)?;
     reader.expect("pins out of order", u64::from(!pins.is_sorted()), 0)?;
-    let retention = Retention { horizon, pins, stale_since: (is_bounded == 1).then_some(bound) };
+    let retention = Retention { horizon, pins, stale_since: (is_bounded == 1).then_some(bound), status_changes };
     Ok(Retain { volume, flush_point, epoch, order, retention })
 }
 
@@ -388,14 +391,24 @@ pub mod tests {
                 flush_point,
                 epoch: Epoch(2),
                 order: 3,
-                retention: Retention { horizon: version, pins: vec![flush_point, version], stale_since: None },
+                retention: Retention {
+                    horizon: version,
+                    pins: vec![flush_point, version],
+                    stale_since: None,
+                    status_changes: 8,
+                },
             }),
             Record::Retain(Retain {
                 volume,
                 flush_point,
                 epoch: Epoch(2),
                 order: 4,
-                retention: Retention { horizon: version, pins: vec![], stale_since: Some(flush_point) },
+                retention: Retention {
+                    horizon: version,
+                    pins: vec![],
+                    stale_since: Some(flush_point),
+                    status_changes: 0,
+                },
             }),
             Record::Revoke(Revoke { volume, revoked: vec![Revoked { block: first, version }] }),
         ]
@@ -433,17 +446,18 @@ pub mod tests {
             &[6; 32],
             b"\x05\0\0\0\x18\0\0\0",
             &volume,
-            b"\x06\0\0\0\x68\0\0\0",
+            b"\x06\0\0\0\x70\0\0\0",
             &volume,
             b"\x01\0\0\0\x06\0\0\0\0\0\0\0\x02\0\0\0\x03\0\0\0\0\0\0\0",
             b"\x02\0\0\0\x07\0\0\0\0\0\0\0",
             &[0; 16],
+            b"\x08\0\0\0\0\0\0\0",
             b"\x02\0\0\0\x01\0\0\0\x06\0\0\0\0\0\0\0\x02\0\0\0\x07\0\0\0\0\0\0\0",
-            b"\x06\0\0\0\x50\0\0\0",
+            b"\x06\0\0\0\x58\0\0\0",
             &volume,
             b"\x01\0\0\0\x06\0\0\0\0\0\0\0\x02\0\0\0\x04\0\0\0\0\0\0\0",
             b"\x02\0\0\0\x07\0\0\0\0\0\0\0",
-            b"\x01\0\0\0\x01\0\0\0\x06\0\0\0\0\0\0\0\0\0\0\0",
+            b"\x01\0\0\0\x01\0\0\0\x06\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0",
             b"\x07\0\0\0\x30\0\0\0",
             &volume,
             b"\x01\0\0\0",

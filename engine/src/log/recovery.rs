@@ -460,22 +460,21 @@ impl ReadFooter {
     pub fn entries<'a, D: Disk>(&self, geometry: Geometry, data: &'a Data<D>) -> Option<Entries<'a>> {
         self.trailer.entries(geometry, data.0.as_deref().unwrap_or_default()).ok()
     }
-
-    /// Of data that `entries` found good.
-    pub fn entries_again<'a, D: Disk>(&self, data: &'a Data<D>) -> Entries<'a> {
-        self.trailer.entries_again(data.0.as_deref().unwrap_or_default())
-    }
 }
 
-/// The footer of a segment that was seen to have one; `None` if it is damaged.
+/// The footer of a segment that was seen to have one; `None` if it is damaged. `sequence`: of its present use. The
+/// footer of an earlier one stands there if the write of this one's was lost or went elsewhere; it lists other records,
+/// and who goes by it never finds what is there.
 pub async fn footer_of<D: Disk>(
     disk: &D,
     geometry: Geometry,
     segment: SegmentIndex,
+    sequence: Option<u64>,
 ) -> Result<Option<Footer>, DiskError> {
     let end = geometry.first(segment).0 + geometry.blocks;
     let last = read_twice(disk, Position(end - 1), 1).await?;
-    let fits = |trailer: &Trailer| trailer.identity.segment == segment && trailer.blocks() < u64::from(geometry.blocks);
+    let is_of_this_use = |identity: SegmentIdentity| identity.segment == segment && Some(identity.sequence) == sequence;
+    let fits = |trailer: &Trailer| is_of_this_use(trailer.identity) && trailer.blocks() < u64::from(geometry.blocks);
     let Some(trailer) = Trailer::decode_last(&last).ok().filter(fits) else { return Ok(None) };
     let blocks = trailer.blocks() as u32;
     let bytes = read_twice(disk, Position(end - blocks), blocks).await?;

@@ -20,7 +20,7 @@ pub const CLEANER_SEGMENTS: u32 = 1;
 /// With this many free or fewer no client data is taken, but clears, opens and drops still are, since they free space.
 pub const NOTE_SEGMENTS: u32 = 2;
 /// The reserve at least, in segments: the two above, the open one, and one being sealed.
-const RESERVE_SEGMENTS_MIN: u32 = 4;
+pub const RESERVE_SEGMENTS_MIN: u32 = 4;
 
 /// How a victim is chosen.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -182,12 +182,17 @@ impl Space {
     }
 
     pub fn add_live(&mut self, position: Position) {
-        let segment = self.geometry.segment_of(position);
+        self.add_live_run(position, 1);
+    }
+
+    /// So many blocks from `first` on, within one segment.
+    pub fn add_live_run(&mut self, first: Position, count: u32) {
+        let segment = self.geometry.segment_of(first);
         let entry = self.at(segment);
         assert!(!matches!(entry.usage, Usage::Free | Usage::Emptied { .. }), "{segment:?} is {:?}", entry.usage);
-        entry.live += 1;
+        entry.live += count;
         entry.changed = entry.changed.max(entry.sequence.unwrap_or_default());
-        self.live += 1;
+        self.live += u64::from(count);
     }
 
     /// A copy is as old as what it is a copy of.
@@ -308,6 +313,11 @@ impl Space {
 
     pub fn usage(&self, segment: SegmentIndex) -> Usage {
         self.segments[segment.0 as usize].usage
+    }
+
+    /// Of the opening that stands there.
+    pub fn sequence(&self, segment: SegmentIndex) -> Option<u64> {
+        self.segments[segment.0 as usize].sequence
     }
 
     fn at(&mut self, segment: SegmentIndex) -> &mut Segment {

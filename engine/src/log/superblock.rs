@@ -114,7 +114,7 @@ mod tests {
     fn the_bytes_of_a_superblock_never_change() {
         let bytes = example(1 << 20).encode();
         let golden = [
-            &b"TORUSSUP\x02\0\0\0\x03\0\0\0"[..],
+            &b"TORUSSUP\x03\0\0\0\x03\0\0\0"[..],
             &[1; 16],
             &[2; 16],
             b"\0\0\x10\0\0\0\0\0\0\0\x01\0\0\0\0\0\x04\0\0\0\0\0\0\0\x05\0\0\0\0\0\0\0",

@@ -143,7 +143,8 @@ impl<R: Runtime> Shard<R> {
 
     /// Gives the notes that stand in the segment: those that still say anything do so elsewhere too.
     async fn move_all(self: &Rc<Self>, victim: SegmentIndex) -> Result<Vec<Record>, Trouble> {
-        let footer = footer_of(&self.disk, self.geometry, victim).await.map_err(|_| Trouble::Unreadable)?;
+        let sequence = self.state.borrow().contents.space.sequence(victim);
+        let footer = footer_of(&self.disk, self.geometry, victim, sequence).await.map_err(|_| Trouble::Unreadable)?;
         let records = footer.ok_or(Trouble::Unreadable)?.records;
         let mut waiting = Vec::new();
         self.carry_notes(victim, &records, &mut waiting)?;

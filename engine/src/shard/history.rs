@@ -57,6 +57,13 @@ impl Contents {
         inside.find(|(_, revoked)| *revoked == version).map(|(block, _)| *block)
     }
 
+    /// Of one of those blocks some version was.
+    pub fn has_revoked(&self, volume: VolumeId, blocks: std::ops::Range<u64>) -> bool {
+        let Some(volume) = self.volumes.get(&volume).filter(|volume| !volume.revoked.is_empty()) else { return false };
+        let range = (BlockIndex(blocks.start), Version::ZERO)..(BlockIndex(blocks.end), Version::ZERO);
+        volume.revoked.range(range).next().is_some()
+    }
+
     pub fn revoke(&mut self, record: &Revoke) {
         for Revoked { block, version } in record.revoked.iter().copied() {
             let volume = self.volumes.entry(record.volume).or_default();

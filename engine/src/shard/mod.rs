@@ -21,12 +21,14 @@
 //! * `start`     format and recovery
 //! * `survey`    what a start would believe, for `inspect`
 //! * `grow`      a disk that became larger
+//! * `gather`    what footers list, by extent
 //! * `replay`    which of several copies counts then
 //! * `supervisor` opens it anew when its disk failed
 
 mod append;
 mod cleaner;
 mod damage;
+mod gather;
 mod grow;
 mod history;
 mod ledger;

@@ -48,7 +48,7 @@ struct Held {
     checksum: u32,
 }
 
-#[derive(Default)]
+#[derive(Default, Debug)]
 pub struct Pins {
     kept: BTreeMap<Kept, Held>,
     /// Those whose successor is above the limit, by the successor: a higher limit releases the lowest.
@@ -172,6 +172,17 @@ impl Pins {
 
     pub fn positions(&self) -> impl Iterator<Item = Position> + '_ {
         self.kept.values().map(|held| held.position)
+    }
+
+    /// All that is kept.
+    #[cfg(test)]
+    pub fn all(&self) -> impl Iterator<Item = (BlockIndex, Entry)> + '_ {
+        let entry = |kept: &Kept, held: &Held| Entry {
+            position: held.position,
+            checksum: held.checksum,
+            version: kept.version,
+        };
+        self.kept.iter().map(move |(kept, held)| (kept.block, entry(kept, held)))
     }
 }
 

@@ -9,8 +9,7 @@
 use super::damage::{Damaged, FoundBy};
 use super::state::Contents;
 use super::volumes::Instance;
-use crate::index::{AtTie, Place, Run};
-use crate::log::footer::{Entries, Entry as FooterEntry, FlushPoint};
+use crate::index::AtTie;
 use crate::log::record::{Data, Record};
 use crate::log::recovery::FoundSegment;
 use crate::log::{Position, SegmentIndex};
@@ -18,69 +17,6 @@ use ahash::{AHashMap, AHashSet};
 use torus_rpc::message::Revoked;
 use torus_rpc::runtime::Instant;
 use torus_schema::ids::{BlockIndex, SliceId, Version, VolumeId};
-use torus_schema::limits::BLOCKS_PER_EXTENT;
-
-/// What the data of some footers is read from, in the order of their segments.
-pub struct Listed<'a> {
-    pub volumes: &'a [FlushPoint],
-    pub entries: Entries<'a>,
-}
-
-/// Applies the data that footers list. Their flush points and notes are known.
-///
-/// Extent by extent, since scattered blocks would miss the cache in the index and in its pages again and again. Within
-/// an extent their order stays: of two copies the later one counts.
-pub fn replay_listed(listed: &[Listed], contents: &mut Contents) {
-    let mut order: Vec<(u64, u64)> = Vec::new();
-    let mut volumes: Vec<VolumeId> = Vec::new();
-    let mut places: AHashMap<VolumeId, u64> = AHashMap::new();
-    for (number, listed) in (0u64..).zip(listed) {
-        let mut place_of = |said: &FlushPoint| {
-            *places.entry(said.volume).or_insert_with(|| {
-                volumes.push(said.volume);
-                volumes.len() as u64 - 1
-            })
-        };
-        let place_in: Vec<u64> = listed.volumes.iter().map(&mut place_of).collect();
-        let mut entries = listed.entries.clone();
-        let mut offset = entries.offset() as u64;
-        while let Some(entry) = entries.next() {
-            // An extent's number has 28 bits: see VOLUME_BYTES_MAX.
-            order.push((place_in[entry.volume as usize] << 32 | entry.first.extent().0, number << 32 | offset));
-            offset = entries.offset() as u64;
-        }
-    }
-    order.sort_unstable();
-    let mut checksums = Vec::new();
-    let mut last = None;
-    for (key, place) in order {
-        let volume = volumes[(key >> 32) as usize];
-        let entry = listed[(place >> 32) as usize].entries.at(place as u32 as usize);
-        if last.is_none_or(|(known, _)| known != key) {
-            let slice = (!contents.dropped.contains(&volume)).then(|| contents.slice_of(volume, entry.first.extent()));
-            last = Some((key, slice));
-        }
-        let Some((_, Some(slice))) = last else { continue };
-        checksums.clear();
-        checksums.extend(entry.checksums());
-        replay_entry(volume, slice, &entry, &checksums, contents);
-    }
-}
-
-/// `slice`: of the extent in which it begins.
-fn replay_entry(volume: VolumeId, slice: SliceId, entry: &FooterEntry, checksums: &[u32], contents: &mut Contents) {
-    let mut done = 0;
-    while done < checksums.len() {
-        let block = BlockIndex(entry.first.0 + done as u64);
-        let in_extent = (BLOCKS_PER_EXTENT - block.in_extent()) as usize;
-        let part = &checksums[done..checksums.len().min(done + in_extent)];
-        let slice = if done == 0 { slice } else { contents.slice_of(volume, block.extent()) };
-        let first = Place { volume, slice, block };
-        let position = Position(entry.position.0 + done as u32);
-        contents.data_run(Run { first, version: entry.version, position, checksums: part }, AtTie::NewcomerWins);
-        done += part.len();
-    }
-}
 
 /// Of a segment without a footer: blocks that were durable, are not as they were, and are still needed.
 pub fn list_damage(found: &FoundSegment, contents: &mut Contents, now: Instant) {

@@ -148,8 +148,13 @@ impl<R: Runtime> Shard<R> {
         let begun = self.state.borrow_mut().begin_open(envelope, token)?;
         let Some(session) = begun else {
             let incarnation = self.state.borrow().incarnation;
-            let (flush_point, missing) = (Version::ZERO, slices.to_vec());
-            return Ok(Answer::Opened(Opened { incarnation, open_in_previous_epoch: false, flush_point, missing }));
+            return Ok(Answer::Opened(Opened {
+                incarnation,
+                open_in_previous_epoch: false,
+                flush_point: Version::ZERO,
+                missing: slices.to_vec(),
+                status_changes: 0,
+            }));
         };
         let flush_point = self.state.borrow().flush_point(id);
         let record = record::Open { volume: id, flush_point, epoch, token };
@@ -176,6 +181,7 @@ impl<R: Runtime> Shard<R> {
             open_in_previous_epoch: session.open_in_previous_epoch,
             flush_point: volume.flush_point,
             missing: missing.collect(),
+            status_changes: volume.status_changes,
         }))
     }
 

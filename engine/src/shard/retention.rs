@@ -23,6 +23,9 @@ impl<R: Runtime> Shard<R> {
         let retain = {
             let state = &mut *self.state.borrow_mut();
             let volume = state.contents.volumes.get_mut(&envelope.volume).ok_or(Refusal::NotOpen)?;
+            // A message that was long under way must not take back what a later one said.
+            volume.status_changes = volume.status_changes.max(retention.status_changes);
+            let retention = Retention { status_changes: volume.status_changes, ..retention };
             let known = volume.retained.as_ref().map_or(0, |retained| retained.order);
             volume.order_drawn = volume.order_drawn.max(known) + 1;
             let (order, flush_point) = (volume.order_drawn, volume.flush_point);
@@ -100,7 +103,7 @@ impl State {
 }
 
 fn check_retention(envelope: &Envelope, retention: &Retention) -> Result<(), Refusal> {
-    let Retention { horizon, pins, stale_since } = retention;
+    let Retention { horizon, pins, stale_since, .. } = retention;
     if pins.len() > PINS_MAX {
         return Err(malformed(format!("{} pins, expected at most {PINS_MAX}", pins.len())));
     }

@@ -15,6 +15,7 @@ use super::{Shard, State};
 use crate::index::{Found, Place};
 use crate::log::record::Record;
 use crate::log::recovery::footer_of;
+use crate::log::search::search;
 use crate::log::space::Usage;
 use crate::log::{BLOCK, Geometry, Position, SegmentIndex};
 use std::rc::Rc;
@@ -41,7 +42,7 @@ pub struct ScrubPass {
     pub blocks_compared: u64,
     pub damaged: u64,
     pub conflicts: u64,
-    /// Segments whose list of records cannot be read: their blocks were not verified.
+    /// Segments whose footer cannot be read. What their headers list was verified nevertheless.
     pub segments_unread: u64,
 }
 
@@ -56,18 +57,40 @@ pub struct ScrubReport {
 pub(super) struct Scrub {
     running: Option<Running>,
     finished: Option<ScrubPass>,
+    /// Starts so far.
+    starts: Start,
     pub stopped: bool,
 }
 
+/// Tells a pass from one that was stopped, of which a turn is still under way when the next is started: what that turn
+/// still finds is not the next one's.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+struct Start(u64);
+
 struct Running {
+    start: Start,
     pass: ScrubPass,
     rate_bytes_s: u64,
 }
 
 enum Turn {
-    Segment(SegmentIndex),
-    Compare,
+    Segment(Start, SegmentIndex),
+    Compare(Start),
     Stop,
+}
+
+impl Scrub {
+    /// Bytes a second; `None`: that pass was stopped.
+    fn rate_of(&self, start: Start) -> Option<u64> {
+        self.running.as_ref().filter(|running| running.start == start).map(|running| running.rate_bytes_s)
+    }
+}
+
+/// Where the records of a segment are listed.
+enum List {
+    Here(Vec<Record>),
+    /// Of the use of that sequence.
+    InFooter(Option<u64>),
 }
 
 impl<R: Runtime> Shard<R> {
@@ -76,7 +99,8 @@ impl<R: Runtime> Shard<R> {
         assert!(rate_bytes_s > 0, "a rate of zero means that there is no scrub");
         let scrub = &mut self.state.borrow_mut().scrub;
         if scrub.running.is_none() {
-            scrub.running = Some(Running { pass, rate_bytes_s });
+            scrub.starts.0 += 1;
+            scrub.running = Some(Running { start: scrub.starts, pass, rate_bytes_s });
         }
         self.background.notify();
     }
@@ -98,13 +122,13 @@ impl<R: Runtime> Shard<R> {
             let turn = self.background.until(|| self.state.borrow().scrub_turn(self.geometry)).await;
             match turn {
                 Turn::Stop => break,
-                Turn::Segment(segment) => {
-                    if self.scrub_segment(segment).await.is_some() {
-                        self.count(|pass| pass.segment += 1);
+                Turn::Segment(start, segment) => {
+                    if self.scrub_segment(start, segment).await.is_some() {
+                        self.count(start, |pass| pass.segment += 1);
                     }
                 }
-                Turn::Compare => {
-                    if self.compare_all().await.is_some() {
+                Turn::Compare(start) => {
+                    if self.compare_all(start).await.is_some() {
                         let state = &mut *self.state.borrow_mut();
                         state.forget_settled_conflicts();
                         state.scrub.finished = state.scrub.running.take().map(|running| running.pass);
@@ -117,52 +141,60 @@ impl<R: Runtime> Shard<R> {
         self.changed.notify();
     }
 
-    fn count(&self, change: impl FnOnce(&mut ScrubPass)) {
+    fn count(&self, start: Start, change: impl FnOnce(&mut ScrubPass)) {
         let scrub = &mut self.state.borrow_mut().scrub;
-        if let Some(running) = &mut scrub.running {
+        if let Some(running) = scrub.running.as_mut().filter(|running| running.start == start) {
             change(&mut running.pass);
         }
     }
 
     /// `None`: told to stop meanwhile.
-    async fn scrub_segment(self: &Rc<Self>, segment: SegmentIndex) -> Option<()> {
-        let Some(blocks) = self.needed_blocks(segment).await else {
-            self.count(|pass| pass.segments_unread += 1);
-            tracing::error!(segment = segment.0, "scrub: the list of a segment's records cannot be read");
-            return self.pace(BLOCK).await;
+    async fn scrub_segment(self: &Rc<Self>, start: Start, segment: SegmentIndex) -> Option<()> {
+        let held = self.hold(segment);
+        let list = self.changed.until(|| self.state.borrow().list_of(segment)).await;
+        let records = match list {
+            List::Here(records) => records,
+            List::InFooter(sequence) => {
+                match footer_of(&self.disk, self.geometry, segment, sequence).await.ok().flatten() {
+                    Some(footer) => footer.records,
+                    None => self.records_in_headers(start, segment, sequence).await?,
+                }
+            }
         };
-        for group in neighbours(&blocks) {
-            let read = self.scrub_group(segment, group).await;
-            self.pace(read * BLOCK).await?;
+        drop(held);
+        for group in neighbours(&self.needed_blocks(&records)) {
+            let read = self.scrub_group(start, segment, group).await;
+            self.pace(start, read * BLOCK).await?;
         }
         Some(())
     }
 
-    /// In the order they lie. `None`: the segment's footer cannot be read.
-    async fn needed_blocks(self: &Rc<Self>, segment: SegmentIndex) -> Option<Vec<Damaged>> {
-        let held = self.hold(segment);
-        let in_memory = self.state.borrow().records_in_memory(segment);
-        let records = match in_memory {
-            Ok(records) => records,
-            Err(Usage::Free | Usage::Emptied { .. }) => Vec::new(),
-            Err(_) => self.footer_records(segment).await?,
-        };
-        drop(held);
+    /// The footer is damaged; the next start makes another, and until then the segment is not cleaned either.
+    async fn records_in_headers(
+        &self,
+        start: Start,
+        segment: SegmentIndex,
+        sequence: Option<u64>,
+    ) -> Option<Vec<Record>> {
+        self.count(start, |pass| pass.segments_unread += 1);
+        tracing::error!(segment = segment.0, "scrub: a footer cannot be read; its segment is read batch by batch");
+        let found = search(&self.disk, self.geometry, segment, |identity| Some(identity.sequence) == sequence).await;
+        self.pace(start, self.geometry.blocks as usize * BLOCK).await?;
+        Some(found.batches.into_iter().flat_map(|batch| batch.header.records).collect())
+    }
+
+    /// In the order they lie.
+    fn needed_blocks(&self, records: &[Record]) -> Vec<Damaged> {
         let state = self.state.borrow();
         let data = records.iter().filter_map(|record| if let Record::Data(data) = record { Some(data) } else { None });
         let blocks = data.flat_map(|data| (0..data.checksums.len()).map(|number| block_of(data, number)));
         let mut needed: Vec<Damaged> = blocks.filter(|block| state.is_needed_there(block)).collect();
         needed.sort_unstable_by_key(|block| block.position);
-        Some(needed)
-    }
-
-    async fn footer_records(&self, segment: SegmentIndex) -> Option<Vec<Record>> {
-        let footer = footer_of(&self.disk, self.geometry, segment).await.ok()??;
-        Some(footer.records)
+        needed
     }
 
     /// Gives how many blocks were read.
-    async fn scrub_group(self: &Rc<Self>, segment: SegmentIndex, group: &[Damaged]) -> usize {
+    async fn scrub_group(self: &Rc<Self>, start: Start, segment: SegmentIndex, group: &[Damaged]) -> usize {
         let _held = self.hold(segment);
         // From here on the segment is not used anew: what is needed of it now stays what it is.
         let needed: Vec<&Damaged> = {
@@ -183,7 +215,7 @@ impl<R: Runtime> Shard<R> {
                 damaged += 1;
             }
         }
-        self.count(|pass| {
+        self.count(start, |pass| {
             pass.blocks_read += needed.len() as u64;
             pass.damaged += damaged;
         });
@@ -191,13 +223,13 @@ impl<R: Runtime> Shard<R> {
     }
 
     /// Sleeps for as long as that many bytes may take. `None`: told to stop.
-    async fn pace(&self, bytes: usize) -> Option<()> {
-        let rate = self.state.borrow().scrub.running.as_ref()?.rate_bytes_s;
+    async fn pace(&self, start: Start, bytes: usize) -> Option<()> {
+        let rate = self.state.borrow().scrub.rate_of(start)?;
         let nanoseconds = bytes as u128 * 1_000_000_000 / u128::from(rate);
         let sleep = self.runtime.clock().sleep(Duration::from_nanos(nanoseconds as u64));
         let is_over = || {
             let state = self.state.borrow();
-            (state.is_ending() || state.scrub.running.is_none()).then_some(())
+            (state.is_ending() || state.scrub.rate_of(start).is_none()).then_some(())
         };
         let over = self.background.until(is_over);
         futures::pin_mut!(sleep, over);
@@ -207,7 +239,7 @@ impl<R: Runtime> Shard<R> {
         }
     }
 
-    async fn compare_all(self: &Rc<Self>) -> Option<()> {
+    async fn compare_all(self: &Rc<Self>, start: Start) -> Option<()> {
         let volumes: Vec<VolumeId> = self.state.borrow().contents.volumes.keys().copied().collect();
         for volume in volumes {
             let extents = self.state.borrow().contents.index.extents_of(volume);
@@ -215,8 +247,8 @@ impl<R: Runtime> Shard<R> {
                 let first = extent.first_block();
                 for peer in self.other_holders(volume, first) {
                     for offset in (0..BLOCKS_PER_EXTENT).step_by(BLOCKS_PER_FRAME_MAX as usize) {
-                        let asked = self.compare(&peer, volume, BlockIndex(first.0 + offset)).await;
-                        self.pace(if asked { QUESTION_BYTES } else { 0 }).await?;
+                        let asked = self.compare(start, &peer, volume, BlockIndex(first.0 + offset)).await;
+                        self.pace(start, if asked { QUESTION_BYTES } else { 0 }).await?;
                     }
                 }
             }
@@ -225,7 +257,7 @@ impl<R: Runtime> Shard<R> {
     }
 
     /// One frame of blocks. False if there was nothing to ask.
-    async fn compare(&self, peer: &Peer, volume: VolumeId, first: BlockIndex) -> bool {
+    async fn compare(&self, start: Start, peer: &Peer, volume: VolumeId, first: BlockIndex) -> bool {
         let count = BLOCKS_PER_FRAME_MAX as u32;
         let here: Vec<Found> = {
             let contents = &self.state.borrow().contents;
@@ -243,9 +275,9 @@ impl<R: Runtime> Shard<R> {
             if entry.version != version {
                 continue;
             }
-            self.count(|pass| pass.blocks_compared += 1);
+            self.count(start, |pass| pass.blocks_compared += 1);
             if entry.checksum != checksum {
-                self.count(|pass| pass.conflicts += 1);
+                self.count(start, |pass| pass.conflicts += 1);
                 let (position, version) = (entry.position, entry.version);
                 let ours = Damaged { volume, block, version, checksum: entry.checksum, position };
                 self.note_conflict(&ours, checksum, peer);
@@ -267,8 +299,9 @@ impl State {
         if self.is_ending() {
             return Some(Turn::Stop);
         }
-        let pass = self.scrub.running.as_ref()?.pass;
-        Some(if pass.segment < geometry.segments { Turn::Segment(SegmentIndex(pass.segment)) } else { Turn::Compare })
+        let Running { start, pass, .. } = *self.scrub.running.as_ref()?;
+        let reads = pass.segment < geometry.segments;
+        Some(if reads { Turn::Segment(start, SegmentIndex(pass.segment)) } else { Turn::Compare(start) })
     }
 
     /// What was written anew since is a conflict no more.
@@ -287,11 +320,17 @@ impl State {
         self.standing(block) == Some(block.position)
     }
 
-    /// Of a segment that has no footer yet. Otherwise what it is used for.
-    fn records_in_memory(&self, segment: SegmentIndex) -> Result<Vec<Record>, Usage> {
+    /// `None`: its footer is being written, or is about to be.
+    fn list_of(&self, segment: SegmentIndex) -> Option<List> {
         let fillings = self.queue.head.iter().chain(&self.queue.sealing);
         let mut filling = fillings.filter(|filling| filling.identity.segment == segment);
-        filling.next().map(|filling| filling.records.clone()).ok_or(self.contents.space.usage(segment))
+        match (filling.next(), self.contents.space.usage(segment)) {
+            (Some(filling), _) => Some(List::Here(filling.records.clone())),
+            (None, Usage::Sealed) => Some(List::InFooter(self.contents.space.sequence(segment))),
+            (None, Usage::Open | Usage::Sealing) if !self.is_ending() => None,
+            // Nothing in it is needed.
+            (None, _) => Some(List::Here(Vec::new())),
+        }
     }
 }
 

@@ -4,14 +4,14 @@
 //! record can be understood or freed without them; then all records, segment by segment; then a sync and footers for what had none, so that a decision
 //! about a torn tail is never made twice; only then is anything appended.
 
+use super::gather::Gathering;
 use super::peers::Peers;
 use super::queue::{Queue, Syncs};
-use super::replay::{self, Listed, Notes};
+use super::replay::{self, Notes};
 use super::scrub::Scrub;
 use super::state::Contents;
 use super::{Notify, Shard, ShardError, ShardIdentity, ShardStatistics, State};
-use crate::index::AtTie;
-use crate::log::footer::Footer;
+use crate::log::footer::{Footer, Tail};
 use crate::log::recovery::{self, FoundSegment, ReadFooter, Scan};
 use crate::log::search::read_twice;
 use crate::log::space::Space;
@@ -28,8 +28,6 @@ use torus_schema::limits::BLOCK_BYTES;
 
 /// Footers read at once: the disk is busy while one is applied, and little memory is held.
 const FOOTERS_IN_FLIGHT: usize = 6;
-/// Data of footers that is applied together, extent by extent: half a million scattered blocks.
-const FOOTER_BYTES_HELD: usize = 18 << 20;
 /// The reserve, and something to use.
 const SEGMENTS_MIN: u32 = 6;
 
@@ -198,30 +196,21 @@ async fn replay_sealed<D: Disk>(disk: &D, geometry: Geometry, scan: &Scan, conte
     let sealed = scan.segments.iter().enumerate().filter_map(|(at, found)| Some((at, found.footer.as_ref()?)));
     let read = |(at, footer)| async move { (at, footer, recovery::read_data(disk, geometry, footer).await) };
     let mut all = stream::iter(sealed).map(read).buffered(FOOTERS_IN_FLIGHT);
-    let (mut damaged, mut held, mut held_bytes) = (Vec::new(), Vec::new(), 0);
+    let (mut damaged, mut gathering) = (Vec::new(), Gathering::default());
     while let Some((at, footer, data)) = all.next().await {
-        match data.filter(|data| footer.entries(geometry, data).is_some()) {
-            Some(data) => {
-                footer.tail.notes.iter().for_each(|note| contents.replay(note, AtTie::NewcomerWins));
-                held_bytes += footer.trailer.data_bytes();
-                held.push((footer, data));
-            }
-            None => damaged.push(at),
-        }
-        if held_bytes >= FOOTER_BYTES_HELD {
-            replay_held(&held, contents);
-            held.clear();
-            held_bytes = 0;
+        let Some(entries) = data.as_ref().and_then(|data| footer.entries(geometry, data)) else {
+            damaged.push(at);
+            continue;
+        };
+        let Tail { volumes, notes } = &footer.tail;
+        notes.iter().for_each(|note| gathering.replay_note(note, contents));
+        gathering.take(volumes, entries, contents);
+        if gathering.is_full() {
+            gathering.apply(contents);
         }
     }
-    replay_held(&held, contents);
+    gathering.apply(contents);
     damaged
-}
-
-fn replay_held<D: Disk>(held: &[(&ReadFooter, recovery::Data<D>)], contents: &mut Contents) {
-    let listed =
-        held.iter().map(|(footer, data)| Listed { volumes: &footer.tail.volumes, entries: footer.entries_again(data) });
-    replay::replay_listed(&listed.collect::<Vec<_>>(), contents);
 }
 
 async fn seal_all<D: Disk>(disk: &D, geometry: Geometry, scan: &mut Scan, sealed_s: u64) -> Result<(), DiskError> {

@@ -150,7 +150,7 @@ impl Contents {
             let position = Position(run.position.0 + number as u32);
             Entry { position, checksum: run.checksums[number], version: run.version }
         };
-        (0..run.checksums.len()).for_each(|number| self.space.add_live(entry(number).position));
+        self.space.add_live_run(run.position, run.checksums.len() as u32);
         let mut superseded = Vec::new();
         self.index.apply_run(run, at_tie, |number, applied| match applied {
             Applied::Current { replaced } => {
@@ -166,7 +166,7 @@ impl Contents {
 
     /// Its space is free at once if the newer version can never be taken back and no pin lies between, and otherwise
     /// when F, the horizon and the pins say so.
-    fn supersede(&mut self, place: Place, old: Entry, by: Version, at_tie: AtTie) {
+    pub(super) fn supersede(&mut self, place: Place, old: Entry, by: Version, at_tie: AtTie) {
         let volume = self.volumes.entry(place.volume).or_default();
         // A copy under the same version takes nothing away.
         let freed = if by == old.version {

@@ -102,10 +102,8 @@ impl Survey {
         disk: &OverlayDisk,
         segment: &SurveyedSegment,
     ) -> Result<Option<Vec<Record>>, DiskError> {
-        if segment.identity.is_none() {
-            return Ok(None);
-        }
-        let footer = recovery::footer_of(disk, self.geometry, segment.segment).await?;
+        let Some(identity) = segment.identity else { return Ok(None) };
+        let footer = recovery::footer_of(disk, self.geometry, segment.segment, Some(identity.sequence)).await?;
         Ok(footer.map(|footer| footer.records))
     }
 

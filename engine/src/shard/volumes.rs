@@ -43,6 +43,8 @@ pub struct Volume {
     pub retained: Option<Retained>,
     /// The highest order of a retain of the present epoch that was drawn.
     pub order_drawn: u64,
+    /// How often the volume's status has changed, as writers said: the highest counts, whatever retain said it.
+    pub status_changes: u64,
     /// What follows from `settled` and `retained`.
     bounds: Bounds,
     pub pins: Pins,
@@ -129,7 +131,8 @@ impl Volume {
     pub fn retain(&self, volume: VolumeId) -> Option<Retain> {
         let flush_point = self.flush_point;
         let Retained { epoch, order, retention } = self.retained.as_ref()?;
-        Some(Retain { volume, flush_point, epoch: *epoch, order: *order, retention: retention.clone() })
+        let retention = Retention { status_changes: self.status_changes, ..retention.clone() };
+        Some(Retain { volume, flush_point, epoch: *epoch, order: *order, retention })
     }
 
     pub fn bounds(&self) -> &Bounds {
@@ -161,6 +164,7 @@ impl Volume {
     /// A record in the log says what its writer needs kept. Without its F; see `settle`.
     pub fn merge_retain(&mut self, record: &Retain) -> Vec<Position> {
         let Retain { epoch, order, ref retention, .. } = *record;
+        self.status_changes = self.status_changes.max(retention.status_changes);
         let is_newer = |known: &Retained| (epoch, order) > (known.epoch, known.order);
         if !self.retained.as_ref().is_none_or(is_newer) {
             return Vec::new();
@@ -219,13 +223,15 @@ mod tests {
     fn what_a_writer_needs_kept_is_what_the_latest_of_the_latest_epoch_says() {
         let mut volume = overwritten();
         assert_eq!(volume.settle(version(5)), vec![], "unknown frees nothing");
-        let pinned = Retention { horizon: version(9), pins: vec![version(3)], stale_since: Some(version(1)) };
+        let pinned =
+            Retention { horizon: version(9), pins: vec![version(3)], stale_since: Some(version(1)), status_changes: 7 };
         assert_eq!(volume.merge_retain(&retain(2, 2, pinned)), vec![]);
         assert_eq!((volume.bounds().limit, volume.note_limit()), (version(5), version(1)));
         let unpinned = Retention { horizon: version(9), ..Retention::default() };
         assert_eq!(volume.merge_retain(&retain(2, 1, unpinned.clone())), vec![], "an older one");
         assert_eq!(volume.merge_retain(&retain(1, 9, unpinned.clone())), vec![], "an older epoch's");
         assert_eq!(volume.merge_retain(&retain(2, 3, unpinned)), vec![Position(40)]);
+        assert_eq!(volume.status_changes, 7, "what was heard once is not forgotten");
         assert_eq!(volume.note_limit(), version(5));
     }
 

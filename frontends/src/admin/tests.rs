@@ -286,6 +286,8 @@ fn a_volume_that_is_attached_is_not_deleted_and_its_owner_is_named() {
             lease: "1".into(),
             repair: false,
             attached_s: super::now_s() - 5,
+            lease_ttl_ms: 10_000,
+            clock_drift_ms: 500,
         };
         scene.put(keys::owner(made.id), encode(&owner)).await;
         let error = delete(&scene.runtime, "db", Wait::No, |_| {}).await.unwrap_err().to_string();

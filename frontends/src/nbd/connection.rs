@@ -6,7 +6,7 @@
 use crate::device::{Device, ExportInfo, Exports, Piece, VolumeError};
 use crate::nbd::handshake::{Handshake, Step};
 use crate::nbd::outbox::Outbox;
-use crate::nbd::receive::{CHUNK_BYTES, Receive, SMALL_CHUNK_BYTES};
+use crate::nbd::receive::{CHUNK_BYTES, Receive, SMALL_CHUNK_BYTES, released};
 use crate::nbd::reply::{Gather, Reply};
 use crate::nbd::session::{Command, Next, Session, errno};
 use crate::nbd::wire::{Cookie, Errno, Violation};
@@ -72,6 +72,8 @@ pub(crate) enum End {
     Violation(#[from] Violation),
     #[error("the handshake took longer than {} s", NBD_HANDSHAKE_DEADLINE.as_secs())]
     Slow,
+    #[error("the volume is no longer served here: {0}")]
+    Ended(String),
     #[error("the socket failed: {0}")]
     Socket(#[from] io::Error),
 }
@@ -140,7 +142,15 @@ impl Client {
         let failures = Rc::new(Failures { peer: self.peer, count: Cell::new(0) });
         let mut requests =
             Requests { input: self.input, session, device, outbox: outbox.clone(), failures, stopping: self.stopping };
-        let end = requests.run().await;
+        let end = {
+            let device = requests.device.clone();
+            // Answered with errors are what is under way and what comes before this is noticed; then the connection
+            // ends, so that its client does not take a device for alive that answers nothing but errors.
+            match select(pin!(requests.run()), pin!(device.ended())).await {
+                Either::Left((end, _)) => end,
+                Either::Right((because, _)) => End::Ended(because),
+            }
+        };
         // What follows the client's last good word is not looked at; the replies it waits for are still sent.
         drop(requests);
         outbox.finish();
@@ -232,7 +242,7 @@ async fn carry_out<D: Device>(
             }
             Err(error) => failed(cookie, "read", false, error),
         },
-        Command::Write { cookie, offset, data, durable } => match device.write(offset, data, durable).await {
+        Command::Write { cookie, offset, data, durable } => match device.write(offset, released(data), durable).await {
             Ok(()) => (cookie, Ok(Vec::new())),
             Err(error) => failed(cookie, "write", true, error),
         },

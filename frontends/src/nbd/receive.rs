@@ -1,10 +1,13 @@
 //! The receive buffer: bytes land in a large chunk, and payloads are split off it without being copied. A payload
 //! keeps its chunk in memory; what a connection may have outstanding bounds their number.
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 
 /// What is received into at once; large enough for dozens of small writes per receive.
 pub const CHUNK_BYTES: usize = 256 << 10;
+/// A payload below this is copied out of its chunk: a volume keeps it until it is flushed, and would keep the chunk, whose
+/// rest may be requests without payload. A larger one keeps at most four times itself.
+pub const COPIED_BYTES_MAX: usize = CHUNK_BYTES / 4;
 /// The handshake's: a connection that never says anything costs no more.
 pub const SMALL_CHUNK_BYTES: usize = 4 << 10;
 /// With less space than this left for small requests, a new chunk is begun.
@@ -38,9 +41,26 @@ impl Receive {
     }
 }
 
+/// The payload without its chunk, if it is small.
+pub fn released(payload: Bytes) -> Bytes {
+    if payload.len() < COPIED_BYTES_MAX { Bytes::copy_from_slice(&payload) } else { payload }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_small_payload_does_not_keep_the_chunk_it_came_in() {
+        let mut receive = Receive::default();
+        put(&mut receive, 28, &[7; 4096]);
+        let payload = receive.filled.split_to(4096).freeze();
+        let kept = released(payload.clone());
+        assert_eq!(kept, payload);
+        assert_ne!(kept.as_ptr(), payload.as_ptr());
+        let large = Bytes::from(vec![1; COPIED_BYTES_MAX]);
+        assert_eq!(released(large.clone()).as_ptr(), large.as_ptr());
+    }
 
     fn put(receive: &mut Receive, wanted: usize, data: &[u8]) {
         receive.spare(wanted, CHUNK_BYTES)[..data.len()].copy_from_slice(data);

@@ -78,7 +78,7 @@ async fn accept<E: Exports>(
 
 fn log_end(peer: &str, end: &End) {
     match end {
-        End::Violation(_) | End::Slow => tracing::warn!(peer, %end, "connection closed"),
+        End::Violation(_) | End::Slow | End::Ended(_) => tracing::warn!(peer, %end, "connection closed"),
         End::Closed | End::Disconnected | End::Socket(_) => tracing::info!(peer, %end, "connection ended"),
     }
 }

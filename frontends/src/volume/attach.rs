@@ -1,26 +1,31 @@
 //! Becoming the writer of a volume: own it in one transaction, open it on every in-sync replica, reconcile what the
 //! last writer left unflushed, and only then serve (protocol rules 2 to 4).
 
+use super::counters::Counters;
+use super::hedge::Hedging;
 use super::lease::ProcessLease;
 use super::links::Links;
 use super::own::{Owned, give_up, keep_owning, own};
 use super::reconcile::reconcile;
+use super::regress::{check_not_regressed, contradicted};
 use super::replay::{Budget, ReplayBuffer};
 use super::replicas::Replicas;
 use super::session::{Failure, Open, Session, Shard, Verdict, verdict};
+use super::share::Share;
 use super::status::{Loss, StatusKeeper, times_in};
 use super::window::Window;
 use crate::device::VolumeError;
 use bytes::Bytes;
 use std::cell::{Cell, RefCell};
 use std::rc::{Rc, Weak};
+use std::sync::Arc;
 use std::time::Duration;
 use torus_rpc::message::{Answer, Opened, Operation, Refusal};
 use torus_rpc::metadata::{Entry, Metadata, MetadataError};
 use torus_rpc::runtime::{Class, Clock, Peer, Random, Runtime, Spawn};
 use torus_rpc::token::ClusterKey;
 use torus_schema::ids::{Incarnation, NodeId, ShardId, SliceId, VolumeId};
-use torus_schema::limits::LINK_DEAD_AFTER;
+use torus_schema::limits::{LINK_DEAD_AFTER, VOLUME_OPERATIONS_MAX, VOLUME_OUTSTANDING_BYTES_MAX};
 use torus_schema::records::{
     ClusterRecord, NameRecord, NodeRecord, OwnerRecord, VolumeRecord, VolumeState, decode, keys,
 };
@@ -41,6 +46,19 @@ pub struct Attacher {
     pub repair: bool,
 }
 
+/// What all volumes of a process share.
+#[derive(Clone)]
+pub(super) struct Surroundings<R: Runtime> {
+    pub runtime: R,
+    pub links: Rc<Links<R>>,
+    pub lease: Rc<ProcessLease<R>>,
+    pub budget: Rc<Budget>,
+    pub counters: Arc<Counters>,
+    /// Turns of those that mark replicas stale.
+    pub marking: Rc<Share>,
+    pub never_hedge: bool,
+}
+
 pub(super) fn metadata_error(error: MetadataError) -> VolumeError {
     VolumeError::Metadata { because: error.to_string() }
 }
@@ -58,19 +76,17 @@ pub async fn find<R: Runtime>(runtime: &R, name: &str) -> Result<VolumeId, Volum
 }
 
 pub(super) async fn attach<R: Runtime>(
-    runtime: R,
-    links: Rc<Links<R>>,
-    lease: Rc<ProcessLease<R>>,
-    budget: Rc<Budget>,
+    around: Surroundings<R>,
     name: &str,
     attacher: &Attacher,
 ) -> Result<Rc<Session<R>>, VolumeError> {
+    let Surroundings { runtime, lease, .. } = around.clone();
     let volume = find(&runtime, name).await?;
     let owned = own(&runtime, &lease, volume, name, attacher).await?;
     let epoch = owned.epoch;
     tracing::info!(volume = name, %epoch, "attached; opening its replicas");
     let owner_revision = owned.owner_revision;
-    let session = match build(runtime.clone(), links, lease, budget, owned).await {
+    let session = match build(around, owned).await {
         Ok(built) => built,
         Err(error) => {
             give_up(&runtime, volume, owner_revision).await;
@@ -91,14 +107,9 @@ pub(super) fn decoded<T: serde::de::DeserializeOwned>(entry: &Entry) -> Result<T
     decode(&entry.key, &entry.value).map_err(record_error)
 }
 
-async fn build<R: Runtime>(
-    runtime: R,
-    links: Rc<Links<R>>,
-    lease: Rc<ProcessLease<R>>,
-    budget: Rc<Budget>,
-    owned: Owned,
-) -> Result<Rc<Session<R>>, VolumeError> {
-    let (record, volume_revision) = owned.volume;
+async fn build<R: Runtime>(around: Surroundings<R>, owned: Owned) -> Result<Rc<Session<R>>, VolumeError> {
+    let Surroundings { runtime, links, lease, budget, counters, marking, never_hedge } = around;
+    let (record, volume_revision) = owned.volume.clone();
     if record.state != VolumeState::Ready {
         let because = "its creation was not finished; delete it and create it again".to_string();
         return Err(VolumeError::NotReady { because });
@@ -114,15 +125,21 @@ async fn build<R: Runtime>(
     let replicas = Replicas::new(placed.collect(), usize::from(record.min_replicas), &owned.status.0);
     let mut shards = Vec::new();
     for id in replicas.shards() {
-        shards.push(shard(&runtime, &owned.ring, &cluster, &record, *id).await?);
+        shards.push(shard(&runtime, &owned, &cluster, &record, *id).await?);
     }
-    let open =
-        Open { token: key.sign(record.id, owned.epoch, &owner_name(&owned.owner)), owner: owner_name(&owned.owner) };
+    // A lease's number may come again after the metadata store was restored: the name has to be of this session alone.
+    let owner = format!("{}/{:016x}", owner_name(&owned.owner), runtime.random().u64());
+    let open = Open { token: key.sign(record.id, owned.epoch, &owner), owner };
     let session = |this: &Weak<Session<R>>| Session {
         lots: Cell::new(runtime.random().u64() | 1),
         runtime,
         links,
         lease,
+        counters,
+        marking,
+        reading: Share::new(VOLUME_OPERATIONS_MAX, VOLUME_OUTSTANDING_BYTES_MAX),
+        writing: Share::new(VOLUME_OPERATIONS_MAX, VOLUME_OUTSTANDING_BYTES_MAX),
+        hedging: RefCell::new(Hedging::new(never_hedge)),
         record,
         owner: owned.owner,
         epoch: owned.epoch,
@@ -131,8 +148,11 @@ async fn build<R: Runtime>(
         replicas: RefCell::new(replicas),
         status: StatusKeeper {
             owner_revision: Cell::new(owned.owner_revision),
+            owning_again: Cell::new(false),
             epoch_revision: owned.epoch_revision,
             owner_lease: Cell::new(owned.owner_lease),
+            changes: Cell::new(owned.status.0.changes),
+            told: Cell::new(0),
             volume_revision,
             status_revision: Cell::new(owned.status.1),
             failed: RefCell::default(),
@@ -179,18 +199,20 @@ fn owner_name(owner: &OwnerRecord) -> String {
 
 async fn shard<R: Runtime>(
     runtime: &R,
-    ring: &Ring,
+    owned: &Owned,
     cluster: &ClusterRecord,
     record: &VolumeRecord,
     id: ShardId,
 ) -> Result<Shard, VolumeError> {
+    let ring = &owned.ring;
     let node =
         ring.node(id.node).ok_or_else(|| record_error(format!("shard {id} is of a node that the ring lacks")))?;
-    let address = address_of(runtime, node.id, id).await?;
+    let (host, address) = place_of(runtime, node.id, id).await?;
     let peer = Peer { cluster: cluster.id, node: node.id, shard: id.shard, address };
     Ok(Shard {
         id,
         peer: RefCell::new(Rc::new(peer)),
+        local: host == owned.owner.host,
         generation: Cell::new(ring.instance_generation(id.node, record.generation)),
         incarnation: Cell::new(Incarnation(0)),
         full: Cell::new(false),
@@ -205,13 +227,18 @@ async fn shard<R: Runtime>(
 
 /// Where the shard listens, as its node last said.
 pub(super) async fn address_of<R: Runtime>(runtime: &R, node: NodeId, id: ShardId) -> Result<String, VolumeError> {
+    Ok(place_of(runtime, node, id).await?.1)
+}
+
+/// Host and address.
+async fn place_of<R: Runtime>(runtime: &R, node: NodeId, id: ShardId) -> Result<(String, String), VolumeError> {
     let key = keys::node(node);
     let entry = runtime.metadata().get(&key).await.map_err(metadata_error)?;
     let entry = entry.ok_or_else(|| record_error(format!("{key}, a node of the ring, is missing")))?;
     let record: NodeRecord = decoded(&entry)?;
     let found = record.shards.iter().find(|shard| shard.index == id.shard);
     let found = found.ok_or_else(|| record_error(format!("node {node} has no shard {}", id.shard)))?;
-    Ok(found.address.clone())
+    Ok((record.host.clone(), found.address.clone()))
 }
 
 async fn open_and_reconcile<R: Runtime>(session: &Rc<Session<R>>) -> Result<(), VolumeError> {
@@ -233,17 +260,13 @@ async fn open_and_reconcile<R: Runtime>(session: &Rc<Session<R>>) -> Result<(), 
         }
     }
     session.flush_point.set(flush_point);
+    check_not_regressed(session, &answers).await?;
     for (shard, answer) in asked.iter().zip(answers) {
         match answer {
             Ok(opened) if opened.missing.is_empty() => {}
             Ok(opened) => drop_missing(session, *shard, &opened.missing).await?,
             Err(Failure::Refused(Refusal::StaleEpoch { replica })) => {
-                let because = format!(
-                    "shard {} knows epoch {replica}, the metadata store gave {}: another writer attached since, or the \
-                     store was restored from an older backup",
-                    session.shards[*shard].id, session.epoch
-                );
-                return Err(VolumeError::NotReady { because });
+                return Err(contradicted(session, session.shards[*shard].id, replica).await);
             }
             Err(Failure::Refused(Refusal::BadToken)) => {
                 let because = format!("shard {} has another cluster key", session.shards[*shard].id);

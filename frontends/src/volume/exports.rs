@@ -1,12 +1,15 @@
 //! The volumes of a cluster, by name: attached at first use, shared by all who use them, released when nobody has
 //! used them for a while.
 
-use super::attach::{Attacher, attach, find, metadata_error};
-use super::lease::ProcessLease;
+use super::attach::{Attacher, Surroundings, attach, find, metadata_error};
+use super::counters::{Counters, Held, Number};
+use super::guard;
+use super::lease::{LeaseTerms, ProcessLease};
 use super::links::Links;
 use super::own::give_up;
 use super::replay::{Budget, ReplayLimits};
 use super::session::Session;
+use super::share::Share;
 use super::writer::Begun;
 use crate::device::{Device, ExportInfo, Exports, Piece, VolumeError};
 use ahash::AHashMap;
@@ -16,11 +19,13 @@ use futures::future::{Either, select};
 use std::cell::{Cell, RefCell};
 use std::pin::pin;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 use torus_rpc::metadata::{Compare, Metadata, Transaction, Write};
 use torus_rpc::notify::Notify;
 use torus_rpc::runtime::{Class, Clock, Runtime, Spawn};
 use torus_schema::ids::VolumeId;
+use torus_schema::limits::MARKS_IN_FLIGHT_MAX;
 use torus_schema::records::{EpochRecord, VolumeRecord, VolumeState, decode, encode, keys};
 
 /// A client that reconnects within this finds its volume still attached.
@@ -34,6 +39,9 @@ pub struct VolumeSettings {
     /// A request that waits longer than this for replicas fails; `None`: it waits for ever.
     pub io_timeout: Option<Duration>,
     pub replay: ReplayLimits,
+    pub lease: LeaseTerms,
+    /// No read is asked of a second replica because the first is slow.
+    pub never_hedge: bool,
 }
 
 pub struct VolumeExports<R: Runtime> {
@@ -50,8 +58,12 @@ struct Shared<R: Runtime> {
     runtime: R,
     attacher: Attacher,
     io_timeout: Option<Duration>,
+    terms: LeaseTerms,
+    never_hedge: bool,
     links: Rc<Links<R>>,
     budget: Rc<Budget>,
+    counters: Arc<Counters>,
+    marking: Rc<Share>,
     lease: RefCell<Option<Rc<ProcessLease<R>>>>,
     volumes: RefCell<AHashMap<VolumeId, Entry<R>>>,
     changed: Notify,
@@ -63,6 +75,7 @@ enum Entry<R: Runtime> {
     Attached {
         session: Rc<Session<R>>,
         users: Rc<Users>,
+        _counted: Held,
     },
 }
 
@@ -84,13 +97,21 @@ impl<R: Runtime> VolumeExports<R> {
             runtime,
             attacher,
             io_timeout: settings.io_timeout,
+            terms: settings.lease,
+            never_hedge: settings.never_hedge,
             links,
             budget: Budget::new(settings.replay),
+            counters: Arc::default(),
+            marking: Share::new(MARKS_IN_FLIGHT_MAX, 0),
             lease: RefCell::default(),
             volumes: RefCell::default(),
             changed: Notify::default(),
         };
         Self { shared: Rc::new(shared) }
+    }
+
+    pub fn counters(&self) -> Arc<Counters> {
+        self.shared.counters.clone()
     }
 
     /// Flushes and lets go of every volume: for an orderly end.
@@ -117,7 +138,7 @@ impl<R: Runtime> VolumeExports<R> {
             .changed
             .until(|| match shared.volumes.borrow().get(&volume) {
                 Some(Entry::Busy) => None,
-                Some(Entry::Attached { session, users }) => Some(Some((session.clone(), users.clone()))),
+                Some(Entry::Attached { session, users, .. }) => Some(Some((session.clone(), users.clone()))),
                 None => Some(None),
             })
             .await;
@@ -136,7 +157,8 @@ impl<R: Runtime> VolumeExports<R> {
         let result = match attached {
             Ok(session) => {
                 let users = Rc::new(Users::default());
-                let entry = Entry::Attached { session: session.clone(), users: users.clone() };
+                let _counted = Number::hold(&shared.counters, |counters| &counters.volumes_attached);
+                let entry = Entry::Attached { session: session.clone(), users: users.clone(), _counted };
                 shared.volumes.borrow_mut().insert(volume, entry);
                 Ok(AttachedVolume::new(shared.clone(), session, users))
             }
@@ -151,17 +173,49 @@ impl<R: Runtime> VolumeExports<R> {
 }
 
 impl<R: Runtime> Shared<R> {
-    async fn attach(&self, name: &str) -> Result<Rc<Session<R>>, VolumeError> {
+    async fn attach(self: &Rc<Self>, name: &str) -> Result<Rc<Session<R>>, VolumeError> {
         let lease = self.lease.borrow().clone();
         let lease = match lease {
             Some(lease) => lease,
             None => {
-                let lease = ProcessLease::grant(self.runtime.clone()).await.map_err(metadata_error)?;
-                self.lease.borrow_mut().get_or_insert(lease).clone()
+                let lease = ProcessLease::grant(self.runtime.clone(), self.terms).await.map_err(metadata_error)?;
+                self.keep_lease(lease)
             }
         };
-        let (links, budget) = (self.links.clone(), self.budget.clone());
-        attach(self.runtime.clone(), links, lease, budget, name, &self.attacher).await
+        let (runtime, links, budget) = (self.runtime.clone(), self.links.clone(), self.budget.clone());
+        let around = Surroundings {
+            runtime,
+            links,
+            lease,
+            budget,
+            counters: self.counters.clone(),
+            marking: self.marking.clone(),
+            never_hedge: self.never_hedge,
+        };
+        attach(around, name, &self.attacher).await
+    }
+
+    /// The first one counts, and with it begins the look at what is owned by it.
+    fn keep_lease(self: &Rc<Self>, granted: Rc<ProcessLease<R>>) -> Rc<ProcessLease<R>> {
+        let mut kept = self.lease.borrow_mut();
+        if let Some(lease) = &*kept {
+            return lease.clone();
+        }
+        *kept = Some(granted.clone());
+        let (shared, lease) = (Rc::downgrade(self), Rc::downgrade(&granted));
+        let sessions = move || Some(shared.upgrade()?.sessions());
+        let watching = guard::watch(self.runtime.clone(), lease, sessions);
+        self.runtime.spawn().spawn(Class::Background, watching);
+        granted
+    }
+
+    fn sessions(&self) -> Vec<Rc<Session<R>>> {
+        let volumes = self.volumes.borrow();
+        let attached = volumes.values().filter_map(|entry| match entry {
+            Entry::Attached { session, .. } => Some(session.clone()),
+            Entry::Busy => None,
+        });
+        attached.filter(|session| session.ended.borrow().is_none()).collect()
     }
 
     /// Takes an attached volume out if `wanted`, leaving it busy; whoever takes it releases it.
@@ -171,7 +225,7 @@ impl<R: Runtime> Shared<R> {
                 let mut volumes = self.volumes.borrow_mut();
                 match volumes.get(&volume) {
                     Some(Entry::Busy) => None,
-                    Some(Entry::Attached { session, users }) if wanted(users) => {
+                    Some(Entry::Attached { session, users, .. }) if wanted(users) => {
                         let session = session.clone();
                         volumes.insert(volume, Entry::Busy);
                         Some(Some(session))
@@ -214,7 +268,7 @@ async fn settle<R: Runtime>(session: &Rc<Session<R>>) {
 async fn publish_flush_point<R: Runtime>(session: &Session<R>) {
     let (owner, key) = (keys::owner(session.record.id), keys::epoch(session.record.id));
     let flush_point = session.flush_point.get().into();
-    let record = EpochRecord { epoch: session.epoch, flush_point, taken_over: false };
+    let record = EpochRecord { epoch: session.epoch, flush_point, ..EpochRecord::default() };
     let transaction = Transaction {
         compares: vec![
             Compare::CreateRevision(owner, session.status.owner_revision.get()),
@@ -288,6 +342,10 @@ pub struct AttachedVolume<R: Runtime> {
 }
 
 impl<R: Runtime> AttachedVolume<R> {
+    pub fn name(&self) -> &str {
+        &self.session.record.name
+    }
+
     fn new(shared: Rc<Shared<R>>, session: Rc<Session<R>>, users: Rc<Users>) -> Self {
         users.count.set(users.count.get() + 1);
         Self { shared, session, users }
@@ -325,8 +383,10 @@ impl<R: Runtime> AttachedVolume<R> {
     fn deadline(&self) -> Option<impl Future<Output = VolumeError> + 'static> {
         let timeout = self.shared.io_timeout?;
         let sleep = self.shared.runtime.clock().sleep(timeout);
+        let counters = self.shared.counters.clone();
         Some(async move {
             sleep.await;
+            counters.io_timeouts.add(1);
             VolumeError::TimedOut { waited_ms: timeout.as_millis() as u64 }
         })
     }
@@ -369,22 +429,37 @@ impl<R: Runtime> Device for AttachedVolume<R> {
     }
 
     async fn read(&self, offset: u64, length: u64) -> Result<Vec<Piece>, VolumeError> {
-        let Some(deadline) = self.deadline() else {
-            return self.session.read(offset, length).await;
+        let reading = async {
+            let _part = self.session.part(&self.session.reading, length).await;
+            self.session.read(offset, length).await
         };
-        match select(pin!(self.session.read(offset, length)), pin!(deadline)).await {
+        let Some(deadline) = self.deadline() else {
+            return reading.await;
+        };
+        match select(pin!(reading), pin!(deadline)).await {
             Either::Left((read, _)) => read,
             Either::Right((timed_out, _)) => Err(timed_out),
         }
     }
 
     async fn write(&self, offset: u64, data: Bytes, durable: bool) -> Result<(), VolumeError> {
-        self.detached(|session, begun| async move { session.write(offset, data, durable, &begun).await }).await
+        let write = |session: Rc<Session<R>>, begun: Rc<Begun>| async move {
+            let _part = session.part(&session.writing, data.len() as u64).await;
+            session.write(offset, data, durable, &begun).await
+        };
+        self.detached(write).await
     }
 
     async fn clear(&self, offset: u64, length: u64, durable: bool, advisory: bool) -> Result<(), VolumeError> {
-        self.detached(|session, begun| async move { session.clear(offset, length, durable, advisory, &begun).await })
-            .await
+        let clear = |session: Rc<Session<R>>, begun: Rc<Begun>| async move {
+            let _part = session.part(&session.writing, 0).await;
+            session.clear(offset, length, durable, advisory, &begun).await
+        };
+        self.detached(clear).await
+    }
+
+    async fn ended(&self) -> String {
+        self.session.changed.until(|| self.session.ended.borrow().clone()).await
     }
 
     async fn flush(&self) -> Result<(), VolumeError> {

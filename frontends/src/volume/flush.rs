@@ -22,6 +22,7 @@ impl<R: Runtime> Session<R> {
         for flushed in futures::future::join_all(flushes).await {
             flushed?;
         }
+        self.status_told().await?;
         self.check()?;
         let flushed = Version::new(self.epoch, settled);
         self.flush_point.set(self.flush_point.get().max(flushed));

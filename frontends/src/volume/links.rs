@@ -3,6 +3,11 @@
 //! A connection that breaks is made again and the request sent again: requests are idempotent (a write carries its
 //! version, and every request the incarnation it means). Only when the peer cannot be reached for `LINK_DEAD_AFTER`,
 //! or nobody listens there, does the caller hear of it (protocol rule 10).
+//!
+//! Reads have a connection of their own: behind a burst of writes one would wait for megabytes in the socket, and for
+//! its turn among those the shard lets in from one connection.
+//!
+//! That a peer does not answer is noted here once for all volumes, and so is where its node listens now.
 
 use ahash::AHashMap;
 use bytes::Bytes;
@@ -12,17 +17,37 @@ use std::time::Duration;
 use torus_rpc::error::LinkError;
 use torus_rpc::message::{Envelope, Operation, Reply};
 use torus_rpc::notify::Notify;
-use torus_rpc::runtime::{Clock, Connect, Link, Peer, Runtime};
-use torus_schema::limits::LINK_DEAD_AFTER;
+use torus_rpc::runtime::{Clock, Connect, Instant, Link, Peer, Runtime};
+use torus_schema::ids::NodeId;
+use torus_schema::limits::{LINK_DEAD_AFTER, NODE_LOOKUP_INTERVAL};
 
 /// Between two attempts to connect.
 const RETRY_AFTER: Duration = Duration::from_millis(50);
 
 pub struct Links<R: Runtime> {
     runtime: R,
-    links: RefCell<AHashMap<Peer, Entry<R::Link>>>,
+    /// By lane.
+    links: [RefCell<AHashMap<Peer, Entry<R::Link>>>; 2],
+    /// Peers that do not answer, and since when.
+    down: RefCell<AHashMap<Peer, Instant>>,
+    looked_up: RefCell<AHashMap<NodeId, Instant>>,
     changed: Notify,
     generations: std::cell::Cell<u64>,
+}
+
+#[derive(Clone, Copy)]
+enum Lane {
+    Writes,
+    Reads,
+}
+
+impl Lane {
+    fn of(operation: &Operation) -> Self {
+        match operation {
+            Operation::Read { .. } | Operation::Map { .. } => Lane::Reads,
+            _ => Lane::Writes,
+        }
+    }
 }
 
 enum Entry<L> {
@@ -44,7 +69,9 @@ impl<R: Runtime> Links<R> {
     pub fn new(runtime: R) -> Rc<Self> {
         Rc::new(Self {
             runtime,
-            links: RefCell::default(),
+            links: Default::default(),
+            down: RefCell::default(),
+            looked_up: RefCell::default(),
             changed: Notify::default(),
             generations: Default::default(),
         })
@@ -58,13 +85,17 @@ impl<R: Runtime> Links<R> {
         payload: &Bytes,
     ) -> Result<(Reply, Bytes), LinkError> {
         let mut started = None;
+        let lane = Lane::of(operation);
         loop {
-            let error = match self.link(peer).await {
+            let error = match self.link(peer, lane).await {
                 Ok((link, generation)) => match link.call(envelope, operation, payload).await {
-                    Ok(answer) => return Ok(answer),
+                    Ok(answer) => {
+                        self.answered(peer);
+                        return Ok(answer);
+                    }
                     Err(error) => {
                         if !matches!(error, LinkError::Overdue { .. }) {
-                            self.discard(peer, generation);
+                            self.discard(peer, lane, generation);
                         }
                         error
                     }
@@ -73,6 +104,9 @@ impl<R: Runtime> Links<R> {
             };
             let now = self.runtime.clock().now();
             let started = *started.get_or_insert(now);
+            if !matches!(error, LinkError::Local { .. }) {
+                self.down.borrow_mut().entry(peer.clone()).or_insert(now);
+            }
             let hopeless = match &error {
                 LinkError::ConnectionRefused { .. } | LinkError::Hello { .. } => true,
                 LinkError::Silent { .. } | LinkError::Overdue { .. } => true,
@@ -87,12 +121,36 @@ impl<R: Runtime> Links<R> {
         }
     }
 
+    fn answered(&self, peer: &Peer) {
+        if !self.down.borrow().is_empty() {
+            self.down.borrow_mut().remove(peer);
+        }
+    }
+
+    /// Since when the peer does not answer.
+    pub fn down_since(&self, peer: &Peer) -> Option<Instant> {
+        let down = self.down.borrow();
+        if down.is_empty() { None } else { down.get(peer).copied() }
+    }
+
+    /// True for the first who asks, and then again after a while: whoever gets it reads the node's record.
+    pub fn may_look_up(&self, node: NodeId) -> bool {
+        let now = self.runtime.clock().now();
+        let mut looked_up = self.looked_up.borrow_mut();
+        let may = looked_up.get(&node).is_none_or(|last| now.since(*last) >= NODE_LOOKUP_INTERVAL);
+        if may {
+            looked_up.insert(node, now);
+        }
+        may
+    }
+
     /// The link to `peer`, connected by the first who asks.
-    async fn link(&self, peer: &Peer) -> Result<(R::Link, u64), LinkError> {
+    async fn link(&self, peer: &Peer, lane: Lane) -> Result<(R::Link, u64), LinkError> {
         let mut awaited = None;
+        let links = &self.links[lane as usize];
         let found = self
             .changed
-            .until(|| match self.links.borrow().get(peer) {
+            .until(|| match links.borrow().get(peer) {
                 Some(Entry::Open { link, generation }) => Some(Some(Ok((link.clone(), *generation)))),
                 Some(Entry::Connecting { attempt }) => {
                     awaited.get_or_insert(*attempt);
@@ -108,23 +166,23 @@ impl<R: Runtime> Links<R> {
             return outcome;
         }
         let attempt = self.generations.replace(self.generations.get() + 1);
-        self.links.borrow_mut().insert(peer.clone(), Entry::Connecting { attempt });
+        links.borrow_mut().insert(peer.clone(), Entry::Connecting { attempt });
         // If this caller is dropped while it connects, the others have to be able to go on.
-        let abandoned = Abandoned { links: self, peer };
+        let abandoned = Abandoned { links: self, lane, peer };
         let connected = self.runtime.connect().connect(peer).await;
         std::mem::forget(abandoned);
         let (entry, result) = match connected {
             Ok(link) => (Entry::Open { link: link.clone(), generation: attempt }, Ok((link, attempt))),
             Err(error) => (Entry::Failed { attempt, error: error.clone() }, Err(error)),
         };
-        self.links.borrow_mut().insert(peer.clone(), entry);
+        links.borrow_mut().insert(peer.clone(), entry);
         self.changed.notify();
         result
     }
 
     /// A failed link is not used again; one that was made since stays.
-    fn discard(&self, peer: &Peer, failed: u64) {
-        let mut links = self.links.borrow_mut();
+    fn discard(&self, peer: &Peer, lane: Lane, failed: u64) {
+        let mut links = self.links[lane as usize].borrow_mut();
         if matches!(links.get(peer), Some(Entry::Open { generation, .. }) if *generation == failed) {
             links.remove(peer);
         }
@@ -133,12 +191,13 @@ impl<R: Runtime> Links<R> {
 
 struct Abandoned<'a, R: Runtime> {
     links: &'a Links<R>,
+    lane: Lane,
     peer: &'a Peer,
 }
 
 impl<R: Runtime> Drop for Abandoned<'_, R> {
     fn drop(&mut self) {
-        self.links.links.borrow_mut().remove(self.peer);
+        self.links.links[self.lane as usize].borrow_mut().remove(self.peer);
         self.links.changed.notify();
     }
 }

@@ -6,15 +6,21 @@
 //! * `writer`, `reads`, `flush`   the three things it does
 //! * `recover`    what becomes of a replica that failed: open again and replay, or stale, or waited for
 //! * `replay`     the records a restarted replica may lack, and the bounds on them (pure)
+//! * `regress`    a metadata store that is older than the replicas
 //! * `retain`     what the shards are told to keep
 //! * `status`     marking replicas stale; `replicas` which are in sync (pure)
-//! * `lease`      what ownership hangs on
+//! * `lease`      what ownership hangs on; `guard` notices that it is gone
 //! * `links`      connections to shards, shared by all volumes of the executor
+//! * `counters`   what happened, in numbers
+//! * `hedge`      when a read is asked of a second replica (pure); `share` what a volume's requests may take at once
 //! * `plan`, `locks`, `window`    ranges cut into frames, ranges under way, sequences under way (pure)
 
 mod attach;
+mod counters;
 mod exports;
 mod flush;
+mod guard;
+mod hedge;
 mod lease;
 mod links;
 mod locks;
@@ -23,14 +29,18 @@ mod plan;
 mod reads;
 mod reconcile;
 mod recover;
+mod regress;
 mod replay;
 mod replicas;
 mod retain;
 mod session;
+mod share;
 mod status;
 mod window;
 mod writer;
 
 pub use attach::{Attacher, find};
+pub use counters::Counters;
 pub use exports::{AttachedVolume, VolumeExports, VolumeSettings};
+pub use lease::LeaseTerms;
 pub use replay::ReplayLimits;

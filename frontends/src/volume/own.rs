@@ -3,6 +3,7 @@
 
 use super::attach::{Attacher, decoded, metadata_error, record_error};
 use super::lease::ProcessLease;
+use super::regress::refuse_regressed;
 use super::session::Session;
 use crate::device::VolumeError;
 use std::rc::Rc;
@@ -10,7 +11,6 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use torus_rpc::metadata::{Compare, Entry, LeaseId, Metadata, MetadataError, Revision, Transaction, Write};
 use torus_rpc::runtime::{Clock, Runtime};
 use torus_schema::ids::{Epoch, Version, VolumeId};
-use torus_schema::limits::{LEASE_DRIFT, OWNER_LEASE_TTL};
 use torus_schema::records::{EpochRecord, OwnerRecord, StatusRecord, VolumeRecord, encode, keys};
 use torus_schema::ring::record::RingRecord;
 use torus_schema::ring::table::Ring;
@@ -43,23 +43,21 @@ pub(super) async fn own<R: Runtime>(
     loop {
         let epoch = epoch_of(runtime, volume).await?;
         let unowned = runtime.metadata().get(&keys::owner(volume)).await.map_err(metadata_error)?.is_none();
-        if epoch.record.taken_over && waited_for != Some(epoch.record.epoch) && unowned {
-            tracing::warn!(
-                name,
-                wait_ms = (OWNER_LEASE_TTL + LEASE_DRIFT).as_millis() as u64,
-                "waiting out the last owner"
-            );
+        refuse_regressed(name, &epoch.record)?;
+        let wait_ms = epoch.record.wait_out_ms;
+        if wait_ms > 0 && waited_for != Some(epoch.record.epoch) && unowned {
+            tracing::warn!(name, wait_ms, "waiting out the last owner");
             // Its reads are valid by its own clock until then.
-            runtime.clock().sleep(OWNER_LEASE_TTL + LEASE_DRIFT).await;
+            runtime.clock().sleep(Duration::from_millis(wait_ms)).await;
             waited_for = Some(epoch.record.epoch);
             continue;
         }
-        let may_own = !epoch.record.taken_over || waited_for == Some(epoch.record.epoch);
+        let may_own = wait_ms == 0 || waited_for == Some(epoch.record.epoch);
         match try_own(runtime, lease, volume, name, attacher, &epoch, may_own).await? {
             Attempt::Owned(owned) => return Ok(*owned),
             Attempt::Again => {}
             Attempt::Other(entry) if attacher.force && !forced => {
-                take_over(runtime, volume, &entry).await?;
+                take_over(runtime, lease, volume, &entry).await?;
                 forced = true;
             }
             Attempt::Other(entry) => return Err(attached_by(name, &decoded(&entry)?)),
@@ -102,6 +100,8 @@ async fn try_own<R: Runtime>(
         epoch: Epoch(epoch.record.epoch.0 + 1),
         lease: lease.id().0.to_string(),
         attached_s: unix_seconds(),
+        lease_ttl_ms: lease.terms().ttl().as_millis() as u64,
+        clock_drift_ms: lease.terms().drift().as_millis() as u64,
         repair: attacher.repair,
     };
     let owner_lease = lease.generation();
@@ -180,7 +180,7 @@ fn attach_transaction(volume: VolumeId, epoch: &EpochNow, owner: &OwnerRecord, l
         Some(revision) => Compare::ModRevision(epoch_key.clone(), revision),
         None => Compare::Absent(epoch_key.clone()),
     };
-    let next = EpochRecord { epoch: owner.epoch, taken_over: false, ..epoch.record };
+    let next = EpochRecord { epoch: owner.epoch, wait_out_ms: 0, ..epoch.record };
     Transaction {
         compares: vec![
             Compare::Absent(keys::owner(volume)),
@@ -209,15 +209,22 @@ async fn look<R: Runtime>(
 }
 
 /// Rule 2: the epoch moves first, so that the old owner cannot take its key again when its lease is revoked. The key
-/// goes with the lease: as long as the old owner may read, nobody can attach. `taken_over` makes whoever is next wait
+/// goes with the lease: as long as the old owner may read, nobody can attach. `wait_out_ms` makes whoever is next wait
 /// for what it may still read by the clock, also if we do not live to.
-async fn take_over<R: Runtime>(runtime: &R, volume: VolumeId, seen: &Entry) -> Result<(), VolumeError> {
+async fn take_over<R: Runtime>(
+    runtime: &R,
+    lease: &ProcessLease<R>,
+    volume: VolumeId,
+    seen: &Entry,
+) -> Result<(), VolumeError> {
     let owner: OwnerRecord = decoded(seen)?;
     let key = keys::epoch(volume);
     let entry = runtime.metadata().get(&key).await.map_err(metadata_error)?;
     let entry = entry.ok_or_else(|| record_error(format!("{key} is missing although the volume is owned")))?;
     let record: EpochRecord = decoded(&entry)?;
-    let next = EpochRecord { epoch: Epoch(record.epoch.0 + 1), taken_over: true, ..record };
+    // One that was forced out before it, and not waited for yet, may still read too.
+    let wait_out_ms = record.wait_out_ms.max(lease.terms().wait_out(&owner).as_millis() as u64);
+    let next = EpochRecord { epoch: Epoch(record.epoch.0 + 1), wait_out_ms, ..record };
     let transaction = Transaction {
         compares: vec![
             Compare::ModRevision(key.clone(), entry.mod_revision),
@@ -250,7 +257,11 @@ pub(super) async fn keep_owning<R: Runtime>(session: Rc<Session<R>>) {
     }
 }
 
-async fn own_again<R: Runtime>(session: &Rc<Session<R>>) {
+pub(super) async fn own_again<R: Runtime>(session: &Rc<Session<R>>) {
+    if session.status.owning_again.replace(true) {
+        // Somebody is at it; the caller looks again.
+        return session.runtime.clock().sleep(RETRY_AFTER).await;
+    }
     let volume = session.record.id;
     while session.ended.borrow().is_none() {
         let generation = session.lease.generation();
@@ -263,13 +274,14 @@ async fn own_again<R: Runtime>(session: &Rc<Session<R>>) {
                     // It was released while this was under way.
                     give_up(&session.runtime, volume, owner_revision).await;
                 }
-                return;
+                break;
             }
             Ok(None) => {}
             Err(error) => tracing::warn!(volume = %session.record.name, %error, "cannot own the volume again yet"),
         }
         session.runtime.clock().sleep(RETRY_AFTER).await;
     }
+    session.status.owning_again.set(false);
 }
 
 async fn try_own_again<R: Runtime>(
@@ -286,6 +298,13 @@ async fn try_own_again<R: Runtime>(
         return Ok(None);
     };
     let record: EpochRecord = decoded(epoch_entry)?;
+    if record.epoch < session.epoch {
+        session.end(format!(
+            "the metadata store knows epoch {} of the volume and gave us {}: it was restored from an older backup",
+            record.epoch, session.epoch
+        ));
+        return Ok(None);
+    }
     if record.epoch != session.epoch {
         session.end(format!("another writer attached the volume: epoch {}, ours {}", record.epoch, session.epoch));
         return Ok(None);

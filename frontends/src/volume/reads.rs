@@ -6,14 +6,14 @@ use super::replicas::ShardPosition;
 use super::session::{Failure, Session, Verdict, verdict};
 use crate::device::{Piece as DevicePiece, VolumeError};
 use bytes::Bytes;
-use futures::future::select;
+use futures::future::{Either, select};
 use std::pin::pin;
 use std::rc::Rc;
 use std::time::Duration;
 use torus_rpc::message::{Answer, Operation, Refusal, Run};
 use torus_rpc::runtime::{Clock, Runtime};
 use torus_schema::ids::Incarnation;
-use torus_schema::limits::BLOCK_BYTES;
+use torus_schema::limits::{BLOCK_BYTES, LOCAL_READ_ADVANTAGE};
 
 const RETRY_AFTER: Duration = Duration::from_millis(100);
 
@@ -79,6 +79,13 @@ impl<R: Runtime> Session<R> {
                 self.recovered(slot).await;
                 continue;
             }
+            if confirmations == 1 {
+                match self.read_hedged(&candidates, piece, &mut damaged).await {
+                    Some(data) => return Ok(data),
+                    None => continue,
+                }
+            }
+            self.counters.reads_confirmed.add(1);
             let reads = chosen.iter().map(|shard| self.read_from(*shard, piece));
             let mut found = None;
             let mut failed = false;
@@ -104,15 +111,93 @@ impl<R: Runtime> Session<R> {
         let mut candidates: Vec<_> = in_sync.iter().copied().filter(|shard| !without.contains(shard)).collect();
         if candidates.len() > 1 {
             let (a, b) = (self.lot(candidates.len()), self.lot(candidates.len()));
-            let better = if self.cost(candidates[a]) <= self.cost(candidates[b]) { a } else { b };
+            let mut better = if self.cost(candidates[a]) <= self.cost(candidates[b]) { a } else { b };
+            let local = candidates.iter().position(|shard| self.shards[*shard].local);
+            if let Some(local) = local
+                && self.cost(candidates[local]) <= LOCAL_READ_ADVANTAGE * self.cost(candidates[better])
+            {
+                better = local;
+            }
             candidates.swap(0, better);
             // Those whose fate is being decided come last.
-            candidates.sort_by_key(|shard| self.shards[*shard].recovering.get());
+            candidates.sort_by_key(|shard| self.is_doubtful(*shard));
         }
-        let alone = self.lease.is_valid() && self.lease.generation() == self.status.owner_lease.get();
+        let alone = self.may_read_alone();
         // A new writer has opened at least the minimum of the in-sync replicas: among this many is one of them.
         let min = usize::from(self.record.min_replicas).min(in_sync.len());
         (candidates, if alone { 1 } else { in_sync.len() - min + 1 })
+    }
+
+    /// By the clock, nobody else can own the volume.
+    fn may_read_alone(&self) -> bool {
+        self.lease.is_valid() && self.lease.generation() == self.status.owner_lease.get()
+    }
+
+    fn is_doubtful(&self, position: ShardPosition) -> bool {
+        let shard = &self.shards[position];
+        shard.recovering.get() || self.links.down_since(&shard.peer.borrow()).is_some()
+    }
+
+    /// From the first, and if that takes too long, also from the second: the first good answer counts. `None`: none was
+    /// good, and what becomes of who gave it is being decided.
+    async fn read_hedged(
+        self: &Rc<Self>,
+        candidates: &[ShardPosition],
+        piece: Piece,
+        damaged: &mut Vec<ShardPosition>,
+    ) -> Option<Vec<DevicePiece>> {
+        let (first, began) = (candidates[0], self.runtime.clock().now());
+        let after = {
+            let mut hedging = self.hedging.borrow_mut();
+            hedging.earn();
+            hedging.after()
+        };
+        let mut asked = pin!(self.read_from(first, piece));
+        let second = candidates.get(1).copied().filter(|second| !self.is_doubtful(*second));
+        let Some(second) = second else { return self.taken(first, asked.await, damaged).await };
+        let slow = pin!(self.runtime.clock().sleep(after));
+        if let Either::Left((answer, _)) = select(asked.as_mut(), slow).await {
+            return self.taken(first, answer, damaged).await;
+        }
+        if !self.hedging.borrow_mut().pay() {
+            return self.taken(first, asked.await, damaged).await;
+        }
+        self.counters.reads_hedged.add(1);
+        let also = pin!(self.read_from(second, piece));
+        let (answered, answer, other, rest) = match select(asked, also).await {
+            Either::Left((answer, rest)) => (first, answer, second, rest),
+            Either::Right((answer, rest)) => (second, answer, first, rest),
+        };
+        if answer.is_ok() && answered == second {
+            self.counters.reads_hedged_won.add(1);
+            self.note_service(first, self.runtime.clock().now().since(began));
+        }
+        match self.taken(answered, answer, damaged).await {
+            Some(data) => Some(data),
+            None => self.taken(other, rest.await, damaged).await,
+        }
+    }
+
+    /// What was read, or `None` after a failure, of which the rest is seen to.
+    async fn taken(
+        self: &Rc<Self>,
+        position: ShardPosition,
+        answer: Result<Vec<DevicePiece>, (Incarnation, Failure)>,
+        damaged: &mut Vec<ShardPosition>,
+    ) -> Option<Vec<DevicePiece>> {
+        match answer {
+            Ok(data) => Some(data),
+            Err((asked_of, failure)) => {
+                self.read_failed(position, asked_of, failure, damaged).await;
+                None
+            }
+        }
+    }
+
+    fn note_service(&self, position: ShardPosition, took: Duration) {
+        let (shard, took_us) = (&self.shards[position], took.as_micros() as u32);
+        shard.service_us.set((shard.service_us.get() / 8).saturating_mul(7).saturating_add(took_us / 8));
+        self.hedging.borrow_mut().note(took);
     }
 
     fn cost(&self, shard: ShardPosition) -> u64 {
@@ -127,13 +212,13 @@ impl<R: Runtime> Session<R> {
         piece: Piece,
     ) -> Result<Vec<DevicePiece>, (Incarnation, Failure)> {
         let shard = &self.shards[position];
+        self.counters.reads.add(1);
         let asked = self.runtime.clock().now();
         let asked_of = shard.incarnation.get();
         let failed = |failure| (asked_of, failure);
         let operation = Operation::Read { first: piece.first, count: piece.count };
         let (answer, payload) = self.ask(shard, &operation, &Bytes::new()).await.map_err(failed)?;
-        let took_us = self.runtime.clock().now().since(asked).as_micros() as u32;
-        shard.service_us.set((shard.service_us.get() / 8).saturating_mul(7).saturating_add(took_us / 8));
+        self.note_service(position, self.runtime.clock().now().since(asked));
         match answer {
             Answer::Read { runs, checksums } => assemble(piece, &runs, &checksums, payload).map_err(failed),
             other => Err(failed(malformed(format!("a read was answered by {other:?}")))),

@@ -3,7 +3,7 @@
 //! | it is | and can be done without | otherwise |
 //! |---|---|---|
 //! | another life of the shard | opened again, everything above F replayed to it, in sync as before | the same |
-//! | unreachable | stale since F | waited for: opened again when it is back, and replayed to if it restarted |
+//! | unreachable for 2 s | stale since F | waited for: opened again when it is back, and replayed to if it restarted |
 //! | not to be trusted | stale since F | the session ends: what was acknowledged may be gone |
 //! | without slices it should have | those are stale since zero | the session ends |
 //!
@@ -19,6 +19,7 @@ use super::status::Loss;
 use futures::{StreamExt, TryStreamExt, stream};
 use std::rc::Rc;
 use std::time::Duration;
+use torus_rpc::error::LinkError;
 use torus_rpc::message::{Opened, Operation, Refusal};
 use torus_rpc::runtime::{Class, Clock, Peer, Runtime, Spawn};
 use torus_schema::ids::Incarnation;
@@ -57,7 +58,8 @@ impl<R: Runtime> Session<R> {
 
     async fn find_out(self: &Rc<Self>, position: ShardPosition, mut failure: Failure, mut verdict: Verdict) {
         let shard = &self.shards[position];
-        let started = self.runtime.clock().now();
+        let peer = shard.peer.borrow().clone();
+        let started = self.links.down_since(&peer).unwrap_or_else(|| self.runtime.clock().now());
         let mut waiting = None;
         let mut attempts = 0;
         while self.is_needed(position) {
@@ -71,7 +73,7 @@ impl<R: Runtime> Session<R> {
                     return;
                 }
                 // A shard whose disk failed soon opens it anew, or never.
-                Verdict::Unreachable | Verdict::Restarted if verdict == Verdict::Unreachable || !patient => {
+                Verdict::Unreachable | Verdict::Restarted if !patient || is_gone(verdict, &failure) => {
                     let loss = if shard.restarted.get() { Loss::Restarted } else { Loss::Unreachable };
                     let Err(below) = self.mark_stale(position, loss).await else { return };
                     waiting.get_or_insert_with(|| Waiting::begin(self, position, &failure, below));
@@ -79,6 +81,11 @@ impl<R: Runtime> Session<R> {
                     self.look_up(position).await;
                 }
                 Verdict::Restarted if attempts == 0 => {}
+                // A node that is started anew is back within a second, maybe at another address.
+                Verdict::Unreachable => {
+                    self.runtime.clock().sleep(RETRY_AFTER).await;
+                    self.look_up(position).await;
+                }
                 _ => self.runtime.clock().sleep(RETRY_AFTER).await,
             }
             attempts += 1;
@@ -107,6 +114,9 @@ impl<R: Runtime> Session<R> {
     async fn look_up(&self, position: ShardPosition) {
         let shard = &self.shards[position];
         let peer = shard.peer.borrow().clone();
+        if !self.links.may_look_up(peer.node) {
+            return;
+        }
         match address_of(&self.runtime, peer.node, shard.id).await {
             Ok(address) if address != peer.address => {
                 tracing::info!(shard = %shard.id, from = %peer.address, to = %address, "the shard listens elsewhere");
@@ -183,6 +193,12 @@ impl<R: Runtime> Session<R> {
     }
 }
 
+/// Nothing was heard of it for as long as it gets anyway; who refuses a connection may be starting.
+fn is_gone(verdict: Verdict, failure: &Failure) -> bool {
+    let starting = matches!(failure, Failure::Link(LinkError::ConnectionRefused { .. } | LinkError::Closed { .. }));
+    verdict == Verdict::Unreachable && !starting
+}
+
 /// What was answered as durable was not lost, and what was not answered is sent again by whoever waits for it: an
 /// fdatasync for each record would only make it slow.
 fn undurable(operation: &Operation) -> Option<Operation> {
@@ -204,6 +220,8 @@ impl<R: Runtime> Waiting<R> {
     fn begin(session: &Rc<Session<R>>, position: ShardPosition, failure: &Failure, below: BelowMinimum) -> Self {
         let shard = session.shards[position].id;
         if session.waiting.replace(session.waiting.get() + 1) == 0 {
+            session.counters.waits.add(1);
+            session.counters.volumes_waiting.add(1);
             tracing::warn!(volume = %session.record.name, %shard, %failure, slice = %below.slice,
                 would_remain = below.remaining, at_least = below.min, "too few replicas; I/O waits");
         }
@@ -214,7 +232,11 @@ impl<R: Runtime> Waiting<R> {
 impl<R: Runtime> Drop for Waiting<R> {
     fn drop(&mut self) {
         self.0.waiting.set(self.0.waiting.get() - 1);
-        if self.0.waiting.get() == 0 && self.0.ended.borrow().is_none() {
+        if self.0.waiting.get() > 0 {
+            return;
+        }
+        self.0.counters.volumes_waiting.sub(1);
+        if self.0.ended.borrow().is_none() {
             tracing::warn!(volume = %self.0.record.name, "enough replicas again; I/O goes on");
         }
     }

@@ -129,6 +129,7 @@ impl Replicas {
     }
 
     /// Without the times, which `StatusKeeper` knows.
+    /// Without its count of changes.
     pub fn to_status(&self) -> StatusRecord {
         let mut stale: BTreeMap<(NodeNumber, Version), Vec<SliceId>> = BTreeMap::new();
         for (slot, replicas) in self.slots.iter().enumerate() {
@@ -144,7 +145,7 @@ impl Replicas {
             stale_s: 0,
             slices,
         };
-        StatusRecord { stale: stale.into_iter().map(entry).collect() }
+        StatusRecord { changes: 0, stale: stale.into_iter().map(entry).collect() }
     }
 }
 

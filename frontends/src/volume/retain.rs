@@ -33,14 +33,21 @@ impl<R: Runtime> Session<R> {
         let listed = self.replicas.borrow().lowest_since();
         let pending = self.status.pending_since.get();
         let since = [listed, pending].into_iter().flatten().fold(self.flush_point.get(), Version::min);
-        Retention { horizon: Version::new(self.epoch, SEQUENCE_MAX), pins: Vec::new(), stale_since: Some(since) }
+        Retention {
+            horizon: Version::new(self.epoch, SEQUENCE_MAX),
+            pins: Vec::new(),
+            stale_since: Some(since),
+            status_changes: self.status.changes.get(),
+        }
     }
 
     /// Durable on every in-sync shard when it returns.
     pub async fn tell_retention(self: &Rc<Self>) -> Result<(), VolumeError> {
         self.retaining.cleared.set(false);
         self.retaining.told.set(self.runtime.clock().now());
-        let operation = Operation::Retain(self.retention());
+        let retention = self.retention();
+        let changes = retention.status_changes;
+        let operation = Operation::Retain(retention);
         let told = (0..self.shards.len()).map(|position| {
             let operation = &operation;
             async move {
@@ -51,17 +58,19 @@ impl<R: Runtime> Session<R> {
         for told in futures::future::join_all(told).await {
             told?;
         }
+        self.status.told.set(self.status.told.get().max(changes));
+        self.changed.notify();
         Ok(())
     }
 
-    /// One at a time, in the background.
+    /// One at a time. What is to be acknowledged may wait for it, so it has a foreground's share.
     pub fn tell_retention_soon(self: &Rc<Self>) {
         self.retaining.again.set(true);
         if self.retaining.running.replace(true) {
             return;
         }
         let session = self.clone();
-        self.runtime.spawn().spawn(Class::Background, async move {
+        self.runtime.spawn().spawn(Class::Foreground, async move {
             while session.retaining.again.replace(false) && session.check().is_ok() {
                 if let Err(error) = session.tell_retention().await {
                     tracing::warn!(volume = %session.record.name, %error, "the shards keep more than they need");

@@ -1,12 +1,15 @@
 //! One epoch of one volume: who its replicas are, and the loop that gets a request to one of them until it is done or
 //! no longer required.
 
+use super::counters::Counters;
+use super::hedge::Hedging;
 use super::lease::ProcessLease;
 use super::links::Links;
 use super::locks::RangeLocks;
 use super::replay::ReplayBuffer;
 use super::replicas::{Replicas, ShardPosition};
 use super::retain::Retaining;
+use super::share::{Share, Taken};
 use super::status::StatusKeeper;
 use super::window::Window;
 use crate::device::VolumeError;
@@ -15,6 +18,7 @@ use futures::future::{Either, select};
 use std::cell::{Cell, RefCell};
 use std::pin::pin;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 use torus_rpc::error::LinkError;
 use torus_rpc::message::{Answer, Envelope, Operation, Refusal, Token};
@@ -33,6 +37,12 @@ pub(super) struct Session<R: Runtime> {
     pub runtime: R,
     pub links: Rc<Links<R>>,
     pub lease: Rc<ProcessLease<R>>,
+    pub counters: Arc<Counters>,
+    pub marking: Rc<Share>,
+    /// What its reads, and its writes, may take at once.
+    pub reading: Rc<Share>,
+    pub writing: Rc<Share>,
+    pub hedging: RefCell<Hedging>,
     pub record: VolumeRecord,
     /// As it stands in the metadata store, but for a lease that was replaced.
     pub owner: OwnerRecord,
@@ -84,6 +94,8 @@ pub(super) struct Shard {
     pub recovering: Cell<bool>,
     /// It lost what it held unflushed, and that has not been replayed to it yet.
     pub restarted: Cell<bool>,
+    /// On our own host.
+    pub local: bool,
     /// Writes it has answered, and how many of them are known to be durable there.
     pub written: Cell<u64>,
     pub synced: Cell<u64>,
@@ -154,6 +166,7 @@ impl<R: Runtime> Session<R> {
         let mut ended = self.ended.borrow_mut();
         if ended.is_none() {
             tracing::error!(volume = %self.record.name, epoch = %self.epoch, %because, "session ended");
+            self.counters.sessions_ended.add(1);
             *ended = Some(because);
         }
         drop(ended);
@@ -251,6 +264,14 @@ impl<R: Runtime> Session<R> {
                 verdict => self.recover(position, asked_of, failure, verdict),
             }
         }
+    }
+
+    /// Room for one more request among those of this volume.
+    pub async fn part(&self, share: &Rc<Share>, bytes: u64) -> Taken {
+        if share.is_taken(bytes) {
+            self.counters.requests_queued.add(1);
+        }
+        share.take(bytes).await
     }
 
     /// A number below `bound`, good enough to spread reads.

@@ -6,13 +6,15 @@
 
 use super::replicas::{BelowMinimum, Replicas, ShardPosition};
 use super::session::Session;
+use crate::device::VolumeError;
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use std::time::Duration;
 use torus_rpc::metadata::{Compare, Entry, Metadata, MetadataError, Revision, Transaction, Write};
-use torus_rpc::runtime::{Class, Clock, Runtime, Spawn};
+use torus_rpc::runtime::{Class, Clock, Random, Runtime, Spawn};
 use torus_schema::ids::{NodeNumber, SliceId, Version};
+use torus_schema::limits::MARK_JITTER;
 use torus_schema::records::{StatusRecord, encode, keys};
 
 const RETRY_AFTER: Duration = Duration::from_millis(200);
@@ -23,8 +25,13 @@ pub(super) struct StatusKeeper {
     pub owner_revision: Cell<Revision>,
     /// The lease our owner key hangs on, as `ProcessLease` counts them.
     pub owner_lease: Cell<u64>,
+    /// Our owner key is gone and is being taken again, or found to be another's.
+    pub owning_again: Cell<bool>,
     /// Of the epoch, as our attach wrote it.
     pub epoch_revision: Revision,
+    /// How often the status was changed, as far as we know, and as far as every in-sync replica was told.
+    pub changes: Cell<u64>,
+    pub told: Cell<u64>,
     /// Of the volume's record.
     pub volume_revision: Revision,
     /// Of the status, if there is one.
@@ -80,9 +87,29 @@ impl<R: Runtime> Session<R> {
     }
 }
 
+impl<R: Runtime> Session<R> {
+    /// Before anything is acknowledged that a replica lacks, the others have to remember that there was a change: a
+    /// metadata store restored from an older backup knows nothing of it (interleaving 27).
+    pub async fn status_told(&self) -> Result<(), VolumeError> {
+        let told = || self.status.told.get() >= self.status.changes.get();
+        if told() {
+            return Ok(());
+        }
+        self.changed.until(|| (self.ended.borrow().is_some() || told()).then_some(())).await;
+        self.check()
+    }
+}
+
 /// Runs as long as there are failed replicas to be marked.
 async fn keep_status<R: Runtime>(session: Rc<Session<R>>) {
     loop {
+        // Of a thousand volumes that lost the same node, some at a time; what fails meanwhile goes with it.
+        let crowded = session.marking.is_taken(0);
+        let turn = session.marking.take(0).await;
+        if crowded {
+            let jitter_us = session.runtime.random().u64() % MARK_JITTER.as_micros() as u64;
+            session.runtime.clock().sleep(Duration::from_micros(jitter_us)).await;
+        }
         let failed = session.status.failed.take();
         if failed.is_empty() || session.ended.borrow().is_some() {
             break;
@@ -94,9 +121,11 @@ async fn keep_status<R: Runtime>(session: Rc<Session<R>>) {
                 tracing::warn!(volume = %session.record.name, shard = %session.shards[*shard].id,
                     since = %session.flush_point.get(), "replica marked stale");
             }
+            session.counters.replicas_marked_stale.add(lost.len() as u64);
             *session.replicas.borrow_mut() = next;
             session.tell_retention_soon();
         }
+        drop(turn);
         session.status.pending_since.set(None);
         session.changed.notify();
     }
@@ -159,7 +188,8 @@ fn lose_in_order(
 /// Tries until the outcome is known; false: the session ended.
 async fn store_status<R: Runtime>(session: &Rc<Session<R>>, status: &StatusRecord) -> bool {
     let (owner, key) = (keys::owner(session.record.id), keys::status(session.record.id));
-    let value = encode(&dated(session, status));
+    let changes = session.status.changes.get() + 1;
+    let value = encode(&StatusRecord { changes, ..dated(session, status) });
     loop {
         if session.ended.borrow().is_some() {
             return false;
@@ -178,13 +208,18 @@ async fn store_status<R: Runtime>(session: &Rc<Session<R>>, status: &StatusRecor
             writes: vec![Write::Put { key: key.clone(), value: value.clone(), lease: None }],
             reads: vec![owner.clone(), key.clone()],
         };
+        session.counters.status_transactions.add(1);
         match session.runtime.metadata().transact(transaction).await {
             Ok(result) if result.applied => {
                 session.status.status_revision.set(Some(result.revision));
+                session.status.changes.set(changes);
                 return true;
             }
             Ok(result) => match settle(session, &value, &result.reads) {
-                Settled::Applied => return true,
+                Settled::Applied => {
+                    session.status.changes.set(changes);
+                    return true;
+                }
                 Settled::Ended => return false,
                 Settled::Again => {}
             },

@@ -167,6 +167,7 @@ impl<R: Runtime> Session<R> {
         let operation = |version| Operation::Write { first: piece.first, version, durable, checksums };
         let record = self.begin(slot, operation, payload, begun).await?;
         self.replicate(&record, durable).await?;
+        self.status_told().await?;
         self.settle(record.sequence);
         Ok(())
     }
@@ -188,6 +189,7 @@ impl<R: Runtime> Session<R> {
         };
         let record = self.begin(slot, operation, Bytes::new(), begun).await?;
         self.replicate(&record, durable).await?;
+        self.status_told().await?;
         self.settle(record.sequence);
         Ok(())
     }

@@ -36,6 +36,7 @@ fn set_opened(mut builder: opened::Builder<'_>, opened: &Opened) {
     incarnation.set_high((opened.incarnation.0 >> 64) as u64);
     incarnation.set_low(opened.incarnation.0 as u64);
     builder.set_open_in_previous_epoch(opened.open_in_previous_epoch);
+    builder.set_status_changes(opened.status_changes);
     set_version(builder.reborrow().init_flush_point(), opened.flush_point);
     let mut missing = builder.init_missing(opened.missing.len() as u32);
     for (index, slice) in opened.missing.iter().enumerate() {
@@ -124,6 +125,7 @@ fn get_opened(opened: opened::Reader<'_>) -> Result<Opened, FrameError> {
         open_in_previous_epoch: opened.get_open_in_previous_epoch(),
         flush_point: get_version(opened.get_flush_point()?)?,
         missing: opened.get_missing()?.iter().map(SliceId).collect(),
+        status_changes: opened.get_status_changes(),
     })
 }
 
@@ -195,6 +197,7 @@ mod tests {
                 open_in_previous_epoch: true,
                 flush_point: version,
                 missing: vec![SliceId(3)],
+                status_changes: 9,
             }),
             Answer::Read {
                 runs: vec![

@@ -117,6 +117,7 @@ fn set_peer_read(mut read: peer_read::Builder<'_>, token: &Token, (first, count)
 
 fn set_retain(mut builder: retain::Builder<'_>, retention: &Retention) {
     set_version(builder.reborrow().init_horizon(), retention.horizon);
+    builder.set_status_changes(retention.status_changes);
     builder.set_is_stale(retention.stale_since.is_some());
     set_version(builder.reborrow().init_stale_since(), retention.stale_since.unwrap_or_default());
     let mut pins = builder.init_pins(retention.pins.len() as u32);
@@ -233,6 +234,7 @@ fn get_retention(retain: retain::Reader<'_>) -> Result<Retention, FrameError> {
         horizon: get_version(retain.get_horizon()?)?,
         pins: retain.get_pins()?.iter().map(get_version).collect::<Result<_, _>>()?,
         stale_since: retain.get_is_stale().then_some(stale_since),
+        status_changes: retain.get_status_changes(),
     })
 }
 
@@ -300,8 +302,13 @@ mod tests {
             Operation::Clear { first: BlockIndex(0), count: 1 << 30, slice: SliceId(17), version, durable: false },
             Operation::Flush,
             Operation::Describe { above: version, from: BlockIndex(1024) },
-            Operation::Retain(Retention { horizon: version, pins: vec![version], stale_since: Some(Version::ZERO) }),
-            Operation::Retain(Retention { horizon: version, pins: vec![], stale_since: None }),
+            Operation::Retain(Retention {
+                horizon: version,
+                pins: vec![version],
+                stale_since: Some(Version::ZERO),
+                status_changes: 7,
+            }),
+            Operation::Retain(Retention { horizon: version, ..Retention::default() }),
             Operation::Revoke { revoked: vec![Revoked { block: BlockIndex(8), version }] },
             Operation::Map { first: BlockIndex(9), count: 10 },
             Operation::PeerRead { token: Token([7; 32]), first: BlockIndex(9), count: 10, data: true },

@@ -2,6 +2,7 @@
 //! on whatever clock it is given. It does nothing by itself: leases end when somebody asks or watches.
 //!
 //! Fault model, per client (`another_client` is one more):
+//! * restored: for all clients the content is that of an earlier moment
 //! * unavailable: calls wait and are answered if the store comes back within their deadline, else `Unreachable`;
 //!   watches wait and miss nothing
 //! * a lost answer: the next transaction is applied or not, and reported as `Unknown` after the deadline
@@ -75,6 +76,17 @@ impl<C: Clock> MemoryStore<C> {
     /// The next transaction of this client ends as `Unknown`.
     pub fn lose_next(&self, lost: Lost) {
         self.faults.lose_next.set(Some(lost));
+    }
+
+    /// The content as of now.
+    pub fn backup(&self) -> Saved {
+        self.store.borrow().backup()
+    }
+
+    /// For all its clients the store is again what it was then; leases begin anew.
+    pub fn restore(&self, backup: Saved) {
+        *self.store.borrow_mut() = Store::restore(backup, self.clock.now());
+        self.bell.ring();
     }
 
     /// Ends every lease whose time is over. Calls and watches do so by themselves; a simulation in which nobody

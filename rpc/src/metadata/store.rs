@@ -127,6 +127,18 @@ impl Store {
         }
     }
 
+    /// All of it but the history: what a backup holds.
+    pub fn backup(&self) -> Saved {
+        Saved {
+            revision: self.revision,
+            last_lease: self.last_lease,
+            oldest: Revision(self.revision.0 + 1),
+            keys: self.keys.clone(),
+            leases: self.leases.iter().map(|(id, lease)| (*id, lease.ttl)).collect(),
+            history: Vec::new(),
+        }
+    }
+
     pub fn revision(&self) -> Revision {
         self.revision
     }

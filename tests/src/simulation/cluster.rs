@@ -233,7 +233,7 @@ impl Cluster {
             0 => ReplayLimits::default(),
             _ => ReplayLimits { volume_bytes, process_bytes },
         };
-        self.client_with(name, force, VolumeSettings { io_timeout: None, replay })
+        self.client_with(name, force, VolumeSettings { replay, ..VolumeSettings::default() })
     }
 
     pub fn client_with(&self, name: &str, force: bool, settings: VolumeSettings) -> Client {

@@ -11,11 +11,13 @@
 //! | `write_elsewhere_one_in` | until written again  | the write completes and stands at another place                 |
 //! | `slow_one_in`         | this operation          | it takes a hundred times as long; no damage                     |
 //! | `SimulatedDisk::damage` | until written again   | one page that is in use rots, is old, or holds another place's  |
+//! | `SimulatedDisk::damage_at` | until written again  | the same to one page that the test names                        |
 //! | `SimulatedDisk::make_bad` | until written again | reads of the place fail                                         |
 //! | `SimulatedDisk::vanish` | until `reappear`      | every operation fails                                           |
 //! | `fail_reads`, `_writes`, `_syncs` | so many     | the next ones fail; see `simulated`                             |
 //!
-//! Places are drawn near by or anywhere, half each: what lies in the same segment misleads more.
+//! Places are drawn near by or anywhere, half each: what lies in the same segment misleads more. One of another place
+//! that begins like it (`Damage::Twin`) misleads most: a header where another header should be.
 
 use super::pages::{PAGE_BYTES, Pages};
 use super::{SimulatedDisk, State};
@@ -25,6 +27,8 @@ use torus_rpc::runtime::Clock;
 
 /// A page near by is at most so far away.
 const NEAR_PAGES: u64 = 40;
+/// What twins have in common: as much as a format usually begins with.
+const TWIN_BYTES: usize = 8;
 
 /// One operation in so many; 0: none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -43,6 +47,8 @@ pub enum Damage {
     Rot,
     Old,
     Elsewhere,
+    /// Of a place near by that begins with the same bytes; if there is none, nothing happens.
+    Twin,
 }
 
 #[derive(Default)]
@@ -81,13 +87,25 @@ impl<C: Clock> SimulatedDisk<C> {
         let state = &mut *self.state.borrow_mut();
         let numbers = state.durable.numbers();
         let page = *numbers.get(state.random() as usize % numbers.len().max(1))?;
-        let bytes = state.damaged(damage, page)?;
-        for pages in [&mut state.current, &mut state.durable] {
-            pages.put(page * PAGE_BYTES as u64, &bytes, |_, _| {});
-        }
-        state.fault.damages += 1;
-        tracing::debug!(page, ?damage, "damaged");
-        Some(page)
+        state.spoil(damage, page).then_some(page)
+    }
+
+    /// Damages the page at that place, durably. False if that changes nothing.
+    pub fn damage_at(&self, damage: Damage, offset: u64) -> bool {
+        self.state.borrow_mut().spoil(damage, offset / PAGE_BYTES as u64)
+    }
+
+    /// Pages of that range that are durable and begin with those bytes.
+    pub fn beginning_with(&self, begin: &[u8], range: std::ops::Range<u64>) -> Vec<u64> {
+        let state = self.state.borrow();
+        let offsets = range.step_by(PAGE_BYTES);
+        offsets.filter(|offset| state.durable.page(offset / PAGE_BYTES as u64).starts_with(begin)).collect()
+    }
+
+    /// Nothing there fails to be read, apart from what fails once.
+    pub fn is_readable(&self, offset: u64, bytes: usize) -> bool {
+        let state = self.state.borrow();
+        !state.fault.vanished && !state.is_bad(offset, bytes)
     }
 
     /// The pages around this place cannot be read until they are written again.
@@ -122,6 +140,26 @@ impl State {
         if self.random().is_multiple_of(2) { (page + distance).min(pages - 1) } else { page.saturating_sub(distance) }
     }
 
+    fn twin(&mut self, page: u64) -> Option<u64> {
+        let begin = self.current.page(page);
+        let begin = &begin[..TWIN_BYTES];
+        let near = page.saturating_sub(NEAR_PAGES)..(page + NEAR_PAGES).min(self.size_bytes / PAGE_BYTES as u64);
+        let is_twin = |other: &u64| *other != page && self.current.page(*other).starts_with(begin);
+        let twins: Vec<u64> = near.filter(is_twin).collect();
+        twins.get(self.random() as usize % twins.len().max(1)).copied()
+    }
+
+    /// For good. False if that changes nothing.
+    fn spoil(&mut self, damage: Damage, page: u64) -> bool {
+        let Some(bytes) = self.damaged(damage, page) else { return false };
+        for pages in [&mut self.current, &mut self.durable] {
+            pages.put(page * PAGE_BYTES as u64, &bytes, |_, _| {});
+        }
+        self.fault.damages += 1;
+        tracing::debug!(page, ?damage, "damaged");
+        true
+    }
+
     /// What stands at `page` when it is damaged so; `None` if that changes nothing.
     fn damaged(&mut self, damage: Damage, page: u64) -> Option<Bytes> {
         let good = self.current.page(page);
@@ -130,6 +168,10 @@ impl State {
             Damage::Old => self.fault.before.get(&page).cloned().unwrap_or_else(|| Pages::default().page(page)),
             Damage::Elsewhere => {
                 let other = self.another(page);
+                self.current.page(other)
+            }
+            Damage::Twin => {
+                let other = self.twin(page)?;
                 self.current.page(other)
             }
         };

@@ -23,8 +23,7 @@ use crate::log::Position;
 use column::{Code, Eras, Stored};
 use packed::{PACKED_BYTES, PackedColumns};
 use runs::{CHECKSUM_BYTES, RUN_BYTES, RunColumns, RunCounter};
-pub use span::InExtent;
-use span::Span;
+pub use span::{InExtent, NOWHERE, Span};
 use torus_schema::ids::Version;
 use torus_schema::limits::BLOCKS_PER_EXTENT;
 
@@ -255,6 +254,25 @@ impl Page {
         }
     }
 
+    /// With data.
+    pub fn blocks(&self) -> usize {
+        match self {
+            Page::Packed(page) => page.columns.blocks(),
+            Page::Runs(page) => page.columns.blocks(),
+            small => small.few().iter().filter(|span| span.is_data()).count(),
+        }
+    }
+
+    /// Spans of blocks that were cleared.
+    pub fn cleared(&self) -> impl Iterator<Item = &Span> {
+        let spans = match self {
+            Page::Packed(page) => &page.cleared,
+            Page::Runs(page) => &page.cleared,
+            small => small.few(),
+        };
+        spans.iter().filter(|span| !span.is_data())
+    }
+
     /// Of a page that is not large.
     fn few(&self) -> &[Span] {
         match self {
@@ -320,31 +338,51 @@ impl Page {
     /// The form that suits these, which are sorted and apart from each other.
     fn build(spans: Vec<Span>) -> Page {
         match spans[..] {
-            [] => return Page::Empty,
-            [span] => return Page::One(span),
-            _ if spans.len() <= FEW_MAX => return Page::Few(spans.into_boxed_slice()),
-            _ => {}
+            [] => Page::Empty,
+            [span] => Page::One(span),
+            _ if spans.len() <= FEW_MAX => Page::Few(spans.into_boxed_slice()),
+            _ => {
+                let cleared = spans.iter().copied().filter(|span| !span.is_data()).collect::<Box<[_]>>().into_vec();
+                let data = spans.iter().filter_map(|span| Some((span.first, span.entry()?)));
+                Page::build_large(data, spans.len() - cleared.len(), cleared)
+            }
         }
-        let highest = spans.iter().map(Span::version).max().unwrap_or(Version::ZERO);
-        let (mut eras, mut counter) = (Eras::default(), RunCounter::default());
-        let mut stored = Vec::with_capacity(spans.len());
-        for span in &spans {
-            let Some(entry) = span.entry() else { continue };
+    }
+
+    /// The form that suits so many blocks, which are sorted, and the others, which were cleared.
+    pub fn of(data: impl Iterator<Item = (InExtent, Entry)>, blocks: usize, cleared: &[Span]) -> Page {
+        if blocks + cleared.len() > FEW_MAX {
+            return Page::build_large(data, blocks, cleared.into());
+        }
+        let mut spans: Vec<Span> =
+            data.map(|(block, entry)| Span::data(block, entry)).chain(cleared.iter().copied()).collect();
+        spans.sort_unstable_by_key(|span| span.first);
+        Page::build(spans)
+    }
+
+    fn build_large(data: impl Iterator<Item = (InExtent, Entry)>, blocks: usize, cleared: Vec<Span>) -> Page {
+        let mut highest = cleared.iter().map(Span::version).max().unwrap_or(Version::ZERO);
+        let (mut eras, mut counter, runs_max) = (Eras::default(), RunCounter::default(), runs_max(blocks));
+        let mut stored = Vec::with_capacity(blocks);
+        for (block, entry) in data {
+            highest = highest.max(entry.version);
             let entry = eras.store(entry);
-            counter.see(span.first, entry);
-            stored.push((span.first, entry));
+            // One more than may be, and it is decided.
+            if counter.runs <= runs_max {
+                counter.see(block, entry);
+            }
+            stored.push((block, entry));
         }
         eras.settle();
-        let cleared: Vec<Span> = spans.iter().copied().filter(|span| !span.is_data()).collect::<Box<[_]>>().into_vec();
-        if is_much_smaller_as_runs(stored.len(), counter.runs) {
+        if is_much_smaller_as_runs(blocks, counter.runs) {
             let mut columns = RunColumns::default();
-            columns.reserve(stored.len(), counter.runs);
-            stored.into_iter().for_each(|(block, stored)| columns.set(block, stored));
+            columns.reserve(blocks, counter.runs);
+            stored.into_iter().for_each(|(block, stored)| columns.push(block, stored));
             return Page::Runs(Large::new(columns, eras, cleared, highest));
         }
         let mut columns = PackedColumns::default();
         columns.reserve(stored.iter().map(|(block, _)| *block));
-        stored.into_iter().for_each(|(block, stored)| columns.set(block, stored));
+        stored.into_iter().for_each(|(block, stored)| columns.push(block, stored));
         Page::Packed(Large::new(columns, eras, cleared, highest))
     }
 }
@@ -364,6 +402,11 @@ fn runs_bytes(blocks: usize, runs: usize) -> usize {
 
 fn packed_bytes(blocks: usize) -> usize {
     size_of::<Large<PackedColumns>>() + blocks * PACKED_BYTES
+}
+
+/// Of so many blocks, or fewer, more runs are never much smaller.
+fn runs_max(blocks: usize) -> usize {
+    (packed_bytes(blocks) / 4 * 3).saturating_sub(runs_bytes(blocks, 0)) / RUN_BYTES
 }
 
 /// Much, so that a page does not go back and forth.

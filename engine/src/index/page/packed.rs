@@ -121,4 +121,12 @@ impl PackedColumns {
         blocks.for_each(|block| counts[usize::from(block) / GROUP_BLOCKS] += 1);
         self.groups.iter_mut().zip(counts).for_each(|(group, count)| group.reserve_exact(count));
     }
+
+    /// A block behind all that are there.
+    pub fn push(&mut self, block: InExtent, stored: Stored) {
+        let group = usize::from(block) / GROUP_BLOCKS;
+        debug_assert_eq!(self.present[group] >> (usize::from(block) % GROUP_BLOCKS), 0);
+        self.present[group] |= 1 << (usize::from(block) % GROUP_BLOCKS);
+        self.groups[group].push(Packed::new(stored));
+    }
 }

@@ -203,6 +203,17 @@ impl RunColumns {
         self.runs.reserve_exact(runs);
     }
 
+    /// A block behind all that are there.
+    pub fn push(&mut self, block: InExtent, stored: Stored) {
+        let at = self.checksums.len() as u16;
+        let goes_on = self.runs.last_mut().filter(|last| last.first + (at - last.at) == block);
+        match goes_on.and_then(|last| Some((last.extended(at - last.at, stored)?, last))) {
+            Some((extended, last)) => *last = extended,
+            None => self.runs.push(Run::one(block, at, stored)),
+        }
+        self.checksums.push(stored.checksum);
+    }
+
     fn insert_run(&mut self, index: usize, run: Run) {
         grow(&mut self.runs, 1, BLOCKS_PER_EXTENT as usize);
         self.runs.insert(index, run);

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::Duration;
-use torus_rpc::message::{Answer, Descriptor, Envelope, Opened, Operation, Refusal, Retention};
+use torus_rpc::message::{Answer, Descriptor, Envelope, Opened, Operation, Refusal, Reply, Retention};
 use torus_rpc::metadata::{self, Entry, Event, LeaseId, Metadata, Range, Revision, Transaction, TransactionResult};
 use torus_rpc::runtime::simulated::{Here, ProcessId, SimulatedRuntime, World};
 use torus_rpc::token::ClusterKey;
@@ -151,6 +151,22 @@ impl Machine {
         *self.shard.borrow_mut() = None;
     }
 
+    /// The shard that runs now answers what others ask that node.
+    pub fn listen_as(&self, node: u8) {
+        let shard = self.shard();
+        let address = identity_of(node).node.to_string();
+        self.world.listen(self.process.get(), &address, move |envelope, operation, payload| {
+            let shard = shard.clone();
+            async move {
+                if matches!(operation, Operation::Ping | Operation::Hello { .. }) {
+                    return (Reply { full: false, answer: Answer::Pong }, Vec::new());
+                }
+                let (reply, chunks) = shard.handle(envelope, operation, payload).await;
+                (reply, chunks.iter().flat_map(|chunk| chunk.to_vec()).collect())
+            }
+        });
+    }
+
     pub async fn crash_and_start(&self) {
         self.crash();
         self.start().await.unwrap();
@@ -238,7 +254,7 @@ impl Client {
     /// As a writer that has these snapshots and no others, and takes none.
     pub async fn retain(&self, pins: Vec<Version>, stale_since: Option<Version>) -> Result<(), Refusal> {
         let horizon = Version::new(self.envelope.get().epoch, torus_schema::limits::SEQUENCE_MAX);
-        let answer = self.call(Operation::Retain(Retention { horizon, pins, stale_since })).await?;
+        let answer = self.call(Operation::Retain(Retention { horizon, pins, stale_since, status_changes: 0 })).await?;
         assert_eq!(answer, Answer::Retained);
         Ok(())
     }

@@ -4,6 +4,7 @@
 //! * `requests`  what is refused, and with what
 //! * `retention`  what is kept, what goes, what never was
 //! * `recovery`  row by row
+//! * `gathering` footers by extent, against record by record
 //! * `repair`    damage, and peers that mend it
 //! * `scrub`     passes over everything
 //! * `supervisor` disks that fail under a shard
@@ -11,6 +12,7 @@
 //! * `stored_bytes`  decoders and starts over bytes that nobody wrote
 //! * `model`     seeded sequences of everything, with crashes, against a plain map
 
+mod gathering;
 mod harness;
 mod model;
 mod recovery;

@@ -5,7 +5,7 @@ use crate::log::{Geometry, Position};
 use crate::shard::{PeerTable, damage::FoundBy};
 use std::sync::Arc;
 use std::time::Duration;
-use torus_rpc::message::{Answer, Envelope, Operation, Refusal, Reply, Token};
+use torus_rpc::message::{Envelope, Operation, Refusal, Token};
 use torus_rpc::runtime::Peer;
 use torus_rpc::runtime::simulated::World;
 use torus_schema::ids::*;
@@ -55,21 +55,10 @@ impl Pair {
     }
 
     /// From now on each can ask the other.
-    pub fn link(&self, world: &World) {
+    pub fn link(&self) {
         for (client, node) in [(&self.here, 2), (&self.there, 3)] {
-            let shard = client.machine.shard();
-            shard.set_peers(Self::table());
-            let process = client.machine.process.get();
-            world.listen(process, &identity_of(node).node.to_string(), move |envelope, operation, payload| {
-                let shard = shard.clone();
-                async move {
-                    if matches!(operation, Operation::Ping | Operation::Hello { .. }) {
-                        return (Reply { full: false, answer: Answer::Pong }, Vec::new());
-                    }
-                    let (reply, chunks) = shard.handle(envelope, operation, payload).await;
-                    (reply, chunks.iter().flat_map(|chunk| chunk.to_vec()).collect())
-                }
-            });
+            client.machine.shard().set_peers(Self::table());
+            client.machine.listen_as(node);
         }
     }
 
@@ -111,7 +100,7 @@ fn a_damaged_block_is_answered_as_damaged_and_heals_from_the_peer() {
     for seed in 0..20 {
         simulate(seed, move |world| async move {
             let pair = Pair::new(&world).await;
-            pair.link(&world);
+            pair.link();
             let version = pair.write(3, 4).await;
             pair.here.rot(4);
             pair.here.rot(6);
@@ -138,7 +127,7 @@ fn a_block_that_nobody_has_stays_damaged_until_somebody_can_be_asked() {
         world.sleep(REPAIR_PAUSE_MAX * 3).await;
         let statistics = pair.here.machine.shard().statistics();
         assert_eq!((statistics.damaged, statistics.repaired), (1, 0));
-        pair.link(&world);
+        pair.link();
         pair.here.healed().await;
         assert_eq!(pair.here.read(3, 1).await.unwrap(), vec![(version, true)]);
     });
@@ -148,7 +137,7 @@ fn a_block_that_nobody_has_stays_damaged_until_somebody_can_be_asked() {
 fn a_peer_that_has_another_version_is_no_help_and_one_with_another_content_an_alarm() {
     simulate(1, |world| async move {
         let pair = Pair::new(&world).await;
-        pair.link(&world);
+        pair.link();
         pair.write(3, 2).await;
         // The other replica goes on with block 3, and was given something else as block 4.
         pair.there.write(3, 1).await.unwrap();
@@ -213,7 +202,7 @@ fn a_segment_with_a_damaged_block_is_cleaned_once_the_block_is_repaired() {
         let old = pair.here.position(101);
         let listed: Vec<FoundBy> = shard.damage(9).blocks.iter().map(|listed| listed.by).collect();
         assert_eq!(listed, vec![FoundBy::Cleaner]);
-        pair.link(&world);
+        pair.link();
         pair.here.healed().await;
         overwrite().await;
         // Segments are used in turn, so that it may be back in the one where it was.
@@ -226,7 +215,7 @@ fn a_segment_with_a_damaged_block_is_cleaned_once_the_block_is_repaired() {
 fn a_shard_that_is_closed_while_a_repair_waits_for_a_silent_peer_does_not_wait_for_it() {
     simulate(1, |world| async move {
         let pair = Pair::new(&world).await;
-        pair.link(&world);
+        pair.link();
         pair.write(3, 1).await;
         pair.here.rot(3);
         world.cut(pair.here.machine.process.get(), pair.there.machine.process.get());

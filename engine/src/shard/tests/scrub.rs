@@ -29,7 +29,7 @@ fn a_pass_reads_every_needed_block_finds_the_damaged_ones_and_has_them_repaired(
     for seed in 0..10 {
         simulate(seed, move |world| async move {
             let pair = Pair::new(&world).await;
-            pair.link(&world);
+            pair.link();
             let mut last = Version::ZERO;
             for first in (0..150).step_by(5) {
                 last = pair.write(first, 5).await;
@@ -60,7 +60,7 @@ fn a_pass_reads_every_needed_block_finds_the_damaged_ones_and_has_them_repaired(
 fn two_whole_different_copies_of_one_version_are_told_once_and_left_alone() {
     simulate(1, |world| async move {
         let pair = Pair::new(&world).await;
-        pair.link(&world);
+        pair.link();
         pair.write(3, 2).await;
         let version = pair.write_two_things(4).await;
         for started_s in [100, 200] {
@@ -107,11 +107,74 @@ fn a_pass_takes_as_long_as_its_rate_says_and_stops_when_told() {
 }
 
 #[test]
+fn a_segment_whose_footer_is_damaged_is_told_and_what_its_headers_list_is_verified_all_the_same() {
+    simulate(1, |world| async move {
+        let pair = Pair::new(&world).await;
+        pair.link();
+        // The first of eight segments of 64 blocks is full, and sealed.
+        let version = pair.write(0, 3).await;
+        for first in (10..110).step_by(5) {
+            pair.write(first, 5).await;
+        }
+        let here = &pair.here;
+        let shard = here.machine.shard();
+        let position = here.position(1);
+        shard.close().await;
+        here.machine.kill();
+        here.machine.start().await.unwrap();
+        here.open().await.unwrap();
+        pair.link();
+        here.rot(1);
+        let segment = here.machine.shard().geometry.segment_of(position);
+        let geometry = here.machine.shard().geometry;
+        let last = crate::log::Position(geometry.first(segment).0 + geometry.blocks - 1);
+        here.machine.disk.flip(crate::log::Geometry::offset(last) + BLOCK_BYTES - 10, 1);
+        let shard = here.machine.shard();
+        shard.start_scrub(pass(100), RATE);
+        let result = finished(here).await;
+        assert_eq!((result.segments_unread, result.damaged), (1, 1));
+        // The one that was mended may be read once more where it went.
+        assert!((103..=104).contains(&result.blocks_read), "{result:?}");
+        here.healed().await;
+        assert_eq!(here.read(0, 3).await.unwrap(), vec![(version, true); 3]);
+    });
+}
+
+#[test]
+fn a_pass_begun_while_the_one_that_was_stopped_still_waits_for_an_answer_reads_everything_itself() {
+    for seed in 0..20 {
+        simulate(seed, move |world| async move {
+            let pair = Pair::new(&world).await;
+            pair.link();
+            pair.write(0, 100).await;
+            let shard = pair.here.machine.shard();
+            shard.start_scrub(pass(100), RATE);
+            // At any point of it: while it reads, and while it compares.
+            world.sleep(Duration::from_millis(seed * 6)).await;
+            shard.stop_scrub();
+            shard.start_scrub(pass(200), RATE);
+            loop {
+                let result = finished(&pair.here).await;
+                if result.started_s == 200 {
+                    assert_eq!(
+                        (result.blocks_read, result.blocks_compared, result.segment),
+                        (100, 100, 8),
+                        "seed {seed}"
+                    );
+                    break;
+                }
+                world.sleep(Duration::from_millis(50)).await;
+            }
+        });
+    }
+}
+
+#[test]
 fn segments_are_cleaned_and_used_again_under_a_pass_and_nothing_is_taken_for_damaged() {
     for seed in 0..10 {
         simulate(seed, move |world| async move {
             let pair = Pair::new(&world).await;
-            pair.link(&world);
+            pair.link();
             let shard = pair.here.machine.shard();
             for round in 0..30 {
                 shard.start_scrub(pass(round), MIB);

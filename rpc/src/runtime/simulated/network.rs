@@ -3,7 +3,8 @@
 //! Fault model: a message takes 20 µs to 1 ms, one in some dozens up to 50 ms, and one in some hundreds longer than
 //! any timeout. A connection breaks when one end is killed. While two processes are cut off from each other, messages
 //! between them are held back and delivered after the cut, long after the sender gave up. Answers get lost and
-//! requests are carried out twice with the probability of `Faults`.
+//! requests are carried out twice with the probability of `Faults`. A process can be slow: some or all messages to and
+//! from it take longer.
 
 use super::{Here, ProcessId, World};
 use crate::error::LinkError;
@@ -18,7 +19,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use std::time::Duration;
-use torus_schema::limits::{LINK_DEAD_AFTER, REQUEST_DEADLINE};
+use torus_schema::limits::{LINK_DEAD_AFTER, LINK_PROBE_AFTER, REQUEST_DEADLINE};
 
 type Handler = Rc<dyn Fn(Envelope, Operation, Bytes) -> LocalBoxFuture<'static, (Reply, Vec<u8>)>>;
 
@@ -38,12 +39,19 @@ impl Faults {
 pub(super) struct Network {
     endpoints: RefCell<BTreeMap<String, (ProcessId, Handler)>>,
     cuts: RefCell<BTreeSet<(ProcessId, ProcessId)>>,
+    /// Messages to and from these: one in so many takes so much longer.
+    slowed: RefCell<BTreeMap<ProcessId, (u64, Duration)>>,
     faults: Cell<Faults>,
 }
 
 impl Default for Network {
     fn default() -> Self {
-        Self { endpoints: RefCell::default(), cuts: RefCell::default(), faults: Cell::new(Faults::NONE) }
+        Self {
+            endpoints: RefCell::default(),
+            cuts: RefCell::default(),
+            slowed: RefCell::default(),
+            faults: Cell::new(Faults::NONE),
+        }
     }
 }
 
@@ -74,6 +82,18 @@ impl World {
         self.state.network.cuts.borrow_mut().remove(&(a.min(b), a.max(b)));
     }
 
+    /// One in `one_in` messages to or from the process takes so much longer; 0: none does any more.
+    pub fn slow_down(&self, process: ProcessId, one_in: u64, by: Duration) {
+        self.state.network.slowed.borrow_mut().insert(process, (one_in, by));
+    }
+
+    fn slowed(&self, a: ProcessId, b: ProcessId) -> Duration {
+        let slowed = self.state.network.slowed.borrow();
+        let found = [a, b].into_iter().find_map(|process| slowed.get(&process).copied());
+        drop(slowed);
+        found.filter(|(one_in, _)| self.hits(*one_in)).map_or(Duration::ZERO, |(_, by)| by)
+    }
+
     fn is_cut(&self, a: ProcessId, b: ProcessId) -> bool {
         self.state.network.cuts.borrow().contains(&(a.min(b), a.max(b)))
     }
@@ -92,7 +112,7 @@ impl World {
         if self.hits(faults.very_late) {
             micros += self.random_below(20_000_000);
         }
-        self.sleep(Duration::from_micros(micros)).await;
+        self.sleep(Duration::from_micros(micros) + self.slowed(a, b)).await;
         while self.is_cut(a, b) {
             self.sleep(Duration::from_millis(10)).await;
         }
@@ -169,7 +189,7 @@ impl Link for SimulatedLink {
         }
         let (answer, answered) = oneshot::channel();
         self.deliver(Bytes::from(frame), answer);
-        let too_long = self.here.world.sleep(REQUEST_DEADLINE.min(LINK_DEAD_AFTER * 2)).fuse();
+        let too_long = self.too_long().fuse();
         let answered = answered.fuse();
         futures::pin_mut!(answered, too_long);
         let result = futures::select_biased! {
@@ -190,6 +210,18 @@ impl Link for SimulatedLink {
 }
 
 impl SimulatedLink {
+    /// As a real link probes: nothing is heard while the two are cut off from each other.
+    async fn too_long(&self) {
+        let (deadline, dead_after) = (REQUEST_DEADLINE.min(LINK_DEAD_AFTER * 2), LINK_DEAD_AFTER + LINK_PROBE_AFTER);
+        let (mut waited, mut silent) = (Duration::ZERO, Duration::ZERO);
+        while waited < deadline && silent < dead_after {
+            self.here.world.sleep(LINK_PROBE_AFTER).await;
+            waited += LINK_PROBE_AFTER;
+            let cut = self.here.world.is_cut(self.here.process, self.process);
+            silent = if cut { silent + LINK_PROBE_AFTER } else { Duration::ZERO };
+        }
+    }
+
     /// The message is under way whatever becomes of the caller, unless the whole process dies before it left.
     fn deliver(&self, frame: Bytes, answer: oneshot::Sender<Bytes>) {
         let (world, from, to, address) =

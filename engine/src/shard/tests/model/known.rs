@@ -3,9 +3,11 @@
 //! What was flushed must be there after any crash. If the disk also damaged something, one case is beyond any store of
 //! this kind: of the newest batches nothing on the disk says yet that they were synced, so damage to them is taken for a
 //! torn tail. So each flush has a *level*, and its proofs are counted: a write sent after it and itself made durable
-//! says in its header that what the flush covered is durable. With n damages, what has n proofs must be there or be
+//! says in its header that what the flush covered is durable, if the shard knew it by then: its mark is one number, and
+//! what is durable behind a batch that is still in flight is not under it. With n damages, what has n proofs must be there or be
 //! answered as damaged or lost; what has fewer may be older, but nothing that never was.
 
+use crate::log::BatchNumber;
 use std::collections::BTreeMap;
 use torus_schema::ids::Version;
 
@@ -55,6 +57,19 @@ pub struct Blocks {
     level: u64,
     /// The highest level at which something was sent that is answered.
     answered: Option<u64>,
+    /// As it is now.
+    pub log: Log,
+    /// What was flushed so far is durable when batches up to this one are.
+    mark: BatchNumber,
+}
+
+/// How far the log of the shard under test is.
+#[derive(Clone, Copy, Default)]
+pub struct Log {
+    /// What the next header says is durable.
+    pub durable: BatchNumber,
+    /// The last number given.
+    pub last: BatchNumber,
 }
 
 impl Blocks {
@@ -68,23 +83,23 @@ impl Blocks {
         self.known.get(&block).and_then(|known| known.may_be(version, damages, self.level)).or(zeros)
     }
 
-    /// Gives the level at which it was sent.
-    pub fn sent(&mut self, blocks: &[u64], version: Version, data: bool) -> u64 {
+    /// Gives the level of which it will be a proof.
+    pub fn sent(&mut self, blocks: &[u64], version: Version, data: bool) -> Option<u64> {
         for block in blocks {
             self.known.entry(*block).or_default().sent.insert(version, data);
         }
-        self.level
+        (self.log.durable >= self.mark).then_some(self.level)
     }
 
-    pub fn answered(&mut self, blocks: &[u64], version: Version, sent_at: u64, durable: bool) {
+    pub fn answered(&mut self, blocks: &[u64], version: Version, sent_at: Option<u64>, durable: bool) {
         for block in blocks {
             let known = self.known.entry(*block).or_default();
             known.acknowledged = known.acknowledged.max(version);
         }
-        self.answered = self.answered.max(Some(sent_at));
+        self.answered = self.answered.max(sent_at);
         if durable {
             let versions = blocks.iter().map(|block| (*block, version)).collect();
-            self.flushed(Covered { versions, proof: Some(sent_at) });
+            self.flushed(Covered { versions, proof: sent_at });
         }
     }
 
@@ -95,13 +110,19 @@ impl Blocks {
     }
 
     pub fn flushed(&mut self, covered: Covered) {
-        let level = self.level;
+        let level = self.level_now();
         for (block, version) in covered.versions {
             self.known.entry(block).or_default().flushed(level, version);
         }
         if covered.proof == Some(level) {
             self.level += 1;
         }
+    }
+
+    /// Of what is known to be flushed from now on.
+    fn level_now(&mut self) -> u64 {
+        self.mark = self.mark.max(self.log.last);
+        self.level
     }
 
     /// The least that must be there after a start.
@@ -117,7 +138,7 @@ impl Blocks {
 
     /// This is what a start made of it, so it is what stays: what else was sent must never show again.
     pub fn accept(&mut self, block: u64, version: Version, data: bool) {
-        let level = self.level;
+        let level = self.level_now();
         let known = self.known.entry(block).or_default();
         let older = std::mem::take(&mut known.sent).into_iter().filter(|(sent, _)| *sent < version);
         known.past.extend(older);
@@ -141,7 +162,7 @@ impl Blocks {
     /// It is being taken back: until that is answered a crash may leave it, or `before`, or what it might have left
     /// anyway. That one was answered does not make it durable; the revocation does, when it is durable itself.
     pub fn is_being_revoked(&mut self, block: u64, before: Version) {
-        let level = self.level;
+        let level = self.level_now();
         let known = self.known.entry(block).or_default();
         known.sent.entry(before).or_insert(false);
         let was_durable = known.flushed.iter().any(|(_, flushed)| *flushed > before);
@@ -154,7 +175,7 @@ impl Blocks {
     /// It never was: a revocation is answered when it is durable. On a damaged disk it may be dropped as a torn tail, as
     /// a flush may.
     pub fn revoked(&mut self, block: u64, version: Version, before: Version) {
-        let level = self.level;
+        let level = self.level_now();
         let known = self.known.entry(block).or_default();
         if let Some(data) = known.sent.remove(&version) {
             known.revoked.insert(version, (level, data));

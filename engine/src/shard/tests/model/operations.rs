@@ -1,6 +1,7 @@
 //! What a client does in a round, and what it makes of the answers.
 
 use super::*;
+use crate::log::space::RESERVE_SEGMENTS_MIN;
 use torus_rpc::message::Operation;
 
 /// What a read found: version, and whether it is data; `None`: damaged.
@@ -23,9 +24,19 @@ impl Test {
                 false
             }
             // Segments that cannot be read cannot be cleaned either.
-            Err(Refusal::NoSpace) if self.damages() > 0 => false,
+            Err(Refusal::NoSpace) if self.damages() > 0 || self.is_needed_to_the_brim() => {
+                self.was_full.set(true);
+                false
+            }
             Err(refusal) => panic!("seed {}: {refusal}", self.seed()),
         }
+    }
+
+    /// Snapshots and what may be taken back are as much as the disk holds beside the reserve and the headers.
+    fn is_needed_to_the_brim(&self) -> bool {
+        let statistics = self.machine.shard().statistics();
+        let segments = u64::from(statistics.segments.saturating_sub(RESERVE_SEGMENTS_MIN));
+        statistics.live_bytes * 10 > segments * statistics.segment_bytes * 8
     }
 
     pub async fn write(self: Rc<Self>) {
@@ -38,11 +49,14 @@ impl Test {
         let blocks: Vec<u64> = (first..first + count).collect();
         // Some arrive late, behind others with higher versions.
         world.sleep(Duration::from_micros(world.random_below(300))).await;
-        let sent_at = self.blocks.borrow_mut().sent(&blocks, version, true);
+        let sent_at = self.blocks_now().sent(&blocks, version, true);
+        if let Some(replica) = &self.replica {
+            replica.write(world, first, count, version);
+        }
         let (operation, payload) = Client::write_operation(first, count, version, durable);
         let answered = client.call_with(operation, payload).await;
         if self.is_answered(answered) {
-            self.blocks.borrow_mut().answered(&blocks, version, sent_at, durable);
+            self.blocks_now().answered(&blocks, version, sent_at, durable);
         }
     }
 
@@ -59,12 +73,15 @@ impl Test {
         let (version, durable) = (client.next_version(), world.one_in(8));
         world.sleep(Duration::from_micros(world.random_below(300))).await;
         tracing::trace!(first, end, %version, durable, "clear");
-        let sent_at = self.blocks.borrow_mut().sent(&blocks, version, false);
+        let sent_at = self.blocks_now().sent(&blocks, version, false);
         let first = BlockIndex(first);
         let operation = Operation::Clear { first, count: end - first.0, slice, version, durable };
+        if let Some(replica) = &self.replica {
+            replica.clear(world, operation.clone());
+        }
         let answered = client.call(operation).await;
         if self.is_answered(answered) {
-            self.blocks.borrow_mut().answered(&blocks, version, sent_at, durable);
+            self.blocks_now().answered(&blocks, version, sent_at, durable);
         }
     }
 
@@ -72,7 +89,7 @@ impl Test {
         let covered = self.blocks.borrow().covered();
         let answered = self.client().call(Operation::Flush).await;
         if self.is_answered(answered) {
-            self.blocks.borrow_mut().flushed(covered);
+            self.blocks_now().flushed(covered);
         }
     }
 
@@ -111,7 +128,7 @@ impl Test {
     }
 
     /// A place that could not be read twice is as good as damaged.
-    fn may_be_damaged(&self) -> bool {
+    pub fn may_be_damaged(&self) -> bool {
         self.damages() > 0 || self.profile.trouble == Trouble::Errors
     }
 

@@ -18,12 +18,9 @@ pub struct Pin {
 impl Test {
     /// All is answered, so it is drained. It is flushed, then told; an old one may go with it.
     pub async fn take_snapshot(&self) {
-        let covered = self.blocks.borrow().covered();
-        let flushed = self.client().flush().await;
-        if !self.is_answered(flushed) {
+        if !self.flush_all().await {
             return;
         }
-        self.blocks.borrow_mut().flushed(covered);
         let version = self.client().last_version();
         let blocks = {
             let blocks = self.blocks.borrow();
@@ -88,12 +85,12 @@ impl Test {
         let block = block_at(self.world.random_below(EXTENTS * BLOCKS_USED));
         let client = self.client();
         let Some((version, before)) = self.blocks.borrow().newest_two(block) else { return false };
-        // What the shard was told to be flushed everywhere is never taken back.
-        if version <= client.envelope.get().flush_point {
+        // What the shard was told to be flushed everywhere is never taken back, and what was refused may not be there.
+        if version <= client.envelope.get().flush_point || self.was_full.get() {
             return false;
         }
         tracing::debug!(block, %version, %before, "revoke");
-        self.blocks.borrow_mut().is_being_revoked(block, before);
+        self.blocks_now().is_being_revoked(block, before);
         let answered = Rc::new(RefCell::new(None));
         let (answer, revoked) = (answered.clone(), vec![Revoked { block: BlockIndex(block), version }]);
         self.world.spawn(self.machine.process.get(), async move {
@@ -112,7 +109,7 @@ impl Test {
         }
         let answered = answered.borrow_mut().take().expect("just seen");
         if self.is_answered(answered) {
-            self.blocks.borrow_mut().revoked(block, version, before);
+            self.blocks_now().revoked(block, version, before);
         }
         false
     }

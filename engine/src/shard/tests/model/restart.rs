@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 impl Test {
     /// False: the disk is so damaged that the shard cannot be opened any more, and says so.
     pub async fn restart(self: &Rc<Self>, in_the_middle: bool) -> bool {
+        self.count_mended();
         if self.failed.get() {
             self.profile.calm(&self.machine.disk);
         }
@@ -40,6 +41,8 @@ impl Test {
         }
         self.profile.begin(&self.machine.disk);
         self.failed.set(false);
+        self.was_full.set(false);
+        self.replica.iter().for_each(|replica| replica.introduce(&self.machine));
         self.attach().await;
         true
     }
@@ -54,6 +57,10 @@ impl Test {
                 self.accept_what_is_there().await;
                 if !self.failed.get() {
                     self.check_snapshots();
+                }
+                if let Some(replica) = self.replica.as_ref().filter(|_| !self.failed.get()) {
+                    let kept = |block| client.found(block).version();
+                    replica.begin_epoch(&self.world, client.envelope.get().epoch, kept).await;
                 }
                 // A writer says it as soon as it can, and may be late.
                 if !self.failed.get() && self.world.one_in(2) {
@@ -90,6 +97,9 @@ impl Test {
         };
         match result.await {
             Ok(client) => {
+                if let Some(replica) = &self.replica {
+                    replica.begin_anew(&self.world, self.last_number.get()).await;
+                }
                 *self.client.borrow_mut() = client;
                 *self.blocks.borrow_mut() = Blocks::default();
             }
@@ -121,7 +131,7 @@ impl Test {
                 let least = self.blocks.borrow().least(block, self.damages());
                 tracing::trace!(block, version = %found.0, data = found.1, "found");
                 self.check(block, found, least);
-                self.blocks.borrow_mut().accept(block, found.0, found.1);
+                self.blocks_now().accept(block, found.0, found.1);
             }
         }
     }
