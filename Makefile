@@ -1,6 +1,6 @@
 # The commands of this repository. Each installs what is missing and says what it needs.
 
-.PHONY: setup build test run bench bench-store bench-fill
+.PHONY: setup build test run bench bench-store bench-fill bench-rejoin
 
 # Packages, and whether this machine can run a node at all. Does nothing where nothing is missing.
 setup:
@@ -31,3 +31,8 @@ bench-store: setup
 bench-fill: setup
 	cargo build --release --workspace
 	cargo run --release -p torus-bench -- fill $(ARGS)
+
+# A node away for 30 s of writes, then back: seconds and bytes until all is in sync. ARGS="--quick"
+bench-rejoin: setup
+	cargo build --release --workspace
+	cargo run --release -p torus-bench -- rejoin $(ARGS)

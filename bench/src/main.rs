@@ -7,6 +7,7 @@
 //! * `library`     a volume without NBD
 //! * `spike`       what our seams cost on the disk
 //! * `fill`        the life of a small node, filled to its end
+//! * `rejoin`      what it costs that a node was away
 //! * `store`       one shard on the disk: log, index, start, cleaning
 //! * `count`       system calls and allocations per operation
 //! * `random`      offsets that nothing foresees
@@ -24,6 +25,7 @@ mod machine;
 mod options;
 mod processes;
 mod random;
+mod rejoin;
 mod report;
 mod rounds;
 mod spike;
@@ -47,6 +49,7 @@ fn main() -> ExitCode {
         Some(Command::Library(effort)) => library::run(&effort),
         Some(Command::Store(options)) => store::run(&options),
         Some(Command::Fill(options)) => fill::run(&options),
+        Some(Command::Rejoin(options)) => rejoin::run(&options),
         Some(Command::Count(effort)) => count::run(&effort),
     };
     match done {

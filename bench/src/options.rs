@@ -32,6 +32,8 @@ pub enum Command {
     Store(StoreOptions),
     /// A node filled to its end, overwritten, trimmed, deleted and filled again: write amplification and latencies
     Fill(FillOptions),
+    /// A node killed, missed for 30 s of writes and started again, with volumes of 1, 10 and 100 GiB
+    Rejoin(RejoinOptions),
     /// System calls and context switches (needs `perf` and root), and allocations, per 4 KiB operation
     Count(Effort),
 }
@@ -121,6 +123,19 @@ pub struct FillOptions {
     #[arg(long, value_name = "N", default_value_t = 10)]
     pub times: u64,
     /// A node of 512 MiB instead of 2 GiB
+    #[arg(long)]
+    pub quick: bool,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct RejoinOptions {
+    /// How long the node is away
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    pub seconds: u64,
+    /// 4 KiB writes a second meanwhile
+    #[arg(long, value_name = "N", default_value_t = 1000)]
+    pub writes: u64,
+    /// Volumes of 1 and 10 GiB with little in them
     #[arg(long)]
     pub quick: bool,
 }
