@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use torus_tests::cluster::{Cluster, ClusterOptions, NODE_SIZE};
 use torus_tests::process::{self, Outcome, Process};
+use torus_tests::wait;
 
 fn without_nodes(name: &'static str) -> Cluster {
     Cluster::start(ClusterOptions::new(name, 0))
@@ -91,7 +92,12 @@ fn a_second_process_on_a_data_dir_is_refused_with_the_pid_of_the_first() {
 fn a_copied_data_dir_cannot_run_beside_its_original() {
     let mut cluster = Cluster::start(ClusterOptions { is_joined: false, ..ClusterOptions::new("copied", 1) });
     let copy = cluster.folder().join("copy");
-    Outcome::of(process::tool("cp").args(["-r", "--sparse=always"]).arg(cluster.data_dir(0)).arg(&copy)).ok();
+    // Again if a file went away under it, as the node's notes do that are written anew and renamed.
+    wait::until("a copy", || {
+        let mut copying = process::tool("cp");
+        copying.args(["-r", "-T", "--sparse=always"]).arg(cluster.data_dir(0)).arg(&copy);
+        Outcome::of(&mut copying).status.success().then_some(())
+    });
     let text = refusal(&cluster, &copy, &[]);
     assert_says(&text, &["another process runs as node", &cluster.node_id(0).to_string()]);
     assert!(cluster.node(0).is_running());

@@ -191,7 +191,8 @@ fn check<'a>(
 
 /// Two replicas of a slice in one failure domain fall together.
 fn domain_warnings(ring: &Ring, gone: &RingNode, node: &RingNode) -> Vec<String> {
-    let levels: [(&str, fn(&RingNode) -> &str); 3] =
+    type Domain = fn(&RingNode) -> &str;
+    let levels: [(&str, Domain); 3] =
         [("host", |node| &node.host), ("rack", |node| &node.rack), ("zone", |node| &node.zone)];
     let shared = levels.into_iter().filter(|(_, domain)| {
         let others = ring.nodes().iter().filter(|other| other.number != gone.number);

@@ -63,11 +63,11 @@ impl Whole {
     }
 
     async fn work_on(&self, client: &Client, volume: &Volume) {
-        let names = self.volumes.borrow();
-        let Some(name) = names.iter().find(|(_, other)| other.id == volume.id).map(|(name, _)| name.clone()) else {
-            return;
+        let name_of = |id| {
+            let volumes = self.volumes.borrow();
+            volumes.iter().find(|(_, other)| other.id == id).map(|(name, _)| name.clone())
         };
-        drop(names);
+        let Some(name) = name_of(volume.id) else { return };
         let Ok(device) = client.exports.attach(&name).await else { return };
         if self.volumes.borrow().get(&name).is_none_or(|other| other.id != volume.id) {
             return;

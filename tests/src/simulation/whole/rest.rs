@@ -86,7 +86,8 @@ impl Whole {
             let passed = self.world.now().since(began);
             if passed > WHOLE_WITHIN {
                 let mut left = Vec::new();
-                for (name, volume) in self.volumes.borrow().clone() {
+                let volumes = self.volumes.borrow().clone();
+                for (name, volume) in volumes {
                     left.push(format!("{name}: {:?}", self.status(volume.id).await.stale));
                 }
                 return Err(format!("not in sync after {passed:?}: {}", left.join("; ")));

@@ -84,8 +84,7 @@ impl Whole {
     fn some_disk(&self, node: usize) -> Disk {
         let shards = &self.cluster.nodes[node].shards;
         let place = &shards[self.world.random_below(shards.len() as u64) as usize];
-        let disk = place.disk.borrow().clone();
-        disk
+        place.disk.borrow().clone()
     }
 
     fn stores(&self) -> Vec<MemoryStore<Here>> {
