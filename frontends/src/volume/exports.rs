@@ -137,7 +137,10 @@ impl<R: Runtime> VolumeExports<R> {
 
     async fn attach_volume(&self, name: &str) -> Result<AttachedVolume<R>, VolumeError> {
         let shared = &self.shared;
-        let volume = find(&shared.runtime, name).await?;
+        let volume = match shared.attached_as(name) {
+            Some(session) => session.record.id,
+            None => find(&shared.runtime, name).await?,
+        };
         let found = shared
             .changed
             .until(|| match shared.volumes.borrow().get(&volume) {
@@ -213,6 +216,11 @@ impl<R: Runtime> Shared<R> {
         let watching = guard::watch(self.runtime.clone(), lease, sessions);
         self.runtime.spawn().spawn(Class::Background, watching);
         granted
+    }
+
+    /// What we own keeps its name: a client that connects again needs no metadata store.
+    fn attached_as(&self, name: &str) -> Option<Rc<Session<R>>> {
+        self.sessions().into_iter().find(|session| session.record.name == name)
     }
 
     fn sessions(&self) -> Vec<Rc<Session<R>>> {
@@ -307,6 +315,9 @@ impl<R: Runtime> Exports for VolumeExports<R> {
     }
 
     async fn describe(&self, name: &str) -> Result<ExportInfo, VolumeError> {
+        if let Some(session) = self.shared.attached_as(name) {
+            return Ok(info(&session.record));
+        }
         let volume = find(&self.shared.runtime, name).await?;
         let key = keys::volume(volume);
         let entry = self.shared.runtime.metadata().get(&key).await.map_err(metadata_error)?;
