@@ -1,14 +1,14 @@
 //! A read beside a burst of writes at queue depth 256 does not wait for the burst: it has connections and shares of its
-//! own all the way. Of the figures it prints the median is held to the bound: the 99th percentile is the disk's and the
-//! scheduler's too, where nodes, client and load share a machine.
+//! own all the way. One that did wait would take as long as a write of that burst, so the two are compared within one
+//! run; how long either takes is printed, and is the machine's.
 
-use std::time::Duration;
 use torus_tests::cluster::{Cluster, ClusterOptions};
 use torus_tests::process::{self, Outcome};
 use torus_tests::tools::{qemu_io_ok, spawn_fio};
 
-/// Behind 256 writes of 128 KiB in one queue a read would wait for 32 MiB.
-const P50_MAX: Duration = Duration::from_millis(20);
+/// The median read by the median write of the burst, at most: behind the burst it would be 1. Two cores that nodes, client
+/// and load share gave 0.37 (4 KiB).
+const READ_SHARE_MAX: f64 = 0.6;
 
 fn fio(url: &str, arguments: &[&str]) -> std::process::Command {
     let mut command = process::tool("fio");
@@ -17,10 +17,18 @@ fn fio(url: &str, arguments: &[&str]) -> std::process::Command {
     command
 }
 
-/// Percentiles of the completion latency of reads, in microseconds, as terse output lists them (`99.000000%=1234`).
-fn percentile_us(terse: &str, percent: &str) -> u64 {
+/// Where terse output lists the percentiles of each direction.
+#[derive(Clone, Copy)]
+enum Direction {
+    Read = 0,
+    Write = 1,
+}
+
+/// Percentiles of the completion latency, in microseconds, as terse output lists them (`99.000000%=1234`).
+fn percentile_us(terse: &str, direction: Direction, percent: &str) -> u64 {
     let line = terse.lines().find(|line| line.starts_with("3;")).unwrap_or_else(|| panic!("not terse: {terse}"));
-    let value = line.split(';').find_map(|field| field.strip_prefix(percent)).expect("reads come first");
+    let mut values = line.split(';').filter_map(|field| field.strip_prefix(percent));
+    let value = values.nth(direction as usize).unwrap_or_else(|| panic!("no {percent}: {line}"));
     value.trim_start_matches('=').parse().expect("microseconds")
 }
 
@@ -41,12 +49,13 @@ fn a_read_does_not_wait_for_a_burst_of_writes() {
             spawn_fio(&mut fio(&url, &[&burst[..], &[bs.as_str(), depth.as_str()]].concat()), cluster.folder());
         let beside = Outcome::of(&mut fio(&url, &[&read[..], &range[..]].concat())).ok();
         assert!(burst.await_end().success(), "{}", burst.log());
-        let (before, p50, p99) = (
-            percentile_us(&alone, "99.000000%"),
-            percentile_us(&beside, "50.000000%"),
-            percentile_us(&beside, "99.000000%"),
+        let before = percentile_us(&alone, Direction::Read, "99.000000%");
+        let p50 = percentile_us(&beside, Direction::Read, "50.000000%");
+        let p99 = percentile_us(&beside, Direction::Read, "99.000000%");
+        let write = percentile_us(&burst.log(), Direction::Write, "50.000000%");
+        println!(
+            "reads beside {block} writes at depth 256: p50 {p50} us, p99 {p99} us, a write {write} us; alone p99 {before} us"
         );
-        println!("reads beside {block} writes at depth 256: p50 {p50} us, p99 {p99} us; alone p99 {before} us");
-        assert!(Duration::from_micros(p50) <= P50_MAX, "p50 {p50} us beside {block} writes");
+        assert!(p50 as f64 <= write as f64 * READ_SHARE_MAX, "a read takes {p50} us, a write of {block} {write} us");
     }
 }
