@@ -1,13 +1,14 @@
 //! What an owner does while its lease is not sure (protocol rules 2 and 7). Goal: one that lost its volume notices
-//! though nobody uses it. Method: scripts in the simulated
-//! cluster; the seeds vary delays.
+//! though nobody uses it, and one that cannot know reads nothing that it cannot prove; nobody waits for a store that is
+//! away once all replicas are there. Method: scripts in the simulated cluster; the seeds vary delays.
 
 use bytes::Bytes;
 use futures::future::{Either, select};
 use std::pin::pin;
 use std::time::Duration;
-use torus_frontends::device::{Device, Exports, VolumeError};
+use torus_frontends::device::{Device, Exports, Piece, VolumeError};
 use torus_frontends::volume::{AttachedVolume, LeaseTerms, VolumeSettings};
+use torus_rpc::metadata::memory::Lost;
 use torus_rpc::metadata::{Metadata, Transaction, Write};
 use torus_rpc::runtime::simulated::World;
 use torus_schema::records::{NameRecord, decode, keys};
@@ -33,6 +34,13 @@ fn script<F: Future<Output = ()> + 'static>(test: impl Fn(World, Cluster) -> F +
 
 async fn write(volume: &Volume, value: u8) -> Result<(), VolumeError> {
     volume.write(0, Bytes::from(vec![value; BLOCK as usize]), false).await
+}
+
+async fn read(volume: &Volume) -> Result<u8, VolumeError> {
+    Ok(match &volume.read(0, BLOCK).await?[..] {
+        [Piece::Data(data)] => data[0],
+        _ => 0,
+    })
 }
 
 /// Why the session ended by itself, if it did within that time.
@@ -94,6 +102,82 @@ fn an_idle_owner_that_cannot_reach_the_store_hears_of_its_successor_from_the_rep
         let because = ends_within(&world, &first, TTL * 2).await;
         assert!(because.is_some_and(|because| because.contains("later")), "seed {}: a silent zombie", world.seed());
     });
+}
+
+#[test]
+fn a_read_that_too_few_replicas_confirm_waits_and_goes_on_by_itself() {
+    script(async |world, cluster| {
+        let client = cluster.client("w0", false);
+        let volume = attach(&client).await;
+        write(&volume, 1).await.expect("all is well");
+        client.store.set_available(false);
+        world.sleep(TTL * 2).await;
+        assert_eq!(read(&volume).await, Ok(1), "seed {}: both confirm", world.seed());
+        assert!(client.exports.counters().reads_confirmed.get() > 0, "seed {}", world.seed());
+        let node = cluster.nodes[1].process.get().expect("it runs");
+        world.cut(client.process, node);
+        let waiting = pin!(read(&volume));
+        let Either::Right((_, waiting)) = select(waiting, pin!(world.sleep(TTL))).await else {
+            panic!("seed {}: one replica of two proves nothing", world.seed());
+        };
+        world.heal(client.process, node);
+        // The store, which would have had to hear that the replica is stale, is still away.
+        let Either::Left((read, _)) = select(waiting, pin!(world.sleep(TTL))).await else {
+            panic!("seed {}: the replica is back and nobody asks it", world.seed());
+        };
+        assert_eq!(read, Ok(1), "seed {}", world.seed());
+        write(&volume, 2).await.expect("all replicas are there");
+        client.store.set_available(true);
+        world.sleep(TTL).await;
+        assert_eq!(client.exports.counters().replicas_marked_stale.get(), 0, "seed {}: it was back", world.seed());
+    });
+}
+
+/// Whether the marking took place is not known when the replica comes back and the store is gone.
+async fn a_replica_is_back_before_its_marking_is_known(world: World, cluster: Cluster, lost: Lost) {
+    let client = cluster.client("w0", false);
+    let volume = attach(&client).await;
+    write(&volume, 1).await.expect("all is well");
+    let node = cluster.nodes[1].process.get().expect("it runs");
+    world.cut(client.process, node);
+    let counters = client.exports.counters();
+    let until_marked = async {
+        while counters.status_transactions.get() == 0 {
+            // Owner keys are looked at by transactions too.
+            client.store.lose_next(lost);
+            world.sleep(Duration::from_micros(50)).await;
+        }
+        world.sleep(Duration::from_millis(20)).await;
+        client.store.set_available(false);
+        world.heal(client.process, node);
+    };
+    let writing = pin!(write(&volume, 2));
+    let both = futures::future::join(writing, until_marked);
+    let Either::Left(((written, ()), _)) = select(pin!(both), pin!(world.sleep(TTL))).await else {
+        panic!("seed {}: the replica is back and nobody asks it", world.seed());
+    };
+    written.unwrap_or_else(|error| panic!("seed {}: {error}", world.seed()));
+    volume.flush().await.unwrap_or_else(|error| panic!("seed {}: {error}", world.seed()));
+    assert_eq!(read(&volume).await, Ok(2), "seed {}", world.seed());
+    // What holds of it is found out, and mended where it was marked; then either replica alone has everything.
+    client.store.set_available(true);
+    world.sleep(TTL).await;
+    cluster.all_in_sync(NAME, TTL * 2).await;
+    write(&volume, 3).await.expect("all is well");
+    volume.flush().await.expect("all is well");
+    cluster.assert_identical(NAME, 0, 1).await;
+    cluster.kill_node(0);
+    assert_eq!(read(&volume).await, Ok(3), "seed {}", world.seed());
+}
+
+#[test]
+fn a_replica_that_is_back_before_a_marking_that_took_place_unknown_is_waited_for_no_longer() {
+    script(|world, cluster| a_replica_is_back_before_its_marking_is_known(world, cluster, Lost::Answer));
+}
+
+#[test]
+fn a_replica_that_is_back_before_a_marking_that_did_not_take_place_unknown_is_waited_for_no_longer() {
+    script(|world, cluster| a_replica_is_back_before_its_marking_is_known(world, cluster, Lost::Request));
 }
 
 #[test]

@@ -200,6 +200,7 @@ fn status_keeper(owned: &Owned, volume_revision: Revision) -> StatusKeeper {
         status_revision: Cell::new(owned.status.1),
         failed: RefCell::default(),
         refused: RefCell::default(),
+        withdrawn: RefCell::default(),
         running: Cell::new(false),
         stale_s: RefCell::new(times_in(&owned.status.0)),
         finished: RefCell::default(),
@@ -397,6 +398,6 @@ async fn drop_missing<R: Runtime>(
             session.shards[shard].id, below.slice, below.remaining, below.min
         ),
     })?;
-    super::status::replace(session, next).await;
+    super::marking::replace(session, next).await;
     session.check()
 }

@@ -10,7 +10,7 @@
 //! * `resync`     stale replicas are brought back; `resync_told` how far that is; `repair_owner` where nobody is attached
 //! * `regress`    a metadata store that is older than the replicas
 //! * `retain`     what the shards are told to keep
-//! * `status`     marking replicas stale; `replicas` which are in sync (pure)
+//! * `status`     marking replicas stale; `marking` the transaction that does; `replicas` which are in sync (pure)
 //! * `wanted`     volumes that are owned only for repair are let go when a client wants them
 //! * `lease`      what ownership hangs on; `guard` notices that it is gone
 //! * `links`      connections to shards, shared by all volumes of the executor
@@ -27,6 +27,7 @@ mod hedge;
 mod lease;
 mod links;
 mod locks;
+mod marking;
 mod own;
 mod places;
 mod plan;

@@ -16,7 +16,9 @@ use super::replay::Kept;
 use super::replicas::{BelowMinimum, ShardPosition};
 use super::session::{Failure, Session, Verdict, verdict};
 use super::status::Loss;
+use futures::future::{Either, select};
 use futures::{StreamExt, TryStreamExt, stream};
+use std::pin::pin;
 use std::rc::Rc;
 use std::time::Duration;
 use torus_rpc::error::LinkError;
@@ -81,7 +83,15 @@ impl<R: Runtime> Session<R> {
                             .end(format!("shard {}, in sync, cannot be reached from here: {failure}", shard.id));
                     }
                     let loss = if shard.restarted.get() { Loss::Restarted } else { Loss::Unreachable };
-                    let Err(below) = self.mark_stale(position, loss).await else { return };
+                    let below = match self.marked_or_back(position, loss).await {
+                        Outcome::Settled => return,
+                        Outcome::Kept(below) => below,
+                        Outcome::Failed(found) => {
+                            verdict = super::session::verdict(&found);
+                            failure = found;
+                            continue;
+                        }
+                    };
                     waiting.get_or_insert_with(|| Waiting::begin(self, position, &failure, below));
                     self.runtime.clock().sleep(RETRY_AFTER).await;
                     self.look_up(position).await;
@@ -101,6 +111,47 @@ impl<R: Runtime> Session<R> {
                     verdict = super::session::verdict(&found);
                     failure = found;
                 }
+            }
+        }
+    }
+
+    /// Marking waits for the metadata store, which may be away for long: a replica that is back before it is marked is
+    /// in sync as before, and nothing waits any longer.
+    async fn marked_or_back(self: &Rc<Self>, position: ShardPosition, loss: Loss) -> Outcome {
+        let marked = pin!(self.mark_stale(position, loss));
+        // A store that hangs must not keep the replica from being asked where it was.
+        let looking = pin!(async {
+            loop {
+                self.runtime.clock().sleep(RETRY_AFTER).await;
+                self.look_up(position).await;
+            }
+        });
+        let asked = pin!(self.asked_until_back(position));
+        let back = pin!(select(asked, looking));
+        match select(marked, back).await {
+            Either::Left((Ok(()), _)) => Outcome::Settled,
+            Either::Left((Err(below), _)) => Outcome::Kept(below),
+            Either::Right((Either::Left((Ok(()), _)), _)) => {
+                self.withdraw(position);
+                tracing::info!(volume = %self.record.name, shard = %self.shards[position].id,
+                    "the replica is back before it was marked stale");
+                Outcome::Settled
+            }
+            Either::Right((Either::Left((Err(failure), _)), _)) => Outcome::Failed(failure),
+            Either::Right((Either::Right((never, _)), _)) => never,
+        }
+    }
+
+    /// An error is none that time mends.
+    async fn asked_until_back(self: &Rc<Self>, position: ShardPosition) -> Result<(), Failure> {
+        loop {
+            self.runtime.clock().sleep(RETRY_AFTER).await;
+            match self.open_again(position).await {
+                Ok(()) => return Ok(()),
+                Err(failure) => match verdict(&failure) {
+                    Verdict::Fenced | Verdict::Lost => return Err(failure),
+                    _ => {}
+                },
             }
         }
     }
@@ -198,6 +249,16 @@ impl<R: Runtime> Session<R> {
         }
         Ok(())
     }
+}
+
+/// What became of a replica that was to be marked as away.
+enum Outcome {
+    /// It is no longer required, or in sync as before.
+    Settled,
+    /// It cannot be done without.
+    Kept(BelowMinimum),
+    /// It is back, and worse than away.
+    Failed(Failure),
 }
 
 /// Nothing was heard of it for as long as it gets anyway; who refuses a connection may be starting.
