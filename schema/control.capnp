@@ -139,6 +139,8 @@ struct HeldVolume {
   # With data.
   blocks @4 :UInt64;
   slices @5 :List(HeldSlices);
+  # How often the volume's status had changed, as the shard was told.
+  statusChanges @6 :UInt64;
 }
 
 # Slices that are alike.

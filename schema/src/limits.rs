@@ -165,6 +165,10 @@ pub const OWNER_LEASE_TTL_MAX: Duration = Duration::from_secs(60);
 /// Clock drift between hosts over one lease, allowed for on both sides. At most a quarter of the lease, so that an
 /// owner that misses one keepalive of three still reads.
 pub const LEASE_DRIFT: Duration = Duration::from_millis(500);
+/// By how much an operator's decision about a volume whose metadata store was restored goes beyond the highest epoch and
+/// the highest count of changes that any replica told of: one that did not answer may know more, and what it wrote must
+/// not come again under the same versions. More attaches than this lie between no backup and its restore.
+pub const REGRESSED_MARGIN: u32 = 1 << 16;
 /// A client that wants a volume waits for its repair owner to let go this much longer than that one's lease may live.
 pub const REPAIR_LETS_GO_WITHIN: Duration = Duration::from_secs(2);
 /// Volumes that one storage node repairs at once: each costs it an attach and memory, and the nodes bound the traffic.

@@ -6,6 +6,28 @@ use torus_tests::store::StoreKind;
 use torus_tests::tools::qemu_io_ok;
 use torus_tests::wait;
 
+/// The operator looks at what each replica knows, and chooses.
+fn goes_on_from(cluster: &mut Cluster, node: usize) {
+    let id = cluster.node_id(node).to_string();
+    let shown = cluster.torusadm(&["volume", "promote", "changed", &id]).ok();
+    assert!(
+        shown.contains("LOST") && shown.contains("LESS than others") && shown.contains("nothing was changed"),
+        "{shown}"
+    );
+    let shown = cluster.torusadm(&["volume", "promote", "changed", &id, "--output", "json"]).ok();
+    let shown: serde_json::Value = serde_json::from_str(&shown).expect("a document");
+    let since = shown["lost_since"].as_str().expect("a version");
+    cluster.torusadm(&["volume", "promote", "changed", &id, "--yes-lose-writes-since", since]).ok();
+    cluster.torusadm(&["volume", "set", "changed", "--min-replicas", "1"]).ok();
+    let server = cluster.serve_with(&["--volume", "changed"]);
+    qemu_io_ok(&server.url("changed"), &["read -P 2 0 64k", "write -P 4 64k 64k", "flush"]);
+    wait::until("the others to be filled", || {
+        let shown = cluster.torusadm(&["volume", "show", "changed", "--output", "json"]).ok();
+        let shown: serde_json::Value = serde_json::from_str(&shown).ok()?;
+        shown["stale"].as_array()?.is_empty().then_some(())
+    });
+}
+
 #[test]
 fn a_volume_that_changed_after_the_backup_is_refused_and_stays_as_it_is() {
     let options = ClusterOptions { store: StoreKind::Etcd, ..ClusterOptions::new("etcd-restored", 3) };
@@ -36,6 +58,7 @@ fn a_volume_that_changed_after_the_backup_is_refused_and_stays_as_it_is() {
         });
         assert!(refused.contains("restored from a backup") && refused.contains("volume promote"), "{refused}");
     }
+    goes_on_from(&mut cluster, 0);
     // Others are served, and what has no record any more is kept.
     let server = cluster.serve();
     qemu_io_ok(&server.url("untouched"), &["write -P 3 0 64k", "read -P 3 0 64k"]);

@@ -5,15 +5,14 @@ use bytes::Bytes;
 use std::ops::Range;
 use std::time::Duration;
 use torus_frontends::admin::peer_replace::{self, ReplaceArguments, Replaced};
-use torus_frontends::admin::volume_promote::{PromoteArguments, Told, promote};
+use torus_frontends::admin::volume_promote::{PromoteArguments, promote};
 use torus_frontends::admin::volume_set::{self, SetArguments};
 use torus_frontends::admin::{AdminError, Report};
 use torus_frontends::device::{Device, Exports, Piece, VolumeError};
 use torus_frontends::volume::AttachedVolume;
-use torus_rpc::control::ShardInstances;
 use torus_rpc::metadata::Metadata;
 use torus_rpc::runtime::simulated::World;
-use torus_schema::ids::{ShardIndex, VolumeId};
+use torus_schema::ids::VolumeId;
 use torus_schema::records::{OwnerRecord, StatusRecord, decode, keys};
 use torus_tests::simulation::cluster::{Client, Cluster, Runtime};
 
@@ -79,21 +78,11 @@ impl Script {
         let arguments = PromoteArguments {
             name: NAME.to_string(),
             node: self.cluster.nodes[node].id.to_string(),
+            others: Vec::new(),
             yes_lose_writes_since: confirmed.map(str::to_string),
         };
-        promote(&self.operator.runtime, &arguments, &self.told(), Duration::from_secs(5)).await
-    }
-
-    /// What the nodes that run would say at their control ports.
-    fn told(&self) -> Told {
-        let mut told = Told::new();
-        for node in &self.cluster.nodes {
-            if let Some(shard) = node.shard.borrow().as_ref() {
-                let volumes = shard.held(Some(self.volume)).expect("its disk is well");
-                told.insert(node.id, vec![ShardInstances { index: ShardIndex(0), failed: None, volumes }]);
-            }
-        }
-        told
+        let told = self.cluster.told(self.volume);
+        promote(&self.operator.runtime, &arguments, &told, Duration::from_secs(5)).await
     }
 
     async fn status(&self) -> StatusRecord {
@@ -174,7 +163,7 @@ fn a_node_that_lives_unnoticed_is_done_without_once_it_is_replaced() {
             script.world.sleep(Duration::from_micros(200)).await;
         }
         script.whole().await;
-        let told = script.told();
+        let told = script.cluster.told(script.volume);
         let blocks = |node| told[&node][0].volumes[0].blocks;
         assert_eq!(blocks(script.cluster.nodes[2].id), 12, "seed {}", script.world.seed());
         assert!(blocks(old) >= 8);

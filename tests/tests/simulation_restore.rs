@@ -5,9 +5,12 @@
 use bytes::Bytes;
 use std::rc::Rc;
 use std::time::Duration;
+use torus_frontends::admin::volume_promote::{PromoteArguments, promote};
+use torus_frontends::admin::{AdminError, Report};
 use torus_frontends::device::{Device, Exports, Piece, VolumeError};
 use torus_frontends::volume::AttachedVolume;
 use torus_rpc::runtime::simulated::World;
+use torus_schema::limits::OWNER_LEASE_TTL;
 use torus_tests::simulation::cluster::{Client, Cluster, Runtime};
 use torus_tests::simulation::scenario::{Run, simulate};
 
@@ -120,6 +123,110 @@ fn a_live_writer_goes_on_over_a_restored_store_and_acknowledges_nothing_by_it() 
         cluster.start_node(1).await;
         cluster.start_node(2).await;
         is_refused_for_good(&world, &cluster).await;
+    });
+}
+
+async fn promoted(cluster: &Cluster, nodes: &[usize], confirmed: Option<&str>) -> Result<Report, AdminError> {
+    let operator = cluster.client("operator", false);
+    let mut named = nodes.iter().map(|node| cluster.nodes[*node].id.to_string());
+    let arguments = PromoteArguments {
+        name: NAME.to_string(),
+        node: named.next().expect("one at least"),
+        others: named.collect(),
+        yes_lose_writes_since: confirmed.map(str::to_string),
+    };
+    let told = cluster.told(cluster.volume_id(NAME).await);
+    promote(&operator.runtime, &arguments, &told, Duration::from_secs(5)).await
+}
+
+/// Looks, is told what is lost, and says that it may be.
+async fn goes_on_from(cluster: &Cluster, nodes: &[usize]) {
+    let before = cluster.status(NAME).await;
+    let shown = promoted(cluster, nodes, None).await.expect("it may be looked at");
+    assert_eq!(cluster.status(NAME).await, before, "nothing was asked for yet");
+    let said = shown.summary.join("\n");
+    assert!(said.contains("LOST") && said.contains("restored from a backup"), "{said}");
+    let since = shown.json["lost_since"].as_str().expect("a version").to_string();
+    let refused = promoted(cluster, nodes, Some("99.99")).await.unwrap_err().to_string();
+    assert!(refused.contains(&since), "{refused}");
+    promoted(cluster, nodes, Some(&since)).await.expect("it was said");
+}
+
+#[test]
+fn an_operator_chooses_the_replica_to_go_on_from_and_the_others_become_as_it_is() {
+    script(async |world, cluster| {
+        let client = cluster.client("w0", false);
+        let volume = client.exports.attach(NAME).await.expect("nobody else is there");
+        write(&volume, 1).await.expect("all is well");
+        volume.flush().await.expect("all is well");
+        let backup = cluster.store.backup();
+        cluster.kill_node(2);
+        write(&volume, 2).await.expect("two are enough");
+        volume.flush().await.expect("two are enough");
+        world.kill(client.process);
+        cluster.start_node(2).await;
+        cluster.store.restore(backup);
+        is_refused_for_good(&world, &cluster).await;
+        // Which is the right one the operator sees by what each knows.
+        let shown = promoted(&cluster, &[2], None).await.expect("it may be looked at");
+        let changes = |node: usize| {
+            let replicas = shown.json["replicas"].as_array().expect("a list");
+            let id = serde_json::to_value(cluster.nodes[node].id).expect("text");
+            replicas.iter().find(|replica| replica["node"] == id).expect("it answered")["status_changes"].as_u64()
+        };
+        assert!(changes(0) > changes(2), "seed {}: {:?}", world.seed(), shown.summary);
+        goes_on_from(&cluster, &[0]).await;
+        let client = cluster.client("after", false);
+        let volume = attach_in_turn(&world, &client).await.unwrap_or_else(|error| panic!("{}: {error}", world.seed()));
+        assert_eq!(read(&volume).await, Ok(2), "seed {}", world.seed());
+        write(&volume, 3).await.expect("it is in sync");
+        cluster.all_in_sync(NAME, Duration::from_secs(60)).await;
+        volume.flush().await.expect("all is well");
+        cluster.assert_identical(NAME, 0, 4).await;
+        drop(volume);
+        client.exports.release_all().await;
+        let again =
+            attach_in_turn(&world, &cluster.client("again", false)).await.expect("nothing contradicts the store");
+        assert_eq!(read(&again).await, Ok(3), "seed {}", world.seed());
+    });
+}
+
+/// One that was not asked knows later epochs and has newer data under them, and more changes of the status.
+#[test]
+fn a_replica_that_was_down_when_another_was_chosen_is_taken_back_to_that_one() {
+    script(async |world, cluster| {
+        let backup = cluster.store.backup();
+        for value in 1..4 {
+            let client = cluster.client(&format!("w{value}"), false);
+            let volume = attach_in_turn(&world, &client).await.expect("the one before let go");
+            write(&volume, value).await.expect("all is well");
+            volume.flush().await.expect("all is well");
+            if value == 2 {
+                cluster.kill_node(0);
+            }
+            drop(volume);
+            client.exports.release_all().await;
+        }
+        cluster.kill_node(1);
+        cluster.kill_node(2);
+        cluster.store.restore(backup);
+        cluster.start_node(0).await;
+        is_refused_for_good(&world, &cluster).await;
+        goes_on_from(&cluster, &[0]).await;
+        let began = world.now();
+        let client = cluster.client("after", false);
+        let volume = attach_in_turn(&world, &client).await.unwrap_or_else(|error| panic!("{}: {error}", world.seed()));
+        assert!(world.now().since(began) >= OWNER_LEASE_TTL, "a lease of before the restore is waited for");
+        assert_eq!(read(&volume).await, Ok(2), "seed {}", world.seed());
+        cluster.start_node(1).await;
+        cluster.start_node(2).await;
+        cluster.all_in_sync(NAME, Duration::from_secs(60)).await;
+        volume.flush().await.expect("all is well");
+        cluster.assert_identical(NAME, 0, 4).await;
+        assert_eq!(read(&volume).await, Ok(2), "seed {}", world.seed());
+        drop(volume);
+        client.exports.release_all().await;
+        attach_in_turn(&world, &cluster.client("again", false)).await.expect("nothing contradicts the store");
     });
 }
 

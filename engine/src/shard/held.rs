@@ -23,6 +23,7 @@ impl<R: Runtime> Shard<R> {
                 epoch: volume.epoch,
                 flush_point: volume.flush_point,
                 blocks: state.contents.index.blocks_of(*id),
+                status_changes: volume.status_changes,
                 slices: groups.into_iter().map(group).collect(),
             }
         });

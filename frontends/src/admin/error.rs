@@ -113,6 +113,13 @@ pub enum AdminError {
     InstancesOn { name: String, shard: String, because: String },
     #[error("there is nothing of volume {name:?} that {node} could be promoted for: {because}")]
     NothingToPromote { name: String, node: String, because: String },
+    #[error("volume {name:?} is promoted from one node at a time; name one")]
+    OneNode { name: String },
+    #[error(
+        "the metadata store was restored from a backup, and of {slices} slices of volume {name:?} none of the nodes that were \
+         named has a whole replica; name in addition: {holders}"
+    )]
+    NotCovered { name: String, slices: usize, holders: String },
     #[error(
         "--yes-lose-writes-since {found}: what would be lost is everything since {expected}; look at it without this option first"
     )]

@@ -31,6 +31,7 @@ mod volume_compare;
 pub mod volume_create;
 pub mod volume_delete;
 pub mod volume_promote;
+mod volume_regressed;
 pub mod volume_set;
 mod volume_show;
 pub mod why;

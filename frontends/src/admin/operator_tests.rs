@@ -128,7 +128,7 @@ fn the_status_tells_how_far_a_resync_is_and_who_does_it() {
 fn holding(volume: VolumeId, generation: RingGeneration, slices: Vec<SliceId>) -> Vec<ShardInstances> {
     let (epoch, flush_point) = (Default::default(), Version::ZERO);
     let slices = vec![HeldSlices { generation, valid: true, slices }];
-    let held = HeldVolume { volume, epoch, flush_point, blocks: 256, slices };
+    let held = HeldVolume { volume, epoch, flush_point, blocks: 256, status_changes: 0, slices };
     vec![ShardInstances { index: ShardIndex(0), failed: None, volumes: vec![held] }]
 }
 

@@ -118,6 +118,7 @@ pub struct Found {
     /// Of the status, if there is one.
     pub status_revision: Option<Revision>,
     pub epoch: Option<torus_schema::records::EpochRecord>,
+    pub epoch_revision: Option<Revision>,
     pub owner: Option<OwnerRecord>,
 }
 
@@ -136,14 +137,15 @@ impl Found {
         let mut entries = read_together(metadata, reads).await?.into_iter();
         let mut next = || entries.next().flatten();
         let (name_entry, entry) = (next().ok_or_else(missing)?, next().ok_or_else(missing)?);
-        let status = next();
+        let (status, epoch) = (next(), next());
         Ok(Self {
             record: decode(&entry.key, &entry.value)?,
             name_entry,
             entry,
             status_revision: status.as_ref().map(|entry| entry.mod_revision),
             status: decode_optional(status)?.unwrap_or_default(),
-            epoch: decode_optional(next())?,
+            epoch_revision: epoch.as_ref().map(|entry| entry.mod_revision),
+            epoch: decode_optional(epoch)?,
             owner: decode_optional(next())?,
         })
     }

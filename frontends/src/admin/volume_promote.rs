@@ -20,6 +20,7 @@ use super::snapshot::{Cluster, Found, Nodes};
 use super::standing::{SliceStanding, name_of, slices_of, stale_in, with_stale, without_stale};
 use super::unowned::without_owner;
 use super::volume_create::create_instances_on;
+use super::volume_regressed;
 use super::{AdminError, Report, now_s};
 use clap::Args;
 use futures::future::join_all;
@@ -37,6 +38,8 @@ pub struct PromoteArguments {
     pub name: String,
     /// Uuid or address of the node whose stale replicas are to count
     pub node: String,
+    /// Further nodes, for slices of which those before have nothing; only after the metadata store was restored from a backup
+    pub others: Vec<String>,
     /// Do it: what was written after this version, which the command shows without this option, is lost
     #[arg(long, value_name = "VERSION")]
     pub yes_lose_writes_since: Option<String>,
@@ -100,11 +103,17 @@ pub async fn promote<R: Runtime>(
     let metadata = runtime.metadata();
     let cluster = Cluster::read(metadata).await?;
     let nodes = Nodes::read(metadata).await?;
+    let found = Found::read(metadata, &arguments.name).await?;
+    if found.epoch.is_some_and(|epoch| epoch.regressed.is_some()) {
+        return volume_regressed::promote(runtime, arguments, told).await;
+    }
+    if !arguments.others.is_empty() {
+        return Err(AdminError::OneNode { name: arguments.name.clone() });
+    }
     let id = *super::peer::select(&nodes, std::slice::from_ref(&arguments.node))?.first().ok_or(AdminError::NoPeers)?;
     let member = cluster.ring.node_by_id(id).ok_or_else(|| AdminError::NotMember { node: nodes.name(id) })?;
     let number = member.number;
     let Some(confirmed) = &arguments.yes_lose_writes_since else {
-        let found = Found::read(metadata, &arguments.name).await?;
         let plan = plan(&cluster, &nodes, &found, told, number)?;
         return Ok(describe(&cluster, &nodes, &found, &plan, number, false));
     };

@@ -302,17 +302,23 @@ pub(super) async fn open_and_reconcile<R: Runtime>(session: &Rc<Session<R>>) -> 
     }
     session.flush_point.set(flush_point);
     check_not_regressed(session, &answers).await?;
-    for (shard, answer) in asked.iter().zip(answers) {
+    // Before anything is written by the word of a store that may be wrong.
+    for (shard, answer) in asked.iter().zip(&answers) {
         match answer {
-            Ok(opened) if opened.missing.is_empty() => {}
-            Ok(opened) => drop_missing(session, *shard, &opened.missing).await?,
             Err(Failure::Refused(Refusal::StaleEpoch { replica })) => {
-                return Err(contradicted(session, session.shards[*shard].id, replica).await);
+                return Err(contradicted(session, session.shards[*shard].id, *replica).await);
             }
             Err(Failure::Refused(Refusal::BadToken)) => {
                 let because = format!("shard {} has another cluster key", session.shards[*shard].id);
                 return Err(VolumeError::NotReady { because });
             }
+            _ => {}
+        }
+    }
+    for (shard, answer) in asked.iter().zip(answers) {
+        match answer {
+            Ok(opened) if opened.missing.is_empty() => {}
+            Ok(opened) => drop_missing(session, *shard, &opened.missing).await?,
             Err(failure) => lose(session, *shard, &failure).await?,
         }
     }

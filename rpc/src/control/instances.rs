@@ -21,6 +21,8 @@ pub struct HeldVolume {
     pub flush_point: Version,
     /// With data, whatever became of the slices.
     pub blocks: u64,
+    /// Changes of the volume's status that the shard heard of.
+    pub status_changes: u64,
     pub slices: Vec<HeldSlices>,
 }
 
@@ -53,6 +55,7 @@ pub fn set_instances(mut to: shard_instances::Builder<'_>, shard: &ShardInstance
         to.set_flush_epoch(held.flush_point.epoch.0);
         to.set_flush_sequence(held.flush_point.sequence);
         to.set_blocks(held.blocks);
+        to.set_status_changes(held.status_changes);
         let mut groups = to.init_slices(length(held.slices.len()));
         for (position, group) in (0u32..).zip(&held.slices) {
             let mut to = groups.reborrow().get(position);
@@ -81,6 +84,7 @@ fn get_volume(from: held_volume::Reader<'_>) -> Result<HeldVolume, capnp::Error>
         epoch: Epoch(from.get_epoch()),
         flush_point: Version::new(Epoch(from.get_flush_epoch()), from.get_flush_sequence()),
         blocks: from.get_blocks(),
+        status_changes: from.get_status_changes(),
         slices: from.get_slices()?.iter().map(get_slices).collect::<Result<_, _>>()?,
     })
 }
@@ -110,6 +114,7 @@ mod tests {
             epoch: Epoch(4),
             flush_point: Version::new(Epoch(3), 99),
             blocks: u64::MAX,
+            status_changes: 12,
             slices: vec![group(2, true, [1, 4095]), group(1, false, [7, 8])],
         };
         assert_eq!(held.slice(SliceId(8)), Some((RingGeneration(1), false)));

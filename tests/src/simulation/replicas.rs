@@ -1,12 +1,14 @@
 //! A look at the replicas themselves, past any client: which are in sync, and what each has.
 
-use super::cluster::{Cluster, KEY};
+use super::cluster::{Cluster, KEY, ShardPlace};
 use bytes::Bytes;
+use std::collections::BTreeMap;
 use std::time::Duration;
+use torus_rpc::control::ShardInstances;
 use torus_rpc::message::{Answer, Envelope, Operation};
 use torus_rpc::metadata::Metadata;
 use torus_rpc::token::ClusterKey;
-use torus_schema::ids::{BlockIndex, Epoch, Version, VolumeId};
+use torus_schema::ids::{BlockIndex, Epoch, NodeId, Version, VolumeId};
 use torus_schema::records::{NameRecord, StatusRecord, decode, keys};
 
 /// Version and checksum of each block; `None`: it reads as zeros, whether it was cleared or never written.
@@ -24,6 +26,17 @@ impl Cluster {
         let key = keys::status(self.volume_id(name).await);
         let entry = self.store.get(&key).await.expect("available");
         entry.map(|entry| decode(&key, &entry.value).expect("ours")).unwrap_or_default()
+    }
+
+    /// What the nodes that run would say of it at their control ports.
+    pub fn told(&self, volume: VolumeId) -> BTreeMap<NodeId, Vec<ShardInstances>> {
+        let held = |place: &ShardPlace| {
+            let shard = place.shard.borrow();
+            let volumes = shard.as_ref()?.held(Some(volume)).expect("its disk is well");
+            Some(ShardInstances { index: place.index, failed: None, volumes })
+        };
+        let running = self.nodes.iter().filter(|node| node.process.get().is_some());
+        running.map(|node| (node.id, node.shards.iter().filter_map(held).collect())).collect()
     }
 
     /// Somebody owns the volume meanwhile. Panics after `patience`.
