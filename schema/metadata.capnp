@@ -44,6 +44,8 @@ struct Compare {
     present @2 :Void;
     createRevision @3 :Int64;
     modRevision @4 :Int64;
+    # `key` is a prefix.
+    prefixUnchanged @5 :Int64;
   }
 }
 

@@ -2,16 +2,18 @@
 
 use super::facts::{self, Told};
 use super::output::Format;
+use super::peer::{self, PeerCommand, Selection};
 use super::peer_replace::{ReplaceArguments, Replaced, replace};
 use super::snapshot::Cluster;
 use super::status::assess;
-use super::tests::{DEADLINE, Scene, node_id, scene, volume};
+use super::tests::{DEADLINE, Scene, confirm, node_id, scene, volume};
 use super::volume_create::create;
+use super::volume_delete::{Wait, delete, wait_no_longer};
 use super::{AdminError, Report};
 use std::collections::BTreeSet;
 use torus_rpc::control::{HeldSlices, HeldVolume, ShardInstances};
 use torus_rpc::metadata::{Metadata, Transaction, Write};
-use torus_rpc::runtime::Runtime;
+use torus_rpc::runtime::{Clock, Random, Runtime};
 use torus_schema::ids::{NodeId, NodeNumber, RingGeneration, ShardIndex, SliceId, Version, VolumeId};
 use torus_schema::records::{
     OwnerRecord, ResyncRecord, ResyncingNode, StaleReplica, StatusRecord, VersionRecord, VolumeRecord, encode, keys,
@@ -217,4 +219,60 @@ fn a_stale_node_is_replaced_without_force() {
         let is = |id: NodeId| id == node_id(5);
         assert!(is(replaced.new) && replaced.warnings.is_empty(), "{replaced:?}");
     });
+}
+
+/// Rule 17: the record goes with the last confirmation, and one of a node that left for good does not come.
+#[test]
+fn a_deletion_does_not_wait_for_a_node_whose_place_another_has_or_that_was_removed() {
+    for removed in [false, true] {
+        scene(1).block_on(async move |scene| {
+            scene.cluster(4, false).await;
+            scene.join(5, true).await;
+            let made = create(&scene.runtime, &volume("db"), DEADLINE).await.unwrap();
+            scene.stop(2).await;
+            let deleted = delete(&scene.runtime, "db", Wait::No, |_| {}).await.unwrap();
+            assert_eq!(deleted.awaited.len(), 4);
+            confirm(&scene, made.id, &[node_id(1), node_id(3), node_id(4)]).await;
+            let key = keys::deleting(made.id);
+            wait_no_longer(scene.runtime.metadata()).await.unwrap();
+            assert!(scene.is_there(key.clone()).await, "it is down, and may come back to its place");
+            if removed {
+                let selection = Selection { nodes: vec![node_id(2).to_string()], all_peers: false };
+                peer::run(&scene.runtime, &PeerCommand::Remove(selection), |_| {}).await.unwrap();
+            } else {
+                scene.replace(2, 5, false).await.unwrap();
+            }
+            assert!(!scene.is_there(key).await, "removed: {removed}");
+        });
+    }
+}
+
+/// What was checked still holds when the ring changes.
+#[test]
+fn a_replica_that_goes_stale_while_another_is_replaced_is_noticed() {
+    let (mut replaced, mut refused) = (0, 0);
+    for seed in 0..200 {
+        let outcome = scene(seed).block_on(async |scene| {
+            scene.cluster(3, false).await;
+            scene.join(5, true).await;
+            let made = create(&scene.runtime, &volume("db"), DEADLINE).await.unwrap();
+            scene.stop(2).await;
+            let marking = async {
+                let after_us = scene.runtime.random().u64() % 8_000;
+                scene.runtime.clock().sleep(std::time::Duration::from_micros(after_us)).await;
+                scene.set_stale(&made, &[1]).await;
+            };
+            let (outcome, ()) = futures::future::join(scene.replace(2, 5, false), marking).await;
+            let status = scene.runtime.metadata().get(&keys::status(made.id)).await.unwrap().unwrap();
+            let is_before = status.mod_revision < scene.ring().await.ring_entry.mod_revision;
+            assert!(
+                outcome.is_err() || !is_before,
+                "seed {}: replaced though it was marked before",
+                scene.world.seed()
+            );
+            outcome.is_ok()
+        });
+        *if outcome { &mut replaced } else { &mut refused } += 1;
+    }
+    assert!(replaced > 10 && refused > 10, "one of the two came first: {replaced}, {refused}");
 }

@@ -4,6 +4,7 @@
 use super::output::{ago, json, percent};
 use super::peer_replace::{self, ReplaceArguments};
 use super::snapshot::{self, Cluster, Nodes};
+use super::volume_delete::wait_no_longer;
 use super::{AdminError, Report, now_s};
 use clap::{Args, Subcommand};
 use serde_json::json as object;
@@ -162,6 +163,7 @@ async fn change<M: Metadata>(metadata: &M, selection: &Selection, change: Change
             reads: vec![],
         };
         if metadata.transact(transaction).await?.applied {
+            wait_no_longer(metadata).await?;
             let summary = format!("ring generation {}: {} nodes", ring.generation(), ring.nodes().len());
             let summary = changed.said.into_iter().chain([summary]).collect();
             return Ok(Report { summary, json: ring_document(&ring), ..Report::default() });

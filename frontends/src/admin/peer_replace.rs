@@ -12,13 +12,14 @@
 use super::output::json;
 use super::snapshot::{self, Cluster, Nodes, Statuses};
 use super::standing::{holder, slices_of, with_stale};
+use super::volume_delete::wait_no_longer;
 use super::{AdminError, Report, now_s};
 use clap::Args;
 use serde_json::json as object;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 use torus_rpc::control::{self, ShardInstances};
-use torus_rpc::metadata::{Compare, Metadata, Transaction, Write};
+use torus_rpc::metadata::{Compare, Metadata, Revision, Transaction, Write};
 use torus_rpc::runtime::{Clock, Runtime};
 use torus_schema::ids::{NodeId, NodeNumber, ShardIndex, SliceId, VolumeId};
 use torus_schema::limits::RING_BYTES_MAX;
@@ -94,12 +95,13 @@ pub async fn replace<M: Metadata>(metadata: &M, arguments: &ReplaceArguments) ->
         let new = pick(&nodes, &arguments.new, |id| id != old && nodes.heartbeats.contains_key(&id))?;
         if let Some(node) = cluster.ring.node_by_id(new).filter(|node| node.instead_of == Some(old)) {
             let said = format!("{} has its places in the ring; going on with what was begun", nodes.name(new));
+            wait_no_longer(metadata).await?;
             return Ok(Replaced { number: node.number, new, said, warnings: vec![] });
         }
         let (gone, node) = check(&cluster, &nodes, old, new)?;
         let mut warnings = domain_warnings(&cluster.ring, gone, &node);
         let too_small = check_room(&cluster, &nodes, gone, &node);
-        let statuses = snapshot::statuses(metadata).await?;
+        let (statuses, at) = snapshot::statuses_at(metadata).await?;
         let below = below_minimum(&cluster, &snapshot::volumes(metadata).await?, &statuses, gone.number);
         for refusal in too_small.into_iter().chain(below) {
             if !arguments.force {
@@ -116,22 +118,32 @@ pub async fn replace<M: Metadata>(metadata: &M, arguments: &ReplaceArguments) ->
         }
         Ring::from_record(record)?;
         // An answer that was lost shows at the next attempt: the new node is in the ring then.
-        if metadata.transact(transaction(&cluster, value)).await?.applied {
+        if metadata.transact(transaction(&cluster, value, (old, new), at)).await?.applied {
             let said = format!("{} has the places of {} (generation {generation})", nodes.name(new), nodes.name(old));
+            wait_no_longer(metadata).await?;
             return Ok(Replaced { number, new, said, warnings });
         }
     }
     Err(AdminError::Contended { attempts: ATTEMPTS })
 }
 
-fn transaction(cluster: &Cluster, value: Vec<u8>) -> Transaction {
+/// Guarded by all that was checked: neither was a replica marked stale since, or a minimum raised (a status or a volume
+/// written after `at`), nor did the old node come or the new one go.
+fn transaction(cluster: &Cluster, value: Vec<u8>, (old, new): (NodeId, NodeId), at: Revision) -> Transaction {
     let key = keys::placements();
     let no_volume_meanwhile = match cluster.placements {
         Some(revision) => Compare::ModRevision(key, revision),
         None => Compare::Absent(key),
     };
     Transaction {
-        compares: vec![Compare::ModRevision(keys::ring(), cluster.ring_entry.mod_revision), no_volume_meanwhile],
+        compares: vec![
+            Compare::ModRevision(keys::ring(), cluster.ring_entry.mod_revision),
+            no_volume_meanwhile,
+            Compare::PrefixUnchanged(keys::statuses(), at),
+            Compare::PrefixUnchanged(keys::volumes(), at),
+            Compare::Absent(keys::heartbeat(old)),
+            Compare::Present(keys::heartbeat(new)),
+        ],
         writes: vec![Write::Put { key: keys::ring(), value, lease: None }],
         reads: vec![],
     }
@@ -266,8 +278,8 @@ struct Unmarked {
     node: NodeNumber,
     slices: Vec<SliceId>,
     status: StatusRecord,
-    revision: Option<torus_rpc::metadata::Revision>,
-    ring: torus_rpc::metadata::Revision,
+    revision: Option<Revision>,
+    ring: Revision,
 }
 
 /// What the node holds is asked of itself: a status lists exceptions only, and does not know of it before an attach.

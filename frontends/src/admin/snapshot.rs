@@ -99,14 +99,20 @@ pub async fn by_volume<M: Metadata, T: serde::de::DeserializeOwned>(
 pub type Statuses = BTreeMap<VolumeId, (StatusRecord, Revision)>;
 
 pub async fn statuses<M: Metadata>(metadata: &M) -> Result<Statuses, AdminError> {
+    Ok(statuses_at(metadata).await?.0)
+}
+
+/// Also the moment at which they were so.
+pub async fn statuses_at<M: Metadata>(metadata: &M) -> Result<(Statuses, Revision), AdminError> {
     let prefix = keys::statuses();
     let mut found = BTreeMap::new();
-    for entry in metadata.range(&prefix).await?.entries {
+    let range = metadata.range(&prefix).await?;
+    for entry in range.entries {
         let volume = entry.key[prefix.len()..].parse();
         let volume = volume.map_err(|_| AdminError::Record(format!("the key {} does not end in a uuid", entry.key)))?;
         found.insert(volume, (decode(&entry.key, &entry.value)?, entry.mod_revision));
     }
-    Ok(found)
+    Ok((found, range.revision))
 }
 
 /// One volume and all that is known of it, as of one moment.

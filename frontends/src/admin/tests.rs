@@ -297,7 +297,7 @@ fn a_volume_that_is_attached_is_not_deleted_and_its_owner_is_named() {
 }
 
 /// Takes nodes off the list, as they do themselves.
-async fn confirm(scene: &Scene, volume: VolumeId, nodes: &[NodeId]) {
+pub(super) async fn confirm(scene: &Scene, volume: VolumeId, nodes: &[NodeId]) {
     let key = keys::deleting(volume);
     while !scene.is_there(key.clone()).await {
         scene.runtime.clock().sleep(Duration::from_millis(1)).await;
@@ -380,6 +380,8 @@ fn a_volume_made_while_the_ring_is_planned_stops_the_change() {
             scene.join(4, true).await;
             let other = scene.clone();
             let (change, made) = futures::join!(scene.peer(PeerCommand::Add(only("node-4:control"))), async {
+                // The change reads more than a creation does before it writes.
+                other.runtime.clock().sleep(Duration::from_micros(other.runtime.random().u64() % 4000)).await;
                 create(&other.runtime, &volume("db"), DEADLINE).await
             });
             let made = made.unwrap();

@@ -1,5 +1,9 @@
 //! Deleting a volume: one transaction frees its name and writes `deleting/<uuid>`, which lists the nodes that hold
 //! something of it. On that record, and on nothing else, they drop it, and each takes itself off the list.
+//!
+//! A node that has left the ring (its place was given to another, or it was removed) and is down will hardly ever confirm:
+//! it is taken off by `peer replace`, `peer remove` and the next delete. Should it come back, what it kept is an orphan:
+//! listed, never served (volumes' uuids do not come again), and freed by nobody.
 
 use super::snapshot::{Cluster, Found, Nodes};
 use super::unowned::without_owner;
@@ -40,6 +44,10 @@ pub async fn delete<R: Runtime>(
 ) -> Result<Deleted, AdminError> {
     let metadata = runtime.metadata();
     let (volume, mut holders, revision) = delete_unowned(runtime, name).await?;
+    // The volume is deleted, whatever becomes of earlier ones.
+    if let Err(error) = wait_no_longer(metadata).await {
+        tracing::warn!(%error, "earlier deletions wait on for nodes that are gone");
+    }
     let nodes = Nodes::read(metadata).await?;
     let names = |holders: &[NodeId]| holders.iter().map(|id| nodes.name(*id)).collect::<Vec<_>>();
     if let Wait::AtMost(limit) = wait {
@@ -50,6 +58,40 @@ pub async fn delete<R: Runtime>(
         }
     }
     Ok(Deleted { volume, awaited: names(&holders) })
+}
+
+/// No deletion waits any longer for nodes that are in the ring no more, and down.
+pub(super) async fn wait_no_longer<M: Metadata>(metadata: &M) -> Result<(), AdminError> {
+    for _ in 0..ATTEMPTS {
+        let cluster = Cluster::read(metadata).await?;
+        let nodes = Nodes::read(metadata).await?;
+        let is_gone = |id: &NodeId| cluster.ring.node_by_id(*id).is_none() && !nodes.heartbeats.contains_key(id);
+        let mut is_done = true;
+        for entry in metadata.range(&keys::deletings()).await?.entries {
+            let mut record: DeletingRecord = decode(&entry.key, &entry.value)?;
+            let gone: Vec<NodeId> = record.holders.iter().copied().filter(is_gone).collect();
+            if gone.is_empty() {
+                continue;
+            }
+            record.holders.retain(|holder| !gone.contains(holder));
+            let key = entry.key.clone();
+            let write = match record.holders.is_empty() {
+                true => Write::Delete { key },
+                false => Write::Put { key, value: encode(&record), lease: None },
+            };
+            let guards = [
+                Compare::ModRevision(entry.key, entry.mod_revision),
+                Compare::ModRevision(keys::ring(), cluster.ring_entry.mod_revision),
+            ];
+            let down = gone.iter().map(|id| Compare::Absent(keys::heartbeat(*id)));
+            let compares = guards.into_iter().chain(down).collect();
+            is_done &= metadata.transact(Transaction { compares, writes: vec![write], reads: vec![] }).await?.applied;
+        }
+        if is_done {
+            return Ok(());
+        }
+    }
+    Err(AdminError::Contended { attempts: ATTEMPTS })
 }
 
 /// A repair is no reason to keep a volume.

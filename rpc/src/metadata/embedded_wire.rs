@@ -97,6 +97,10 @@ pub fn write_transaction(mut to: metadata_store::transact_params::Builder<'_>, f
                 to.set_key(key.as_str());
                 to.set_mod_revision(revision.0);
             }
+            Compare::PrefixUnchanged(prefix, revision) => {
+                to.set_key(prefix.as_str());
+                to.set_prefix_unchanged(revision.0);
+            }
         }
     }
     let mut writes = to.reborrow().init_writes(count(from.writes.len()));
@@ -134,6 +138,7 @@ fn read_compare(from: compare::Reader<'_>) -> capnp::Result<Compare> {
         compare::Present(()) => Compare::Present(key),
         compare::CreateRevision(revision) => Compare::CreateRevision(key, Revision(revision)),
         compare::ModRevision(revision) => Compare::ModRevision(key, Revision(revision)),
+        compare::PrefixUnchanged(revision) => Compare::PrefixUnchanged(key, Revision(revision)),
     })
 }
 

@@ -230,6 +230,9 @@ fn compare(compare: &Compare) -> etcd_client::Compare {
         Compare::Present(key) => Etcd::create_revision(key.as_str(), CompareOp::Greater, 0),
         Compare::CreateRevision(key, revision) => Etcd::create_revision(key.as_str(), CompareOp::Equal, revision.0),
         Compare::ModRevision(key, revision) => Etcd::mod_revision(key.as_str(), CompareOp::Equal, revision.0),
+        Compare::PrefixUnchanged(prefix, revision) => {
+            Etcd::mod_revision(prefix.as_str(), CompareOp::Less, revision.0 + 1).with_prefix()
+        }
     }
 }
 

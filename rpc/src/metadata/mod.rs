@@ -47,6 +47,8 @@ pub enum Compare {
     Present(String),
     CreateRevision(String, Revision),
     ModRevision(String, Revision),
+    /// No key that begins with it was written after that revision. A key that was deleted since is not noticed.
+    PrefixUnchanged(String, Revision),
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]

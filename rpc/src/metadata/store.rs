@@ -268,6 +268,10 @@ impl Store {
             Compare::Present(key) => self.keys.contains_key(key),
             Compare::CreateRevision(key, revision) => create(key) == *revision,
             Compare::ModRevision(key, revision) => modified(key) == *revision,
+            Compare::PrefixUnchanged(prefix, revision) => {
+                let mut below = self.keys.range(prefix.clone()..).take_while(|(key, _)| key.starts_with(prefix));
+                below.all(|(_, held)| held.mod_revision <= *revision)
+            }
         }
     }
 

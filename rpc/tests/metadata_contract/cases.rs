@@ -182,6 +182,10 @@ async fn every_kind_of_compare_holds_and_fails<M: Metadata>(one: &M, other: &M, 
         (Compare::ModRevision(key.clone(), created), false),
         (Compare::ModRevision(missing.clone(), changed), false),
         (Compare::ModRevision(missing.clone(), Revision(0)), true),
+        (Compare::PrefixUnchanged(key.clone(), changed), true),
+        (Compare::PrefixUnchanged(key.clone(), created), false),
+        (Compare::PrefixUnchanged(missing.clone(), Revision(1)), true),
+        (Compare::PrefixUnchanged(format!("{at}ke"), created), false),
     ];
     for (compare, holds) in table {
         let writes = vec![put_with(&format!("{at}written"), b"", None)];
