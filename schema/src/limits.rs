@@ -228,6 +228,9 @@ pub const LOCAL_READ_ADVANTAGE: u64 = 4;
 pub const LINK_PROBE_AFTER: Duration = Duration::from_millis(500);
 /// A link silent this long though probed, or not reconnected within it, is dead.
 pub const LINK_DEAD_AFTER: Duration = Duration::from_secs(2);
+/// When a shard's link is dead, the node's other shards get so long to answer: what they do with a live link is a matter
+/// of milliseconds, and I/O stands still meanwhile (3 s at most, with what it took to notice).
+pub const SIBLING_ANSWERS_WITHIN: Duration = Duration::from_millis(250);
 /// A request unanswered this long on a live link makes its replica stale.
 pub const REQUEST_DEADLINE: Duration = Duration::from_secs(5);
 

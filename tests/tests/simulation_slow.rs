@@ -11,7 +11,7 @@ use torus_frontends::device::{Device, Exports};
 use torus_frontends::volume::{AttachedVolume, VolumeSettings};
 use torus_rpc::runtime::simulated::World;
 use torus_schema::limits::VOLUME_OPERATIONS_MAX;
-use torus_tests::simulation::cluster::{Client, Cluster, Runtime};
+use torus_tests::simulation::cluster::{Client, Cluster, Runtime, Shape};
 
 const BLOCK: u64 = 4096;
 const NAME: &str = "volume";
@@ -130,4 +130,145 @@ fn what_waits_for_a_slow_replica_is_bounded_and_reads_do_not_wait_with_it() {
             assert_eq!(counters.replicas_marked_stale.get(), 0, "seed {seed}");
         });
     }
+}
+
+/// Reads that each node's disks served.
+fn reads_at(cluster: &Cluster, node: usize) -> u64 {
+    cluster.nodes[node].shard.borrow().as_ref().expect("it runs").health().statistics.reads
+}
+
+#[test]
+fn a_client_reads_from_the_replica_on_its_own_host_and_from_others_once_that_one_is_slow() {
+    for seed in 0..4 {
+        let world = World::new(seed);
+        let here = world.clone();
+        world.block_on(async move {
+            let cluster = Cluster::start(&here, 3).await;
+            cluster.create_volume(NAME, 16 << 20, 3, 2).await;
+            let client = cluster.client_with("node-1", false, VolumeSettings::default());
+            let volume = client.exports.attach(NAME).await.expect("nobody else is there");
+            let read_all = async || {
+                for read in 0..400 {
+                    volume.read(read % BLOCKS * BLOCK, BLOCK).await.expect("all are there");
+                }
+            };
+            for block in 0..BLOCKS {
+                write(&volume, block).await;
+            }
+            let counts = || [0, 1, 2].map(|node| reads_at(&cluster, node));
+            let before = counts();
+            read_all().await;
+            let local = counts()[1] - before[1];
+            assert!(local >= 360, "seed {seed}: {local} of 400 reads were local");
+            here.slow_down(process(&cluster, 1), 1, Duration::from_millis(40));
+            read_all().await;
+            let before = counts();
+            read_all().await;
+            let local = counts()[1] - before[1];
+            assert!(local < 100, "seed {seed}: {local} of 400 reads went to the slow one");
+        });
+    }
+}
+
+/// The longest of writes and reads, one after the other for so long.
+async fn longest_io(world: &World, volume: &Volume, during: Duration) -> Duration {
+    let (end, mut longest) = (world.now().after(during), Duration::ZERO);
+    let mut block = 0;
+    while world.now() < end {
+        let began = world.now();
+        write(volume, block).await;
+        volume.read(block % BLOCKS * BLOCK, BLOCK).await.expect("all are there");
+        longest = longest.max(world.now().since(began));
+        world.sleep(Duration::from_millis(20)).await;
+        block += 1;
+    }
+    longest
+}
+
+/// Answers within a third of the lease's time: nobody notices. Slower ones: reads have to be confirmed, and no more.
+#[test]
+fn a_slow_metadata_store_slows_no_io_and_fences_nobody() {
+    for seed in 0..6 {
+        let world = World::new(seed);
+        let here = world.clone();
+        world.block_on(async move {
+            let (cluster, client, volume) = attached(&here, VolumeSettings::default()).await;
+            let counters = client.exports.counters();
+            cluster.store_slower_by.set(Duration::from_millis(1500));
+            let longest = longest_io(&here, &volume, Duration::from_secs(60)).await;
+            assert!(longest < Duration::from_millis(200), "seed {seed}: {longest:?}");
+            assert_eq!(counters.reads_confirmed.get(), 0, "seed {seed}: the lease held all the time");
+            cluster.store_slower_by.set(Duration::from_secs(8));
+            let longest = longest_io(&here, &volume, Duration::from_secs(60)).await;
+            assert!(longest < Duration::from_millis(400), "seed {seed}: {longest:?}");
+            assert!(counters.reads_confirmed.get() > 0, "seed {seed}: no lease can be valid all the time");
+            cluster.store_slower_by.set(Duration::ZERO);
+            here.sleep(Duration::from_secs(20)).await;
+            let confirmed = counters.reads_confirmed.get();
+            longest_io(&here, &volume, Duration::from_secs(5)).await;
+            assert_eq!(counters.reads_confirmed.get(), confirmed, "seed {seed}: the lease is valid again");
+            assert_eq!((counters.sessions_ended.get(), counters.replicas_marked_stale.get()), (0, 0), "seed {seed}");
+        });
+    }
+}
+
+/// Only the mark of the dead replica has to be waited for.
+#[test]
+fn a_node_that_dies_while_the_metadata_store_is_slow_is_done_without_as_soon_as_that_answers() {
+    for seed in 0..6 {
+        let world = World::new(seed);
+        let here = world.clone();
+        world.block_on(async move {
+            let (cluster, client, volume) = attached(&here, VolumeSettings::default()).await;
+            let one_way = Duration::from_millis(1500);
+            cluster.store_slower_by.set(one_way);
+            here.cut(client.process, process(&cluster, 2));
+            let began = here.now();
+            write(&volume, 1).await;
+            let stalled = here.now().since(began);
+            // Noticed after 2 s, looked up, marked: each a way there and back.
+            assert!(stalled < Duration::from_secs(3) + one_way * 4, "seed {seed}: {stalled:?}");
+            let longest = longest_io(&here, &volume, Duration::from_secs(20)).await;
+            assert!(longest < Duration::from_millis(200), "seed {seed}: {longest:?}");
+            assert_eq!(client.exports.counters().sessions_ended.get(), 0, "seed {seed}");
+        });
+    }
+}
+
+/// One transaction for a volume, however many shards of the dead node hold it (interleaving 26).
+#[test]
+fn a_node_with_two_shards_that_dies_costs_one_transaction_per_volume() {
+    let mut both = 0;
+    for seed in 0..10 {
+        let world = World::new(seed);
+        let here = world.clone();
+        let marked = world.block_on(async move {
+            let shape = Shape { shards: 2, ..Shape::default() };
+            let cluster = Cluster::start_shaped(&here, shape).await;
+            cluster.create_volume(NAME, 64 << 20, 3, 2).await;
+            let client = cluster.client_with("w0", false, VolumeSettings::default());
+            let volume = client.exports.attach(NAME).await.expect("nobody else is there");
+            let spread = || (0..16).map(|slot| write_at(&volume, slot * (4 << 20)));
+            futures::future::join_all(spread()).await;
+            here.cut(client.process, process(&cluster, 2));
+            // One shard is written to at once, the others as it comes.
+            for slot in 0..16 {
+                let began = here.now();
+                write_at(&volume, slot * (4 << 20)).await;
+                assert!(here.now().since(began) < Duration::from_secs(3), "seed {seed}");
+            }
+            futures::future::join_all(spread()).await;
+            let counters = client.exports.counters();
+            let (marked, sent) = (counters.replicas_marked_stale.get(), counters.status_transactions.get());
+            assert_eq!(sent, 1, "seed {seed}: {marked} shards, in one transaction");
+            marked
+        });
+        both += u64::from(marked == 2);
+    }
+    assert!(both > 3, "volumes with slices on both shards: {both}");
+}
+
+async fn write_at(volume: &Volume, offset: u64) {
+    let data = Bytes::from(vec![7; BLOCK as usize]);
+    volume.write(offset, data, false).await.expect("enough replicas are there");
 }
