@@ -9,8 +9,8 @@ use std::process::{Command, Output};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use torus_frontends::nbd::memory::{MemoryDevice, MemoryExports};
-use torus_frontends::nbd::wire::{Cookie, Request};
-use torus_frontends::nbd::{Listener, serve};
+use torus_frontends::nbd::wire::{Cookie, Request, Style};
+use torus_frontends::nbd::{Listener, Offer, serve};
 
 /// Longer than anything here takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -30,14 +30,18 @@ pub struct Server {
 impl Server {
     /// Exports `disk`, writable, of that size, and `frozen`, read-only, of 1 MiB.
     pub fn start(size_bytes: u64) -> Self {
-        Self::listening(Listener::tcp("127.0.0.1:0").expect("a free port"), size_bytes)
+        Self::offering(Offer::default(), size_bytes)
+    }
+
+    pub fn offering(offer: Offer, size_bytes: u64) -> Self {
+        Self::listening(Listener::tcp("127.0.0.1:0").expect("a free port"), offer, size_bytes)
     }
 
     pub fn unix(path: &Path, size_bytes: u64) -> Self {
-        Self::listening(Listener::unix(path).expect("a new path"), size_bytes)
+        Self::listening(Listener::unix(path).expect("a new path"), Offer::default(), size_bytes)
     }
 
-    fn listening(listener: Listener, size_bytes: u64) -> Self {
+    fn listening(listener: Listener, offer: Offer, size_bytes: u64) -> Self {
         let device = MemoryDevice::new(size_bytes, false);
         let exports = MemoryExports::default().with("disk", "memory of a test", device.clone()).with(
             "frozen",
@@ -50,7 +54,7 @@ impl Server {
             let served = torus_rpc::runtime::glommio::run(
                 "nbd",
                 None,
-                serve(listener, exports, async { stopped.await.unwrap_or_default() }),
+                serve(listener, exports, offer, async { stopped.await.unwrap_or_default() }),
             );
             served.expect("an executor").expect("the listener is good");
         });
@@ -153,7 +157,8 @@ impl Raw {
 
     pub fn request(&mut self, command: u16, flags: u16, cookie: u64, offset: u64, length: u32) {
         let mut bytes = BytesMut::new();
-        Request { flags, command, cookie: Cookie(cookie), offset, length }.put(&mut bytes);
+        Request { flags, command, cookie: Cookie(cookie), offset, length: u64::from(length) }
+            .put(Style::Simple, &mut bytes);
         self.send(&bytes);
     }
 
