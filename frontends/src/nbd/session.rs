@@ -242,10 +242,6 @@ impl Session {
             let text = format!("flags {flags:#x} for command {command}, allowed are {allowed:#x}");
             return Err(Failure::new(Errno::Invalid, text));
         }
-        // "The command NBD_CMD_WRITE MUST use the flag NBD_CMD_FLAG_PAYLOAD_LEN in this mode".
-        if command == wire::COMMAND_WRITE && extended && flags & wire::FLAG_PAYLOAD_LENGTH == 0 {
-            return Err(Failure::new(Errno::Invalid, "a write with extended headers needs the flag PAYLOAD_LEN"));
-        }
         Ok(())
     }
 
