@@ -141,6 +141,9 @@ fn listen(arguments: &ServeArguments) -> Result<Vec<Listener>, ServeError> {
         if !private && !resolved.iter().all(|resolved| resolved.ip().is_loopback()) {
             return Err(ServeError::NotLoopback { address: address.clone() });
         }
+        if arguments.tls.clients != ClientCertificates::Required && !resolved.iter().all(|to| to.ip().is_loopback()) {
+            tracing::warn!(%address, "everybody who reaches it may read and write: --tls-clients is not required");
+        }
         listeners.push(Listener::tcp(address)?);
     }
     Ok(listeners)

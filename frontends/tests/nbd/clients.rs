@@ -227,28 +227,6 @@ h.pwrite(b"x" * 5000, 3, nbd.CMD_FLAG_FUA)
 assert h.pread(5002, 0) == b"\0\0\0" + b"x" * 4999
 h.trim(4096, 0, nbd.CMD_FLAG_FUA)
 h.zero(100, 4200, nbd.CMD_FLAG_FUA | nbd.CMD_FLAG_NO_HOLE)
-chunks = []
-def chunk(buffer, offset, status, error):
-    chunks.append((bytes(buffer), offset, status))
-h.pread_structured(4096 * 4, 0, chunk)
-assert [(offset, len(data), status) for data, offset, status in chunks] == [
-    (0, 4096, nbd.READ_HOLE), (4096, 4096, nbd.READ_DATA), (8192, 8192, nbd.READ_HOLE)], chunks
-chunks = []
-h.pread_structured(4096 * 4, 0, chunk, nbd.CMD_FLAG_DF)
-assert [(offset, len(data), status) for data, offset, status in chunks] == [(0, 16384, nbd.READ_DATA)]
-def runs(count, offset, flags=0):
-    found = []
-    h.block_status(count, offset, lambda name, at, entries, error: found.append((name, at, entries)), flags)
-    assert len(found) == 1
-    return found[0]
-assert h.can_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
-assert runs(16384, 0) == ("base:allocation", 0, [4096, 3, 4096, 0, 8192, 3])
-assert runs(100, 4090) == ("base:allocation", 4090, [6, 3, 94, 0])
-assert runs(16384, 0, nbd.CMD_FLAG_REQ_ONE) == ("base:allocation", 0, [4096, 3])
-h.zero(4096, 8192, nbd.CMD_FLAG_NO_HOLE)
-assert runs(4096, 8192)[2] == [4096, 0]
-h.zero(4096, 8192, nbd.CMD_FLAG_FAST_ZERO)
-assert runs(4096, 8192)[2] == [4096, 3]
 assert h.pread(200, 4150) == b"x" * 50 + b"\0" * 100 + b"x" * 50
 h.zero(16 << 20, 0)
 assert h.pread(32, 4096) == bytes(32)
@@ -278,13 +256,6 @@ h.shutdown()
 "#;
     run("nbdsh", &["--base-allocation", "-u", &server.uri, "-c", script]);
     assert_eq!(server.device.counts().durable, 3);
-    let simple = r#"
-h.set_request_structured_replies(False)
-h.connect_uri(uri)
-assert not h.get_structured_replies_negotiated() and not h.can_df()
-assert h.pread(4, 0) == b"yyyy"
-"#;
-    run("nbdsh", &["-c", &format!("uri = '{}'", server.uri), "-c", simple]);
     let frozen = server.uri.replace("/disk", "/frozen");
     let refused = r#"
 import errno
@@ -299,4 +270,42 @@ for act in (lambda: h.pwrite(b"z", 0), lambda: h.trim(1, 0), lambda: h.zero(1, 0
 assert h.pread(4, 0) == bytes(4)
 "#;
     run("nbdsh", &["-u", &frozen, "-c", refused]);
+}
+
+#[test]
+fn nbdsh_sees_holes_and_what_is_stored() {
+    let server = Server::start(16 * MIB);
+    let script = r#"
+h.pwrite(b"x" * 4096, 4096)
+chunks = []
+def chunk(buffer, offset, status, error):
+    chunks.append((bytes(buffer), offset, status))
+h.pread_structured(4096 * 4, 0, chunk)
+assert [(offset, len(data), status) for data, offset, status in chunks] == [
+    (0, 4096, nbd.READ_HOLE), (4096, 4096, nbd.READ_DATA), (8192, 8192, nbd.READ_HOLE)], chunks
+chunks = []
+h.pread_structured(4096 * 4, 0, chunk, nbd.CMD_FLAG_DF)
+assert [(offset, len(data), status) for data, offset, status in chunks] == [(0, 16384, nbd.READ_DATA)]
+def runs(count, offset, flags=0):
+    found = []
+    h.block_status(count, offset, lambda name, at, entries, error: found.append((name, at, entries)), flags)
+    assert len(found) == 1
+    return found[0]
+assert h.can_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
+assert runs(16384, 0) == ("base:allocation", 0, [4096, 3, 4096, 0, 8192, 3])
+assert runs(100, 4090) == ("base:allocation", 4090, [6, 3, 94, 0])
+assert runs(16384, 0, nbd.CMD_FLAG_REQ_ONE) == ("base:allocation", 0, [4096, 3])
+h.zero(4096, 8192, nbd.CMD_FLAG_NO_HOLE)
+assert runs(4096, 8192)[2] == [4096, 0]
+h.zero(4096, 8192, nbd.CMD_FLAG_FAST_ZERO)
+assert runs(4096, 8192)[2] == [4096, 3]
+"#;
+    run("nbdsh", &["--base-allocation", "-u", &server.uri, "-c", script]);
+    let simple = r#"
+h.set_request_structured_replies(False)
+h.connect_uri(uri)
+assert not h.get_structured_replies_negotiated() and not h.can_df()
+assert h.pread(8, 4092) == bytes(4) + b"xxxx"
+"#;
+    run("nbdsh", &["-c", &format!("uri = '{}'", server.uri), "-c", simple]);
 }

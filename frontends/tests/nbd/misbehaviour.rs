@@ -2,8 +2,10 @@
 
 use crate::support::{MIB, Raw, Server};
 use std::net::Shutdown;
+use torus_frontends::nbd::Offer;
 
 const UNSUPPORTED: u32 = (1 << 31) + 1;
+const EPERM: u32 = 1;
 const EINVAL: u32 = 22;
 const ENOSPC: u32 = 28;
 const ENOTSUP: u32 = 95;
@@ -47,6 +49,23 @@ fn garbage_closes_its_connection_and_no_other() {
         assert!(rest.is_empty(), "{name}: {rest:?}");
         other.works();
     }
+}
+
+#[test]
+fn an_offer_may_be_read_only_and_have_a_default_export() {
+    let offer = Offer { read_only: true, default_export: Some("disk".into()), ..Offer::default() };
+    let server = Server::offering(offer, MIB);
+    let mut raw = server.negotiating();
+    raw.go("");
+    for command in [1, 4, 6] {
+        raw.request(command, 0, 8, 0, 4096);
+        if command == 1 {
+            raw.send(&[1; 4096]);
+        }
+        assert_eq!(raw.reply(), (8, EPERM));
+    }
+    raw.works();
+    assert_eq!(server.device.counts().writes, 0);
 }
 
 #[test]
@@ -152,6 +171,23 @@ fn lengths_of_zero_are_answered_and_nothing_happens() {
     }
     raw.works();
     assert_eq!(server.device.counts().writes + server.device.counts().clears, 0);
+}
+
+#[test]
+fn connections_that_say_nothing_make_room_for_those_that_do() {
+    let server = Server::offering(Offer { connections_max: 4, ..Offer::default() }, MIB);
+    let mut working = [server.attached(), server.attached()];
+    let mut silent: Vec<Raw> = (0..40).map(|_| server.connect()).collect();
+    let mut last = server.attached();
+    last.works();
+    working.iter_mut().for_each(Raw::works);
+    silent[0].closed();
+    let mut fourth = server.attached();
+    fourth.works();
+    // All four are at work now: nobody is thrown out for who comes fifth.
+    let mut fifth = server.connect();
+    fifth.closed();
+    working.iter_mut().chain([&mut last, &mut fourth]).for_each(Raw::works);
 }
 
 #[test]
