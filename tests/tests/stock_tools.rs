@@ -95,7 +95,7 @@ fn over_tls_with_certificates_of_clients_everything_is_as_without() {
     let certificates = cluster.folder().join("pki");
     make_certificates(&certificates);
     let directory = certificates.to_str().unwrap().to_owned();
-    let server = cluster.serve_with(&[
+    let mut server = cluster.serve_with(&[
         "--tls=require",
         "--tls-certificates",
         &directory,
@@ -115,7 +115,7 @@ fn over_tls_with_certificates_of_clients_everything_is_as_without() {
     );
     assert_eq!((&export["export-size"], &export["can_multi_conn"]), (&(64 << 20).into(), &true.into()));
     assert_eq!(export["contexts"], serde_json::json!(["base:allocation"]));
-    drop(server);
+    assert!(server.process.stop().success());
     let writable = ["--tls=require", "--tls-certificates", &directory, "--tls-clients=required"];
     let server = cluster.serve_with(&writable);
     let secure = format!("nbds://localhost:{}/demo?tls-certificates={directory}", server.address.port());
