@@ -99,7 +99,7 @@ mod tests {
     fn runs_begin_and_end_with_the_range_and_neighbours_of_one_kind_are_one() {
         let found = [(1, true), (2, true), (1, false), (1, true)];
         assert_eq!(runs_of(&found, 0, 5 * 4096), [run(12288, true), run(4096, false), run(4096, true)]);
-        assert_eq!(runs_of(&found, 100, 12289), [run(12188, true), run(101, false)][..].to_vec());
+        assert_eq!(runs_of(&found[..3], 100, 12289), [run(12188, true), run(101, false)]);
         assert_eq!(runs_of(&found[..1], 4095, 1), [run(1, true)]);
     }
 
