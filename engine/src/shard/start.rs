@@ -233,7 +233,7 @@ async fn seal_all<D: Disk>(disk: &D, geometry: Geometry, scan: &mut Scan, sealed
     for segment in &scan.unreadable {
         empty(disk, geometry, *segment).await?;
     }
-    Ok(disk.sync().await?)
+    Ok(())
 }
 
 /// Durable, and read back: if a torn tail's header and the footer that leaves it out were both lost on their way, the
