@@ -4,7 +4,6 @@
 use crate::device::Exports;
 use crate::nbd::connection::{Client, End, Input};
 use crate::nbd::listener::Listener;
-use ahash::AHashMap;
 use futures::future::{Either, select};
 use glommio::net::{TcpListener, TcpStream};
 use nix::sys::socket::{Shutdown, setsockopt, shutdown, sockopt};
@@ -16,6 +15,7 @@ use std::pin::pin;
 use std::rc::Rc;
 use std::task::{Poll, Waker};
 use std::time::Duration;
+use torus_schema::hash::Map;
 use torus_schema::limits::{NBD_CONNECTIONS_MAX, NBD_STOP_GRACE};
 
 /// How long accepting rests when it failed (no file descriptor is left): clients wait in the backlog meanwhile.
@@ -85,7 +85,7 @@ fn log_end(peer: &str, end: &End) {
 
 #[derive(Default)]
 struct Connections {
-    open: RefCell<AHashMap<u64, OwnedFd>>,
+    open: RefCell<Map<u64, OwnedFd>>,
     next: Cell<u64>,
     stopping: Rc<Cell<bool>>,
     idle: RefCell<Option<Waker>>,

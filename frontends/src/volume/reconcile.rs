@@ -2,7 +2,7 @@
 //! replica and made durable before anything is served (protocol rule 4). Without the fdatasync adopted records would
 //! escape the next flush (interleaving 10).
 
-use super::attach::lose;
+use super::attach::{lose, opens_again};
 use super::replicas::ShardPosition;
 use super::session::{Failure, Session};
 use crate::device::VolumeError;
@@ -23,8 +23,12 @@ enum Failed {
     Conflict { block: BlockIndex, version: Version, shards: [ShardPosition; 2] },
 }
 
-/// Repeats itself without the replicas that fail on the way.
+/// So often one replica may fail on the way and open again.
+const ATTEMPTS_MAX: u32 = 4;
+
+/// Repeats itself, without the replicas that fail on the way and do not open again.
 pub(super) async fn reconcile<R: Runtime>(session: &Rc<Session<R>>) -> Result<(), VolumeError> {
+    let mut attempts: BTreeMap<ShardPosition, u32> = BTreeMap::new();
     loop {
         session.check()?;
         match attempt(session).await {
@@ -32,7 +36,13 @@ pub(super) async fn reconcile<R: Runtime>(session: &Rc<Session<R>>) -> Result<()
                 session.flush_point.set(Version::new(session.epoch, 0));
                 return Ok(());
             }
-            Err(Failed::Replica { shard, failure }) => lose(session, shard, &failure).await?,
+            Err(Failed::Replica { shard, failure }) => {
+                let attempts = attempts.entry(shard).or_insert(1);
+                *attempts += 1;
+                if *attempts > ATTEMPTS_MAX || !opens_again(session, shard, &failure).await? {
+                    lose(session, shard, &failure).await?;
+                }
+            }
             Err(Failed::Conflict { block, version, shards: [a, b] }) => {
                 let (a, b) = (session.shards[a].id, session.shards[b].id);
                 let because = format!(

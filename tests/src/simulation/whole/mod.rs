@@ -6,11 +6,15 @@
 //! * `people`    clients that attach, work, let go, are killed and come again
 //! * `nodes`     what runs on a node beside its shards
 //! * `troubles`  what goes wrong
+//! * `moments`   what goes wrong at the moment at which it matters most
+//! * `holders`   what may be lost when the power fails
 //! * `rest`      what must hold when nothing is wrong any more
 //! * `volumes`   creation and deletion while all this goes on
 //!
 //! A seed that fails is run again with a trace of what happened, which stands in the report.
 
+mod holders;
+mod moments;
 mod nodes;
 mod people;
 mod profile;
@@ -33,6 +37,8 @@ use torus_schema::limits::BLOCKS_PER_EXTENT;
 
 /// Events of the trace of a failed seed.
 const TRACE_EVENTS: usize = 400;
+/// Of two courses of one seed, before they part.
+const EVENTS_BEFORE: usize = 40;
 const VOLUME_BYTES: u64 = 64 << 20;
 /// First blocks of the areas that are worked on, one worker each: extents of different slices.
 const AREAS: [u64; 3] = [0, 5 * BLOCKS_PER_EXTENT - 6, 11 * BLOCKS_PER_EXTENT + 1000];
@@ -48,6 +54,8 @@ pub struct Figures {
     pub whole_after: Duration,
     /// Tasks that were left at rest.
     pub tasks: usize,
+    /// The same for two runs that went the same way.
+    pub course: u64,
 }
 
 #[derive(Clone, Debug)]
@@ -85,22 +93,40 @@ pub fn run_seed(seed: u64) -> Result<Figures, Box<Failure>> {
     })
 }
 
+/// Where two runs of a seed part, if they do: the events before, and what came next in each.
+pub fn two_courses(seed: u64) -> Option<[Vec<String>; 2]> {
+    let [mut one, mut other] = [0; 2].map(|_| {
+        let again = std::thread::spawn(move || attempt_told(seed, usize::MAX));
+        again.join().expect("its panics are caught").1
+    });
+    let same = one.iter().zip(&other).take_while(|(one, other)| one == other).count();
+    (same < one.len().max(other.len())).then(|| {
+        for story in [&mut one, &mut other] {
+            story.truncate(same + 1);
+            story.drain(..same.saturating_sub(EVENTS_BEFORE));
+        }
+        [one, other]
+    })
+}
+
 fn attempt(seed: u64, trace: usize) -> Result<Figures, (String, Vec<String>)> {
+    let (result, story) = attempt_told(seed, trace);
+    result.map_err(|because| (because, story))
+}
+
+fn attempt_told(seed: u64, trace: usize) -> (Result<Figures, String>, Vec<String>) {
     let world = World::new(seed);
     world.keep_trace(trace);
     let here = world.clone();
     let result = catch_unwind(AssertUnwindSafe(|| world.block_on(whole(here))));
-    let story = world.story();
+    let (story, course) = (world.story(), world.course());
     world.close();
-    match result {
-        Ok(Ok(figures)) => Ok(figures),
-        Ok(Err(because)) => Err((because, story)),
-        Err(panic) => {
-            let text = panic.downcast_ref::<String>().cloned();
-            let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| text.to_string()));
-            Err((text.unwrap_or_else(|| "a panic without words".to_string()), story))
-        }
-    }
+    let result = result.unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().cloned();
+        let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| text.to_string()));
+        Err(text.unwrap_or_else(|| "a panic without words".to_string()))
+    });
+    (result.map(|figures| Figures { course, ..figures }), story)
 }
 
 /// One run.
@@ -118,10 +144,13 @@ pub struct Whole {
     /// Clients that have a volume, or are about to.
     busy: Rc<Cell<usize>>,
     troubles: Cell<u64>,
+    /// Of clients, up to now.
+    attaches: Cell<u64>,
     /// Troubles that still last.
     lasting: Cell<usize>,
     /// They are to end now.
     healing: Cell<bool>,
+    ailing: holders::Ailing,
     /// A node is being started or stopped.
     starting: Cell<bool>,
     /// Whose tasks the troubles are.
@@ -140,20 +169,13 @@ struct Volume {
     /// Nodes whose power failed since the last attach, which makes durable what it finds: they take with them what was
     /// answered and not flushed.
     powerless: Rc<RefCell<BTreeSet<usize>>>,
+    /// Nodes that were in sync at the last attach and have been well since.
+    holders: Rc<RefCell<BTreeSet<usize>>>,
+    places: Rc<holders::Places>,
     /// The epoch of the last writer that attached.
     newest: Rc<Cell<u64>>,
     /// About to be deleted: nobody attaches it any more.
     closed: bool,
-}
-
-impl Volume {
-    /// As many as have to be in sync may be all that are, the others were marked stale before: what they lost may be
-    /// gone, even if it was read meanwhile where it still was.
-    fn forget_what_may_be_lost(&self, min_replicas: u8) {
-        if self.powerless.borrow().len() >= usize::from(min_replicas) {
-            self.workload.history.borrow_mut().power_lost();
-        }
-    }
 }
 
 async fn whole(world: World) -> Result<Figures, String> {
@@ -198,8 +220,10 @@ impl Whole {
             names_given: Cell::new(0),
             busy: Rc::default(),
             troubles: Cell::new(0),
+            attaches: Cell::new(0),
             lasting: Cell::new(0),
             healing: Cell::new(false),
+            ailing: Rc::default(),
             starting: Cell::new(false),
             operator,
             missing: RefCell::default(),

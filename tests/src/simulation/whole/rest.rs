@@ -3,12 +3,13 @@
 //! deleted is gone, and what has no record is still there.
 
 use super::{AREA_BLOCKS, AREAS, Volume, Whole};
-use crate::simulation::cluster::{Client, KEY, Runtime};
+use crate::simulation::cluster::{Client, KEY, Runtime, joined};
 use bytes::Bytes;
 use std::rc::Rc;
 use std::time::Duration;
 use torus_frontends::device::{Exports, VolumeError};
 use torus_frontends::volume::AttachedVolume;
+use torus_rpc::control::HeldVolume;
 use torus_rpc::message::{Answer, Envelope, Operation, Refusal};
 use torus_rpc::metadata::Metadata;
 use torus_rpc::token::ClusterKey;
@@ -45,7 +46,7 @@ impl Whole {
         Ok(())
     }
 
-    async fn status(&self, volume: VolumeId) -> StatusRecord {
+    pub(super) async fn status(&self, volume: VolumeId) -> StatusRecord {
         let key = keys::status(volume);
         let entry = self.cluster.store.get(&key).await.expect("the operator reaches the store");
         entry.map(|entry| decode(&key, &entry.value).expect("ours")).unwrap_or_default()
@@ -69,7 +70,7 @@ impl Whole {
         if !self.profile.left_alone {
             for name in self.names() {
                 let (device, volume) = (self.attach(&client, &name).await?, self.volumes.borrow()[&name].clone());
-                self.attached(&volume, u64::from(device.epoch().0));
+                self.attached(&volume, u64::from(device.epoch().0)).await;
                 attached.push(device);
             }
         }
@@ -125,7 +126,7 @@ impl Whole {
         for name in self.names() {
             let volume = self.volumes.borrow()[&name].clone();
             let device = self.attach(&client, &name).await?;
-            let workload = self.attached(&volume, u64::from(device.epoch().0));
+            let workload = self.attached(&volume, u64::from(device.epoch().0)).await;
             for _ in 0..4 {
                 for first in AREAS {
                     let read = workload.read(&device, first * BLOCK_BYTES, AREA_BLOCKS * BLOCK_BYTES).await;
@@ -192,7 +193,7 @@ impl Whole {
         let Answer::Read { runs, checksums } = reply.answer else {
             return Err(format!("shard {shard}, in sync, block {block}: {:?}", reply.answer));
         };
-        let bytes: Vec<u8> = chunks.iter().flat_map(|chunk| chunk.to_vec()).collect();
+        let bytes = joined(&chunks);
         match checksums.first() {
             Some(checksum) if crc32c::crc32c(&bytes) != *checksum => {
                 Err(format!("shard {shard}, block {block}: the data is not what its checksum was made of"))
@@ -217,16 +218,22 @@ impl Whole {
 
     fn held_wrongly(&self) -> Option<String> {
         let mut orphans = 0;
-        // A disk that loses what it had durably may lose that a volume was deleted: it is an orphan there then.
-        let sound = self.cluster.nodes.iter().enumerate().filter(|(number, _)| Some(*number) != self.profile.weak);
-        for place in sound.flat_map(|(_, node)| &node.shards) {
+        let nodes = self.cluster.nodes.iter().enumerate();
+        for (number, place) in nodes.flat_map(|(number, node)| node.shards.iter().map(move |place| (number, place))) {
             let shard = place.shard.borrow().clone().expect("all nodes run");
             let Ok(held) = shard.held(None) else { return Some(format!("the disk of {} is away", place.address)) };
+            let weak = Some(number) == self.profile.weak;
             let deleted = self.deleted.borrow();
-            if let Some(found) = held.iter().find(|held| deleted.contains(&held.volume)) {
+            // A disk that lost what it had durably may have lost that a volume was deleted, and the record of the deletion
+            // went when this node had confirmed it. Without one nothing is freed (rule 17), so that it is an orphan
+            // there; but none that could be taken for data: what is older than a loss is refused (rule 15).
+            let there = |held: &&HeldVolume| !weak || held.slices.iter().any(|group| group.valid);
+            if let Some(found) = held.iter().filter(there).find(|held| deleted.contains(&held.volume)) {
                 return Some(format!("{} still has volume {}, which was deleted", place.address, found.volume));
             }
-            orphans += held.iter().filter(|held| Some(held.volume) == self.orphan.get()).count();
+            if !weak {
+                orphans += held.iter().filter(|held| Some(held.volume) == self.orphan.get()).count();
+            }
         }
         let before = self.orphans_at_first.get();
         if before == 0 {
