@@ -35,7 +35,7 @@ use torus_rpc::runtime::simulated::{ProcessId, World};
 use torus_schema::ids::VolumeId;
 use torus_schema::limits::BLOCKS_PER_EXTENT;
 
-/// Events of the trace of a failed seed.
+/// Events of the trace of a failed seed, unless SIMULATION_EVENTS says more.
 const TRACE_EVENTS: usize = 400;
 /// Of two courses of one seed, before they part.
 const EVENTS_BEFORE: usize = 40;
@@ -88,7 +88,8 @@ impl std::fmt::Display for Failure {
 /// One seed, and once more with a trace if it fails.
 pub fn run_seed(seed: u64) -> Result<Figures, Box<Failure>> {
     attempt(seed, 0).map_err(|(because, _)| {
-        let story = attempt(seed, TRACE_EVENTS).err().map(|(_, story)| story).unwrap_or_default();
+        let asked = std::env::var("SIMULATION_EVENTS").ok().and_then(|text| text.parse().ok());
+        let story = attempt(seed, asked.unwrap_or(TRACE_EVENTS)).err().map(|(_, story)| story).unwrap_or_default();
         Box::new(Failure { seed, because, story })
     })
 }
