@@ -10,6 +10,10 @@ use torus_engine::disk::simulated::Damage;
 use torus_rpc::metadata::memory::{Lost, MemoryStore};
 use torus_rpc::runtime::simulated::{Here, ProcessId};
 
+const BLOCK_BYTES: u64 = 4096;
+/// As much as several batches of the largest writes.
+const PAGES_NOT_PROVEN: u64 = 40;
+
 impl Whole {
     /// For as long as the profile says; what was begun then may last a little longer.
     pub(super) async fn make_trouble(self: &Rc<Self>) {
@@ -303,18 +307,19 @@ impl Whole {
         disk.fail_reads(0);
     }
 
-    /// Not the superblock: with a damaged one a shard refuses to start, and its disk has to be replaced.
+    /// Not the first superblock: with both damaged a shard refuses to start, and its disk has to be replaced. And nothing
+    /// of the newest batches: what says that they were durable is written later, so that damage there is taken for a torn
+    /// tail by any store of this kind.
     fn damage(&self, node: usize) {
         let kinds = [Damage::Rot, Damage::Old, Damage::Elsewhere];
         let kind = kinds[self.world.random_below(3) as usize];
         let disk = self.some_disk(node);
-        let superblock = disk.peek(0, 4096);
-        let page = disk.damage(kind);
-        if page == Some(0) {
-            let differing = disk.peek(0, 4096).into_iter().zip(superblock).enumerate();
-            differing.filter(|(_, (is, was))| is != was).for_each(|(at, (is, was))| disk.flip(at as u64, is ^ was));
-            return;
+        let newest = disk.last_written() / BLOCK_BYTES;
+        let mut pages = disk.durable_pages();
+        pages.retain(|page| *page > 0 && !(newest.saturating_sub(PAGES_NOT_PROVEN)..=newest).contains(page));
+        let Some(page) = self.any(&pages) else { return };
+        if disk.damage_at(kind, page * BLOCK_BYTES) {
+            self.world.note(|| format!("page {page} of a disk of node-{node} is damaged: {kind:?}"));
         }
-        self.world.note(|| format!("page {page:?} of a disk of node-{node} is damaged: {kind:?}"));
     }
 }
