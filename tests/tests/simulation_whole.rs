@@ -82,7 +82,7 @@ impl Total {
         let Figures { virtual_time, reads_checked, troubles, whole_after, tasks, .. } = self.figures;
         println!(
             "{} seeds clean, {} failed: {:.1} h of a cluster in {:.0} s of one core ({:.0} times as fast), {troubles} \
-             troubles, {reads_checked} sectors read and checked, in sync after {:.0} s at most, {tasks} tasks at rest",
+             troubles, {reads_checked} sectors read and checked, in sync after {:.0} s at most, {tasks} tasks more at rest than at first",
             self.seeds,
             self.failures.len(),
             virtual_time.as_secs_f64() / 3600.0,

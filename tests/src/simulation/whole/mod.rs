@@ -52,7 +52,7 @@ pub struct Figures {
     pub troubles: u64,
     /// Until every replica was in sync, once nothing was wrong any more.
     pub whole_after: Duration,
-    /// Tasks that were left at rest.
+    /// Tasks that were left at rest beside those that run all the time.
     pub tasks: usize,
     /// The same for two runs that went the same way.
     pub course: u64,
@@ -161,6 +161,7 @@ pub struct Whole {
     /// A volume without a record, and how many shards had it at first.
     orphan: Cell<Option<VolumeId>>,
     orphans_at_first: Cell<usize>,
+    tasks_at_first: Cell<usize>,
 }
 
 #[derive(Clone)]
@@ -230,6 +231,7 @@ impl Whole {
             missing: RefCell::default(),
             orphan: Cell::default(),
             orphans_at_first: Cell::new(0),
+            tasks_at_first: Cell::new(0),
         });
         for node in 0..run.cluster.nodes.len() {
             run.equip(node);
@@ -238,6 +240,9 @@ impl Whole {
         for number in 0..run.profile.volumes {
             run.create(&format!("volume-{number}")).await;
         }
+        // Messages that are under way are tasks too.
+        run.world.sleep(Duration::from_secs(1)).await;
+        run.tasks_at_first.set(run.world.task_count());
         run
     }
 

@@ -172,7 +172,6 @@ impl Whole {
     }
 
     async fn stop_for_a_while(&self, node: usize, power: bool) {
-        let _ails = self.ails(node);
         self.stop_for(node, power, self.some_of(Duration::from_secs(15))).await;
     }
 
@@ -180,6 +179,7 @@ impl Whole {
         if !self.cluster.is_running(node) || self.starting.replace(true) {
             return;
         }
+        let _ails = self.ails(node);
         self.stop(node, power);
         self.starting.set(false);
         self.until_healing(pause).await;
