@@ -267,16 +267,19 @@ impl Index {
     }
 
     /// The block's record of `version` never was: without it, it is as `below` says, or as an older clear of the whole
-    /// extent does.
+    /// extent does. `below` is what is current if that is newer.
     pub fn take_back(&mut self, place: Place, version: Version, below: Found) {
         let Some(volume) = self.volumes.get_mut(&place.volume) else { return };
         let (extent, block) = (place.block.extent(), in_extent(place.block));
         let whole = volume.cleared_version(place.slice, extent);
         let was_whole = whole == version;
+        let before = volume.find(place.slice, place.block);
+        if !was_whole && before == below {
+            return;
+        }
         if was_whole && let Some(cleared) = volume.cleared.get_mut(&place.slice) {
             cleared.remove(extent);
         }
-        let before = volume.pages.get(extent).map_or(Found::Never, |page| page.get(block));
         volume.blocks -= u64::from(before.entry().is_some());
         let added = volume.pages.change(extent, |page| {
             // Made anew: it is rare, and a page need not know how to forget one block.

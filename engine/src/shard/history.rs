@@ -100,6 +100,9 @@ impl Contents {
             }
         } else if let Some(entry) = self.volumes.get_mut(&place.volume).and_then(|volume| volume.pins.take(kept)) {
             self.space.remove_live(entry.position);
+        } else {
+            // It may have been a clear of the whole extent, which the block is not part of any more.
+            self.index.take_back(place, version, current);
         }
         self.rechain(place);
     }

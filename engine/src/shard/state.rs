@@ -202,11 +202,10 @@ impl Contents {
         let mut hidden = Vec::new();
         let tell = |place, entry| hidden.push((place, entry));
         self.index.clear(clear_range(clear), clear.version, &layout.placement, tell);
+        // Also of a block that is newer: its extent is not cleared as a whole.
         for (place, before) in spared {
-            if self.index.find(place) != before {
-                self.index.take_back(place, clear.version, before);
-                hidden.retain(|(hidden, _)| *hidden != place);
-            }
+            self.index.take_back(place, clear.version, before);
+            hidden.retain(|(hidden, _)| *hidden != place);
         }
         let at_tie = AtTie::NewcomerWins;
         hidden.into_iter().for_each(|(place, entry)| self.supersede(place, entry, clear.version, at_tie));

@@ -2,8 +2,10 @@
 //! never comes again.
 
 use super::harness::*;
-use crate::index::Found;
+use crate::index::{AtTie, Found};
 use crate::log::Geometry;
+use crate::log::record::{Clear, Record};
+use crate::shard::state::Contents;
 use torus_rpc::message::{Answer, Operation, Refusal, Revoked, Run};
 use torus_rpc::runtime::Disk;
 use torus_rpc::runtime::simulated::World;
@@ -128,6 +130,36 @@ fn a_revoked_version_never_was_and_what_it_hid_shows_again() {
             assert!(found[2..].iter().all(|(_, data)| !data), "round {round}: {found:?}");
             churn(&client, 500).await;
         }
+    });
+}
+
+#[test]
+fn a_clear_of_whole_extents_revoked_under_something_newer_never_was_either() {
+    simulate(1, |world| async move {
+        let client = opened(&world).await;
+        let old = client.write(10, 4).await.unwrap();
+        let clear = client.clear(0, 4096).await.unwrap();
+        let new = client.write(10, 2).await.unwrap();
+        client.call(revoke(10, clear)).await.unwrap();
+        client.call(revoke(11, clear)).await.unwrap();
+        let expected = vec![(new, true), (new, true), (clear, false), (clear, false)];
+        assert_eq!(client.read(10, 4).await.unwrap(), expected);
+        client.call(revoke(11, new)).await.unwrap();
+        let expected = vec![(new, true), (old, true), (clear, false), (clear, false)];
+        assert_eq!(client.read(10, 4).await.unwrap(), expected);
+        let place = |contents: &Contents, block| contents.place_of(client.volume, BlockIndex(block));
+        let again = |contents: &mut Contents| {
+            let (slice, flush_point) = (place(contents, 10).slice, Version::ZERO);
+            let (volume, first, count) = (client.volume, BlockIndex(0), 4096);
+            contents.replay(
+                &Record::Clear(Clear { volume, flush_point, slice, first, count, version: clear }),
+                AtTie::NewcomerWins,
+            );
+        };
+        again(&mut client.machine.shard().state.borrow_mut().contents);
+        assert_eq!(client.read(10, 4).await.unwrap(), expected, "copied by the cleaner");
+        client.call(revoke(10, new)).await.unwrap();
+        assert_eq!(client.read(10, 1).await.unwrap(), vec![(old, true)]);
     });
 }
 

@@ -5,10 +5,12 @@
 //! torn tail. So each flush has a *level*, and its proofs are counted: a write sent after it and itself made durable
 //! says in its header that what the flush covered is durable, if the shard knew it by then: its mark is one number, and
 //! what is durable behind a batch that is still in flight is not under it. With n damages, what has n proofs must be there or be
-//! answered as damaged or lost; what has fewer may be older, but nothing that never was.
+//! answered as damaged or lost; what has fewer may be older, but nothing that never was. And what a start dropped as a
+//! torn tail stands in the log twice as dropped: in the header that was mended, and in the footer that leaves it out.
+//! Damage to both brings it back, but only as damaged.
 
 use crate::log::BatchNumber;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use torus_schema::ids::Version;
 
 #[derive(Default)]
@@ -19,6 +21,8 @@ struct Known {
     past: BTreeMap<Version, bool>,
     /// What was taken back, at which level, and whether it was data.
     revoked: BTreeMap<Version, (u64, bool)>,
+    /// What a start dropped.
+    dropped: BTreeSet<Version>,
     /// The highest that was answered.
     acknowledged: Version,
     /// The highest that a flush of that level covered; ascending in both.
@@ -83,6 +87,11 @@ impl Blocks {
         self.known.get(&block).and_then(|known| known.may_be(version, damages, self.level)).or(zeros)
     }
 
+    /// May be answered as damaged, though it was dropped.
+    pub fn may_be_back(&self, block: u64, version: Version, damages: u64) -> bool {
+        damages >= 2 && self.known.get(&block).is_some_and(|known| known.dropped.contains(&version))
+    }
+
     /// Gives the level of which it will be a proof.
     pub fn sent(&mut self, blocks: &[u64], version: Version, data: bool) -> Option<u64> {
         for block in blocks {
@@ -140,6 +149,8 @@ impl Blocks {
     pub fn accept(&mut self, block: u64, version: Version, data: bool) {
         let level = self.level_now();
         let known = self.known.entry(block).or_default();
+        known.dropped.extend(known.sent.keys().filter(|sent| **sent > version));
+        known.dropped.remove(&version);
         let older = std::mem::take(&mut known.sent).into_iter().filter(|(sent, _)| *sent < version);
         known.past.extend(older);
         known.past.retain(|past, _| *past < version);

@@ -53,6 +53,7 @@ impl Test {
         if let Some(replica) = &self.replica {
             replica.write(world, first, count, version);
         }
+        tracing::trace!(first, end = first + count, %version, durable, "write");
         let (operation, payload) = Client::write_operation(first, count, version, durable);
         let answered = client.call_with(operation, payload).await;
         if self.is_answered(answered) {

@@ -46,6 +46,7 @@ impl Test {
     pub async fn retain(&self) {
         let pins: Vec<Version> = self.pins.borrow().iter().map(|pin| pin.version).collect();
         let stale_since = self.world.one_in(3).then(|| self.client().last_version());
+        tracing::trace!(?pins, ?stale_since, flush_point = %self.client().envelope.get().flush_point, "retain");
         let retained = self.client().retain(pins, stale_since).await;
         self.stale_since.set(stale_since.filter(|_| retained.is_ok()));
         if !self.is_answered(retained) {
