@@ -69,6 +69,7 @@ impl Whole {
         let ailing = |node: usize| self.ailing.borrow().get(&node).is_some_and(|troubles| *troubles > 0);
         *volume.holders.borrow_mut() =
             (0..self.cluster.nodes.len()).filter(|node| !ailing(*node) && !stale(*node)).collect();
+        self.world.note(|| format!("well and in sync: {:?}, held by {:?}", volume.holders.borrow(), volume.places));
     }
 }
 

@@ -194,7 +194,7 @@ async fn whole(world: World) -> Result<Figures, String> {
         let whole_after = run.become_whole().await?;
         figures.whole_after = figures.whole_after.max(whole_after);
         run.check_everything().await?;
-        figures.tasks = figures.tasks.max(run.check_memory()?);
+        figures.tasks = figures.tasks.max(run.check_memory().await?);
         run.verdict()?;
         run.recreate().await;
     }

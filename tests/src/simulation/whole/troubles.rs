@@ -168,6 +168,7 @@ impl Whole {
         for volume in self.volumes.borrow().values() {
             volume.powerless.borrow_mut().insert(node);
             volume.forget_what_may_be_lost(self.profile.min_replicas);
+            self.world.note(|| format!("may be lost, but for what {:?} have", volume.holders.borrow()));
         }
     }
 
