@@ -1,6 +1,7 @@
 //! What integration tests share: real processes on this machine, and ways to await what they do.
 //!
 //! * `wait`     await a state, with a deadline
+//! * `guest`    a virtual machine with a stock kernel that has the block drivers this machine's may lack
 //! * `loops`    loop devices, and file systems on them that can be cut off
 //! * `network`  hosts with addresses of their own, which can be cut off from each other
 //! * `nbd`      a client whose every answer can be recorded
@@ -12,6 +13,7 @@
 //! * `cluster`  a store, nodes and the commands to administer them
 
 pub mod cluster;
+pub mod guest;
 pub mod loops;
 pub mod nbd;
 pub mod network;

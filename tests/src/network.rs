@@ -34,16 +34,27 @@ impl std::fmt::Debug for Network {
     }
 }
 
+/// What Ethernet carries, unless a test wants more.
+const MTU: u32 = 1500;
+/// Of a virtual machine on the segment, beyond any host's.
+const GUEST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 254);
+
 struct Inner {
     /// Part of every namespace's name, so that tests beside each other do not meet.
     prefix: String,
     hosts: usize,
+    mtu: u32,
     cut: RefCell<BTreeSet<(Host, Host)>>,
 }
 
 impl Network {
     /// `None`, with the reason printed, where this machine lets us make no network namespaces.
     pub fn new(hosts: usize) -> Option<Self> {
+        Self::with_mtu(hosts, MTU)
+    }
+
+    /// Every host's, and the guest's.
+    pub fn with_mtu(hosts: usize, mtu: u32) -> Option<Self> {
         static NETWORKS: AtomicUsize = AtomicUsize::new(0);
         assert!(hosts < 250);
         let number = NETWORKS.fetch_add(1, Ordering::Relaxed);
@@ -53,14 +64,14 @@ impl Network {
             eprintln!("SKIPPED: no network namespace can be had here: {}", tried.stderr.trim());
             return None;
         }
-        let inner = Rc::new(Inner { prefix, hosts, cut: RefCell::default() });
+        let inner = Rc::new(Inner { prefix, hosts, mtu, cut: RefCell::default() });
         let switch = inner.switch();
         if !inner.rules(&switch, RULES) {
             eprintln!("SKIPPED: no packet filter can be had here (`nft`, in a network namespace)");
             return None;
         }
         ip(&["-n", &switch, "link", "add", "bridge", "type", "bridge"]);
-        ip(&["-n", &switch, "link", "set", "bridge", "up"]);
+        ip(&["-n", &switch, "link", "set", "bridge", "mtu", &mtu.to_string(), "up"]);
         (0..hosts).for_each(|host| inner.add(host));
         Some(Self(inner))
     }
@@ -69,13 +80,37 @@ impl Network {
         address(host)
     }
 
+    pub fn mtu(&self) -> u32 {
+        self.0.mtu
+    }
+
+    pub fn guest_address(&self) -> Ipv4Addr {
+        GUEST
+    }
+
+    /// A port of the switch for a virtual machine: the name of a tap device there. One at a time. The error says why
+    /// there is none.
+    pub fn guest_port(&self) -> Result<String, String> {
+        let (switch, mtu) = (self.0.switch(), self.0.mtu.to_string());
+        let tried = |arguments: &[&str]| {
+            let tried = Outcome::of(process::tool("ip").args(["-n", &switch]).args(arguments));
+            if tried.status.success() { Ok(()) } else { Err(tried.stderr.trim().to_string()) }
+        };
+        // An earlier one's is gone with it, unless it never ran.
+        let _ = tried(&["link", "delete", "guest"]);
+        tried(&["tuntap", "add", "dev", "guest", "mode", "tap"])?;
+        tried(&["link", "set", "guest", "mtu", &mtu, "master", "bridge", "up"])?;
+        Ok("guest".to_string())
+    }
+
+    /// The command's process will be where the switch is.
+    pub fn place_on_switch(&self, command: &mut Command) {
+        enter_before_it_runs(self.0.open_switch(), command);
+    }
+
     /// The command's process will be on that host.
     pub fn place(&self, host: Host, command: &mut Command) {
-        let namespace = self.0.open(host);
-        // SAFETY: between fork and exec only one system call is made, which allocates nothing.
-        unsafe {
-            command.pre_exec(move || setns(&namespace, CloneFlags::CLONE_NEWNET).map_err(std::io::Error::from));
-        }
+        enter_before_it_runs(self.0.open(host), command);
     }
 
     /// This thread is on that host from now on, and so is every thread and process it starts.
@@ -104,8 +139,19 @@ impl Network {
     }
 }
 
+fn enter_before_it_runs(namespace: File, command: &mut Command) {
+    // SAFETY: between fork and exec only one system call is made, which allocates nothing.
+    unsafe {
+        command.pre_exec(move || setns(&namespace, CloneFlags::CLONE_NEWNET).map_err(std::io::Error::from));
+    }
+}
+
 fn address(host: Host) -> Ipv4Addr {
     Ipv4Addr::new(10, 77, 0, 1 + u8::try_from(host).expect("fewer than 250 hosts"))
+}
+
+fn open(namespace: &str) -> File {
+    File::open(format!("/run/netns/{namespace}")).expect("the namespace was made by us")
 }
 
 #[track_caller]
@@ -126,16 +172,21 @@ impl Inner {
         let (name, switch, port) = (self.name(host), self.switch(), format!("port{host}"));
         ip(&["netns", "add", &name]);
         ip(&["-n", &switch, "link", "add", &port, "type", "veth", "peer", "name", "eth0", "netns", &name]);
-        ip(&["-n", &switch, "link", "set", &port, "master", "bridge", "up"]);
+        let mtu = self.mtu.to_string();
+        ip(&["-n", &switch, "link", "set", &port, "mtu", &mtu, "master", "bridge", "up"]);
         ip(&["-n", &name, "address", "add", &format!("{}/24", address(host)), "dev", "eth0"]);
         ip(&["-n", &name, "link", "set", "lo", "up"]);
-        ip(&["-n", &name, "link", "set", "eth0", "up"]);
+        ip(&["-n", &name, "link", "set", "eth0", "mtu", &mtu, "up"]);
         self.filter(host, RULES);
     }
 
     fn open(&self, host: Host) -> File {
         assert!(host < self.hosts, "host {host} of {}", self.hosts);
-        File::open(format!("/run/netns/{}", self.name(host))).expect("the namespace was made by us")
+        open(&self.name(host))
+    }
+
+    fn open_switch(&self) -> File {
+        open(&self.switch())
     }
 
     #[track_caller]

@@ -5,9 +5,9 @@
 //! torn tail. So each flush has a *level*, and its proofs are counted: a write sent after it and itself made durable
 //! says in its header that what the flush covered is durable, if the shard knew it by then: its mark is one number, and
 //! what is durable behind a batch that is still in flight is not under it. With n damages, what has n proofs must be there or be
-//! answered as damaged or lost; what has fewer may be older, but nothing that never was. And what a start dropped as a
-//! torn tail stands in the log twice as dropped: in the header that was mended, and in the footer that leaves it out.
-//! Damage to both brings it back, but only as damaged.
+//! answered as damaged or lost; what has fewer may be older, but nothing that never was. And what a start dropped, as a torn
+//! tail or because it could not read the header, is left out of the segment's footer; the header is mended if it can be.
+//! Damage to the header and to the footer, two at least, brings it back.
 
 use crate::log::BatchNumber;
 use std::collections::{BTreeMap, BTreeSet};
@@ -87,7 +87,7 @@ impl Blocks {
         self.known.get(&block).and_then(|known| known.may_be(version, damages, self.level)).or(zeros)
     }
 
-    /// May be answered as damaged, though it was dropped.
+    /// Though it was dropped.
     pub fn may_be_back(&self, block: u64, version: Version, damages: u64) -> bool {
         damages >= 2 && self.known.get(&block).is_some_and(|known| known.dropped.contains(&version))
     }

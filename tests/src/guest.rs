@@ -1,0 +1,177 @@
+//! A guest: a throw-away virtual machine with a stock Debian kernel, which runs one script as root. It is one more host
+//! on a test's network, sees this machine's files read-only where they are here (what it writes is gone with it), and
+//! loads any module of its kernel. So the kernel's own block drivers can be tested where the machine's kernel has none.
+//!
+//! Emulated, since a test must not depend on /dev/kvm: it boots in seconds and runs several times slower than the machine. For
+//! correctness, not for figures. Its one process dies with the test, and with it everything in it.
+//!
+//! `tests/vm/kernel` prepares what is booted, `tests/vm/init` is the guest's side.
+
+use crate::network::Network;
+use crate::process::{self, Outcome, Process};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+/// Names of the virtio ports; `tests/vm/init` knows them.
+const OUTPUT: &str = "output";
+const KERNEL: &str = "kernel";
+const STATUS: &str = "status";
+/// Memory that holds what the script writes below `/`, too.
+const MEMORY: &str = "1536M";
+const PROCESSORS: &str = "2";
+
+/// What a script did.
+#[derive(Debug)]
+pub struct Ran {
+    /// Of both stdout and stderr.
+    pub output: String,
+    /// The kernel's log as the script ended, and only if it did.
+    pub kernel_log: String,
+    /// `None`: the guest ended before the script did.
+    pub status: Option<i32>,
+    /// What the machine said while it booted.
+    console: String,
+}
+
+impl Ran {
+    /// Its output, if it succeeded.
+    #[track_caller]
+    pub fn ok(self) -> String {
+        assert_eq!(self.status, Some(0), "{}", self.told());
+        self.output
+    }
+
+    /// Everything there is to find out why.
+    pub fn told(&self) -> String {
+        let last = |text: &str| {
+            let lines: Vec<&str> = text.lines().collect();
+            lines[lines.len().saturating_sub(60)..].join("\n")
+        };
+        let Self { output, kernel_log, status, console } = self;
+        let (kernel_log, console) = (last(kernel_log), last(console));
+        format!("script ended with {status:?}\n{output}\n---- kernel:\n{kernel_log}\n---- console:\n{console}")
+    }
+}
+
+/// A guest that runs, or has run, its script.
+pub struct Guest {
+    pub process: Process,
+    folder: PathBuf,
+}
+
+impl Guest {
+    /// Boots on the network and runs `script` (for bash) there; its files are below `folder`, under `name`. `None`, with
+    /// the reason printed, where no guest can be had.
+    pub fn start(name: &str, network: &Network, folder: &Path, script: &str) -> Option<Self> {
+        let kernel = kernel()?;
+        let folder = folder.join(name);
+        std::fs::create_dir_all(&folder).expect("the test's folder can be written");
+        std::fs::write(folder.join("script"), script).expect("the test's folder can be written");
+        let port = match network.guest_port() {
+            Ok(port) => port,
+            Err(because) => {
+                eprintln!("SKIPPED: no tap device can be had here: {because}");
+                return None;
+            }
+        };
+        let mut command = machine(&kernel, network, &folder);
+        command.arg("-netdev").arg(format!("tap,id=net,ifname={port},script=no,downscript=no"));
+        let mtu = network.mtu();
+        command.args(["-device", &format!("virtio-net-pci,netdev=net,host_mtu={mtu},romfile=")]);
+        Some(Self { process: Process::spawn(name, &mut command, &folder), folder })
+    }
+
+    /// What it printed so far.
+    pub fn output(&self) -> String {
+        let bytes = std::fs::read(self.folder.join(OUTPUT)).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// Whether it prints a line with `words` on it within `deadline`.
+    #[track_caller]
+    pub fn await_line(&mut self, words: &str, deadline: Duration) {
+        let found = crate::wait::within(deadline, || {
+            let is_there = self.output().lines().any(|line| line.contains(words));
+            (is_there || !self.process.is_running()).then_some(is_there)
+        });
+        if found != Some(true) {
+            panic!("the guest did not say {words:?} within {deadline:?}: {}", self.ran().told());
+        }
+    }
+
+    /// Waits for the script's end.
+    #[track_caller]
+    pub fn finish(mut self, deadline: Duration) -> Ran {
+        if self.process.ends_within(deadline).is_none() {
+            panic!("the guest still ran after {deadline:?}: {}", self.ran().told());
+        }
+        self.ran()
+    }
+
+    fn ran(&self) -> Ran {
+        let read = |name: &str| {
+            let bytes = std::fs::read(self.folder.join(name)).unwrap_or_default();
+            String::from_utf8_lossy(&bytes).into_owned()
+        };
+        let status = read(STATUS).trim().parse().ok();
+        Ran { output: read(OUTPUT), kernel_log: read(KERNEL), status, console: read("console") + &self.process.log() }
+    }
+}
+
+/// The folder with what is booted; prepared at the first use.
+fn kernel() -> Option<PathBuf> {
+    // Beside the programs' folder, so that another profile of the build finds it again.
+    let folder = process::programs().parent().expect("programs are below target/").join("guest");
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("SKIPPED: a guest needs root (network namespaces, tap devices)");
+        return None;
+    }
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("vm/kernel");
+    let prepared = Outcome::of(Command::new(script).arg(&folder));
+    if !prepared.status.success() {
+        eprintln!("SKIPPED: {}", prepared.stderr.trim());
+        return None;
+    }
+    Some(folder)
+}
+
+fn machine(kernel: &Path, network: &Network, folder: &Path) -> Command {
+    let mut command = process::tool("qemu-system-x86_64");
+    network.place_on_switch(&mut command);
+    command.args(["-machine", "q35", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max"]);
+    command.args([
+        "-smp",
+        PROCESSORS,
+        "-m",
+        MEMORY,
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "none",
+        "-no-reboot",
+    ]);
+    command.arg("-kernel").arg(kernel.join("vmlinux")).arg("-initrd").arg(kernel.join("initrd"));
+    let script = folder.join("script").canonicalize().expect("it was just written");
+    let asked = format!(
+        "torus.script={} torus.modules={} torus.address={}/24 torus.mtu={}",
+        script.display(),
+        kernel.join("modules").canonicalize().expect("it was prepared").display(),
+        network.guest_address(),
+        network.mtu(),
+    );
+    // No watchdogs and no clock that has to be measured: emulated processors stand still when the machine is busy.
+    let quick = "tsc=reliable clocksource=tsc no_timer_check nowatchdog nokaslr mitigations=off audit=0 \
+                 random.trust_cpu=on cryptomgr.notests rcupdate.rcu_expedited=1";
+    let line = format!("console=ttyS0 quiet loglevel=4 panic=-1 oops=panic rdinit=/init {quick} {asked}");
+    command.args(["-append", &line]);
+    command.arg("-serial").arg(format!("file:{}", folder.join("console").display()));
+    command.args(["-device", "virtio-rng-pci"]);
+    command.args(["-fsdev", "local,id=root,path=/,security_model=none,readonly=on,multidevs=remap"]);
+    command.args(["-device", "virtio-9p-pci,fsdev=root,mount_tag=root", "-device", "virtio-serial-pci"]);
+    for port in [OUTPUT, KERNEL, STATUS] {
+        command.arg("-chardev").arg(format!("file,id={port},path={}", folder.join(port).display()));
+        command.args(["-device", &format!("virtserialport,chardev={port},name={port}")]);
+    }
+    command
+}
