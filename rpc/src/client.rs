@@ -8,7 +8,6 @@ use crate::outbox::Outbox;
 use crate::receive::ReceiveBuffer;
 use crate::runtime::glommio::stay_awake;
 use crate::runtime::{Connect, Link, Peer};
-use ahash::AHashMap;
 use bytes::Bytes;
 use futures::AsyncWriteExt;
 use futures::channel::oneshot;
@@ -16,6 +15,7 @@ use glommio::net::TcpStream;
 use std::cell::{Cell, RefCell};
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::rc::Rc;
+use torus_schema::hash::Map;
 use torus_schema::limits::{LINK_DEAD_AFTER, LINK_PROBE_AFTER, REQUEST_DEADLINE};
 
 #[derive(Clone)]
@@ -50,7 +50,7 @@ struct Connection {
 #[derive(Default)]
 struct State {
     next_id: u64,
-    outstanding: AHashMap<u64, Outstanding>,
+    outstanding: Map<u64, Outstanding>,
     /// Why no answer will come any more.
     failed: Option<LinkError>,
 }

@@ -1,5 +1,6 @@
 //! What everybody has to agree on, and nothing that does I/O.
 //!
+//! * `hash`     hash maps that a simulated world can repeat
 //! * `ids`      newtypes for every id and counter
 //! * `limits`   every bound, with its reason
 //! * `records`  what stands in the metadata store, and under which key
@@ -7,6 +8,7 @@
 //! * `size`     sizes as people write them
 //! * `*_capnp`  the messages of the data plane, the control plane and the embedded metadata store
 
+pub mod hash;
 pub mod ids;
 pub mod limits;
 pub mod records;

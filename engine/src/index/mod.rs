@@ -15,11 +15,11 @@ mod page;
 mod table;
 
 use crate::log::Position;
-use ahash::AHashMap;
 use cleared::ClearedExtents;
 use page::InExtent;
 use table::PageTable;
 use torus_rpc::message::Descriptor;
+use torus_schema::hash::Map;
 use torus_schema::ids::{BlockIndex, ExtentIndex, SliceId, Version, VolumeId};
 use torus_schema::limits::BLOCKS_PER_EXTENT;
 use torus_schema::ring::placement::Placement;
@@ -72,13 +72,13 @@ pub enum AtTie {
 
 #[derive(Default)]
 pub struct Index {
-    volumes: AHashMap<VolumeId, VolumeIndex>,
+    volumes: Map<VolumeId, VolumeIndex>,
 }
 
 #[derive(Default)]
 struct VolumeIndex {
     pages: PageTable,
-    cleared: AHashMap<SliceId, ClearedExtents>,
+    cleared: Map<SliceId, ClearedExtents>,
     /// That have data.
     blocks: u64,
 }

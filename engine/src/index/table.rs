@@ -4,9 +4,10 @@
 //! would cost twice that, since a table may be less than half full and every empty place has the size of a page.
 
 use super::page::Page;
-use ahash::RandomState;
 use hashbrown::HashTable;
 use hashbrown::hash_table::Entry;
+use std::hash::BuildHasher;
+use torus_schema::hash::Keys;
 use torus_schema::ids::ExtentIndex;
 
 /// Of a chunk of the slab: it grows without moving, and a small volume takes 4 KiB.
@@ -24,7 +25,7 @@ const END: u64 = u64::MAX;
 pub struct PageTable {
     numbers: HashTable<u32>,
     chunks: Vec<Box<[Slot]>>,
-    hasher: RandomState,
+    hasher: Keys,
     first_unused: u64,
     /// Of the pages, beside their slots.
     pages_bytes: usize,
@@ -32,7 +33,7 @@ pub struct PageTable {
 
 impl Default for PageTable {
     fn default() -> Self {
-        let (numbers, hasher) = (HashTable::new(), RandomState::new());
+        let (numbers, hasher) = (HashTable::new(), Keys::default());
         Self { numbers, chunks: Vec::new(), hasher, first_unused: END, pages_bytes: 0 }
     }
 }

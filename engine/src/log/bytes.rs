@@ -65,10 +65,20 @@ impl<'a> Reader<'a> {
     }
 
     pub fn magic_and_version(&mut self, expected: &[u8; 8]) -> Result<(), FormatError> {
+        self.magic(expected)?;
+        self.version()
+    }
+
+    pub fn magic(&mut self, expected: &[u8; 8]) -> Result<(), FormatError> {
         let found = self.array()?;
-        if found != *expected {
-            return Err(FormatError::Magic { what: self.what, found, expected: *expected });
+        if found == *expected {
+            Ok(())
+        } else {
+            Err(FormatError::Magic { what: self.what, found, expected: *expected })
         }
+    }
+
+    pub fn version(&mut self) -> Result<(), FormatError> {
         let version = self.u32()?;
         if version != super::FORMAT_VERSION {
             let expected = super::FORMAT_VERSION;

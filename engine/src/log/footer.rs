@@ -44,7 +44,7 @@ use super::bytes::{Reader, check_seal, put_u32, put_u64, seal};
 use super::record::{Data, Record, decode_all, put_version, version};
 use super::segment::{identity, put_identity};
 use super::{BLOCK, BatchNumber, FormatError, Geometry, Position, SegmentIdentity};
-use ahash::AHashMap;
+use torus_schema::hash::Map;
 use torus_schema::ids::{BlockIndex, Epoch, Version, VolumeId};
 use torus_schema::limits::{SEQUENCE_MAX, VOLUME_BYTES_MAX};
 
@@ -89,7 +89,7 @@ impl Footer {
     /// Whole blocks, to be written so that they end where the segment ends.
     pub fn encode(&self) -> Vec<u8> {
         let (mut data, mut notes) = (Vec::new(), Vec::new());
-        let (mut places, mut volumes) = (AHashMap::new(), Vec::new());
+        let (mut places, mut volumes) = (Map::default(), Vec::new());
         let (mut data_count, mut note_count) = (0, 0);
         for record in &self.records {
             if let Record::Data(record) = record {

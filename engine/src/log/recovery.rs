@@ -56,11 +56,11 @@ use super::record::Record;
 use super::search::{FoundBatch, Search, read_twice, search};
 use super::segment::{Opening, Recent};
 use super::{BLOCK, BatchNumber, Geometry, Position, SegmentIdentity, SegmentIndex};
-use ahash::AHashSet;
 use futures::StreamExt;
 use futures::stream;
 use std::ops::Range;
 use torus_rpc::runtime::{Disk, DiskError};
+use torus_schema::hash::Set;
 
 /// Segments whose ends are read at once: as many small reads as keep an NVMe drive busy.
 const ENDS_IN_FLIGHT: usize = 32;
@@ -322,7 +322,7 @@ fn kept(batches: Vec<FoundBatch>, durable: BatchNumber) -> Kept {
         if header.number <= durable {
             kept.damaged.extend(damaged);
         } else if !damaged.is_empty() {
-            let damaged: AHashSet<Position> = damaged.into_iter().collect();
+            let damaged: Set<Position> = damaged.into_iter().collect();
             header.records.retain(|record| match record {
                 Record::Data(data) => {
                     let mut blocks = (data.position.0..data.position.0 + data.checksums.len() as u32).map(Position);

@@ -11,7 +11,7 @@
 //! | 56     | 8     | size of a segment in bytes                                                       |
 //! | 64     | 8     | revision: the copy with the higher one counts                                    |
 //! | 72     | 8     | lost below: instances created in batches below this number may lack records      |
-//! | 80     | 4     | CRC32C of the bytes before                                                       |
+//! | 80     | 4     | CRC32C of the bytes before; in this place in every version                       |
 //! | 84     | rest  | zero                                                                             |
 //!
 //! All of it lies in the first sector, so that a copy is never torn. The copies are written one after the other with a
@@ -62,8 +62,10 @@ impl Superblock {
 
     pub fn decode(bytes: &[u8]) -> Result<Self, FormatError> {
         let mut reader = Reader::new(WHAT, bytes);
-        reader.magic_and_version(MAGIC)?;
+        // All versions have the checksum in this place, so that one flipped bit is not taken for another program's work.
+        reader.magic(MAGIC)?;
         check_seal(WHAT, bytes, BYTES)?;
+        reader.version()?;
         let shard = reader.u32()?;
         reader.expect("shard index", u64::from(shard), u64::from(shard & 0xffff))?;
         let cluster = ClusterId::from_bytes(reader.array()?);
@@ -141,8 +143,14 @@ mod tests {
         let good = example(1 << 20).encode();
         let mut newer = good.clone();
         newer[8] += 1;
-        for bytes in [[good.clone(), newer.clone()], [newer, good]] {
+        let rotten = newer.clone();
+        let checksum = crc32c::crc32c(&newer[..BYTES - 4]);
+        newer[BYTES - 4..BYTES].copy_from_slice(&checksum.to_le_bytes());
+        for bytes in [[good.clone(), newer.clone()], [newer, good.clone()]] {
             assert!(matches!(decode_either(&bytes.concat()), Err(FormatError::Version { .. })));
+        }
+        for bytes in [[good.clone(), rotten.clone()], [rotten, good]] {
+            assert_eq!(decode_either(&bytes.concat()), Ok(example(1 << 20)), "a flipped bit is no other version");
         }
     }
 

@@ -12,11 +12,11 @@ use super::{Shard, State};
 use crate::log::record::{Data, Record};
 use crate::log::recovery::footer_of;
 use crate::log::{BLOCK, Geometry, Position, SegmentIndex};
-use ahash::AHashSet;
 use bytes::Bytes;
 use std::rc::Rc;
 use torus_rpc::message::Refusal;
 use torus_rpc::runtime::{Disk, Runtime};
+use torus_schema::hash::Set;
 use torus_schema::ids::{BlockIndex, VolumeId};
 
 /// Copies waited for at once, in blocks: foreground appends get in between.
@@ -199,7 +199,7 @@ impl<R: Runtime> Shard<R> {
     }
 
     /// Neighbouring blocks of the record that are needed, as places within it.
-    fn needed_runs(&self, pinned: &AHashSet<Position>, data: &Data) -> Vec<std::ops::Range<usize>> {
+    fn needed_runs(&self, pinned: &Set<Position>, data: &Data) -> Vec<std::ops::Range<usize>> {
         let state = self.state.borrow();
         let needed = |number: &usize| state.contents.needs(data, *number, pinned);
         let mut runs: Vec<std::ops::Range<usize>> = Vec::new();

@@ -12,7 +12,7 @@ use crate::index::{AtTie, Place, Run};
 use crate::log::Position;
 use crate::log::footer::{Entries, Entry, FlushPoint};
 use crate::log::record::{Clear, Record};
-use ahash::AHashMap;
+use torus_schema::hash::Map;
 use torus_schema::ids::{BlockIndex, Epoch, ExtentIndex, Version, VolumeId};
 use torus_schema::limits::{BLOCK_BYTES, BLOCKS_PER_EXTENT, SEQUENCE_MAX, VOLUME_BYTES_MAX};
 
@@ -156,7 +156,7 @@ pub struct Gathering {
     arena: Arena,
     buckets: Vec<Bucket>,
     volumes: Vec<VolumeId>,
-    places: AHashMap<VolumeId, u64>,
+    places: Map<VolumeId, u64>,
     sorting: Sorting,
     scratch: Scratch,
     superseded: Vec<Superseded>,
@@ -168,7 +168,7 @@ impl Default for Gathering {
             arena: Arena::default(),
             buckets: (0..BUCKETS).map(|_| Bucket::default()).collect(),
             volumes: Vec::new(),
-            places: AHashMap::new(),
+            places: Map::default(),
             sorting: Sorting::default(),
             scratch: Scratch::default(),
             superseded: Vec::new(),
@@ -276,7 +276,7 @@ struct Sorting {
 /// The extents of a bucket, by number.
 #[derive(Default)]
 struct Groups {
-    numbers: AHashMap<u64, u32>,
+    numbers: Map<u64, u32>,
     /// Some of them, where they are found sooner: key and number.
     near: Vec<(u64, u32)>,
     /// Of each: its key, and how many entries it has, or later where they end.

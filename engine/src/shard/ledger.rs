@@ -24,10 +24,10 @@ use super::volumes::Volume;
 use crate::index::ClearRange;
 use crate::log::record::{Clear, Record};
 use crate::log::{BatchNumber, SegmentIndex};
-use ahash::AHashSet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
 use torus_rpc::message::Revoked;
+use torus_schema::hash::Set;
 use torus_schema::ids::{BlockIndex, RingGeneration, SliceId, Version, VolumeId};
 
 /// Notes looked at in one go: some milliseconds at most.
@@ -205,7 +205,7 @@ impl Contents {
     }
 
     /// Versions of the clears that are needed, of each volume of which a revocation is among `some`.
-    fn cleared_of_revoked(&self, some: &[(&(VolumeId, Key), &Noted)]) -> AHashSet<(VolumeId, Version)> {
+    fn cleared_of_revoked(&self, some: &[(&(VolumeId, Key), &Noted)]) -> Set<(VolumeId, Version)> {
         let revoked = some.iter().filter(|((_, key), _)| matches!(key, Key::Revoke(_)));
         let volumes: BTreeSet<VolumeId> = revoked.map(|((volume, _), _)| *volume).collect();
         let clears = volumes.into_iter().flat_map(|volume| self.clears_of(volume).map(move |clear| (volume, clear.3)));
@@ -217,7 +217,7 @@ impl Contents {
         &self,
         (id, key): &(VolumeId, Key),
         stage: Stage,
-        cleared: &AHashSet<(VolumeId, Version)>,
+        cleared: &Set<(VolumeId, Version)>,
         (era, openings): (u64, &Openings),
     ) -> Option<Stage> {
         let volume = self.volumes.get(id);

@@ -2,7 +2,6 @@
 //! is out of date costs a repair a refused question, nothing else: what a peer answers is checked by itself.
 
 use super::{Shard, ShardIdentity};
-use ahash::AHashMap;
 use bytes::Bytes;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -10,6 +9,7 @@ use std::sync::Arc;
 use torus_rpc::error::LinkError;
 use torus_rpc::message::{Answer, Envelope, Operation};
 use torus_rpc::runtime::{Clock, Connect, Link, Peer, Runtime};
+use torus_schema::hash::Map;
 use torus_schema::ids::{ClusterId, NodeId, ShardId, ShardIndex, SliceId};
 use torus_schema::records::NodeRecord;
 use torus_schema::ring::table::Ring;
@@ -61,7 +61,7 @@ pub(super) struct Peers<L> {
     own: ShardIdentity,
     table: RefCell<Arc<PeerTable>>,
     /// Closed when there is nothing left to ask.
-    links: RefCell<AHashMap<Peer, L>>,
+    links: RefCell<Map<Peer, L>>,
 }
 
 impl<L: Link> Peers<L> {

@@ -9,13 +9,13 @@ use crate::log::record::{Data, Record};
 use crate::log::recovery::footer_room;
 use crate::log::space::{CLEANER_SEGMENTS, NOTE_SEGMENTS, SyncNumber};
 use crate::log::{BatchNumber, Geometry, Position, SegmentIdentity};
-use ahash::AHashSet;
 use bytes::Bytes;
 use futures::channel::oneshot;
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
 use torus_rpc::message::Refusal;
+use torus_schema::hash::Set;
 use torus_schema::ids::{BlockIndex, VolumeId};
 use torus_schema::limits::{BLOCK_BYTES, PAYLOAD_BYTES_MAX};
 
@@ -166,7 +166,7 @@ pub struct Filling {
     next_block: u32,
     /// Of volumes, data and notes in the footer.
     footer_bytes: usize,
-    volumes: AHashSet<VolumeId>,
+    volumes: Set<VolumeId>,
     /// Batches that are not applied yet; the footer waits for them.
     pub in_flight: u32,
     /// For the footer.
@@ -181,7 +181,7 @@ impl Filling {
             end_batch: first_batch,
             next_block: 1,
             footer_bytes: 0,
-            volumes: AHashSet::new(),
+            volumes: Set::default(),
             in_flight: 0,
             records: Vec::new(),
         }

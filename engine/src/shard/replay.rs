@@ -13,9 +13,9 @@ use crate::index::AtTie;
 use crate::log::record::{Data, Record};
 use crate::log::recovery::FoundSegment;
 use crate::log::{Position, SegmentIndex};
-use ahash::{AHashMap, AHashSet};
 use torus_rpc::message::Revoked;
 use torus_rpc::runtime::Instant;
+use torus_schema::hash::{Map, Set};
 use torus_schema::ids::{BlockIndex, SliceId, Version, VolumeId};
 
 /// Of a segment without a footer: blocks that were durable, are not as they were, and are still needed.
@@ -23,7 +23,7 @@ pub fn list_damage(found: &FoundSegment, contents: &mut Contents, now: Instant) 
     if found.damaged.is_empty() {
         return;
     }
-    let damaged: AHashSet<Position> = found.damaged.iter().copied().collect();
+    let damaged: Set<Position> = found.damaged.iter().copied().collect();
     let pinned = contents.pinned_in(found.identity.segment);
     for record in found.unsealed.iter().flatten() {
         let Record::Data(data) = record else { continue };
@@ -68,7 +68,7 @@ pub fn replay_unsealed(segments: &mut [FoundSegment], notes: &Notes, contents: &
 /// Records without payload, by the segment they stand in.
 #[derive(Default)]
 pub struct Notes {
-    by_segment: AHashMap<SegmentIndex, Vec<Record>>,
+    by_segment: Map<SegmentIndex, Vec<Record>>,
 }
 
 impl Notes {
@@ -101,12 +101,12 @@ impl Notes {
 /// What the notes looked at so far say.
 #[derive(Default)]
 struct Said {
-    drops: AHashSet<VolumeId>,
-    opens: AHashSet<VolumeId>,
-    retains: AHashSet<VolumeId>,
-    revokes: AHashSet<(VolumeId, Vec<Revoked>)>,
-    instances: AHashSet<(VolumeId, SliceId)>,
-    clears: AHashSet<(VolumeId, SliceId, BlockIndex, u64, Version)>,
+    drops: Set<VolumeId>,
+    opens: Set<VolumeId>,
+    retains: Set<VolumeId>,
+    revokes: Set<(VolumeId, Vec<Revoked>)>,
+    instances: Set<(VolumeId, SliceId)>,
+    clears: Set<(VolumeId, SliceId, BlockIndex, u64, Version)>,
 }
 
 impl Said {

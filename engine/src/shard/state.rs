@@ -8,7 +8,7 @@ use crate::index::{Applied, AtTie, Entry, Found, Index, Place, Run};
 use crate::log::record::{Clear, Data, Instances, Record, Retain};
 use crate::log::space::Space;
 use crate::log::{Position, SegmentIndex};
-use ahash::{AHashMap, AHashSet};
+use torus_schema::hash::{Map, Set};
 use torus_schema::ids::{BlockIndex, ExtentIndex, SliceId, Version, VolumeId};
 use torus_schema::limits::BLOCKS_PER_EXTENT;
 
@@ -18,8 +18,8 @@ const UNKNOWN_SLICE: SliceId = SliceId(u32::MAX);
 pub struct Contents {
     pub index: Index,
     pub space: Space,
-    pub volumes: AHashMap<VolumeId, Volume>,
-    pub dropped: AHashSet<VolumeId>,
+    pub volumes: Map<VolumeId, Volume>,
+    pub dropped: Set<VolumeId>,
     pub damage: Damage,
     pub ledger: Ledger,
 }
@@ -27,7 +27,7 @@ pub struct Contents {
 impl Contents {
     pub fn new(space: Space) -> Self {
         let (index, damage, ledger) = (Index::default(), Damage::default(), Ledger::default());
-        Self { index, space, volumes: AHashMap::new(), dropped: AHashSet::new(), damage, ledger }
+        Self { index, space, volumes: Map::default(), dropped: Set::default(), damage, ledger }
     }
 
     /// Applies a record that stands in `segment`. `origins`: it is the cleaner's copy of blocks that lay there.
@@ -221,7 +221,7 @@ impl Contents {
     }
 
     /// That block of the record is current where it lies, or kept. `pinned`: of its segment.
-    pub fn needs(&self, data: &Data, number: usize, pinned: &AHashSet<Position>) -> bool {
+    pub fn needs(&self, data: &Data, number: usize, pinned: &Set<Position>) -> bool {
         let position = Position(data.position.0 + number as u32);
         let block = BlockIndex(data.first.0 + number as u64);
         let slice = self.slice_of(data.volume, block.extent());
@@ -230,7 +230,7 @@ impl Contents {
     }
 
     /// Positions in `segment` that are kept though superseded.
-    pub fn pinned_in(&self, segment: SegmentIndex) -> AHashSet<Position> {
+    pub fn pinned_in(&self, segment: SegmentIndex) -> Set<Position> {
         let geometry = self.space.geometry();
         let pins = self.volumes.values().flat_map(|volume| volume.pins.positions());
         pins.filter(|position| geometry.segment_of(*position) == segment).collect()

@@ -9,9 +9,9 @@ use crate::log::record::{Data, Record};
 use crate::log::recovery;
 use crate::log::superblock::Superblock;
 use crate::log::{BatchNumber, Geometry, Position, SegmentIdentity, SegmentIndex};
-use ahash::AHashSet;
 use std::time::Duration;
 use torus_rpc::runtime::{DiskError, Instant};
+use torus_schema::hash::Set;
 use torus_schema::ids::VolumeId;
 use torus_schema::limits::BLOCK_BYTES;
 
@@ -108,12 +108,12 @@ impl Survey {
     }
 
     /// Positions that are needed though they were superseded.
-    pub fn pinned_in(&self, segment: SegmentIndex) -> AHashSet<Position> {
+    pub fn pinned_in(&self, segment: SegmentIndex) -> Set<Position> {
         self.contents.pinned_in(segment)
     }
 
     /// That block of the record can still be asked for.
-    pub fn needs(&self, data: &Data, number: usize, pinned: &AHashSet<Position>) -> bool {
+    pub fn needs(&self, data: &Data, number: usize, pinned: &Set<Position>) -> bool {
         self.contents.needs(data, number, pinned)
     }
 }

@@ -2,11 +2,11 @@
 //! It can be shared by executors, be told to fail, and be held, so that requests overlap as a test wants them to.
 
 use crate::device::{Device, ExportInfo, Exports, Piece, Run, VolumeError};
-use ahash::AHashMap;
 use bytes::{Bytes, BytesMut};
 use std::future::poll_fn;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Poll, Waker};
+use torus_schema::hash::Map;
 use torus_schema::limits::BLOCK_BYTES;
 
 /// What was asked of a device, counted when it was carried out.
@@ -27,7 +27,7 @@ const BLOCKS_PER_MAP_MAX: usize = 64 << 10;
 
 #[derive(Default)]
 struct State {
-    blocks: AHashMap<u64, Bytes>,
+    blocks: Map<u64, Bytes>,
     counts: Counts,
     fault: Option<VolumeError>,
     held: bool,

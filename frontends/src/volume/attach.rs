@@ -35,6 +35,8 @@ use torus_schema::ring::placement::Placement;
 use torus_schema::ring::table::Ring;
 
 const RETRY_AFTER: Duration = Duration::from_millis(100);
+/// However long each of them took: who is done without may be the last to have what was answered.
+const OPEN_ATTEMPTS_MIN: u32 = 2;
 /// Whose token creates instances: no writer, and no epoch.
 const CREATOR: &str = "create";
 
@@ -361,18 +363,43 @@ pub(super) async fn lose<R: Runtime>(
     session.check()
 }
 
-/// A node that was just started gets a moment to listen.
+/// A node that was just started gets a moment to listen, a disk that failed one to be opened anew; and one answer that
+/// is lost, for which as long was waited, is no replica that is.
 async fn open_shard<R: Runtime>(session: &Session<R>, shard: usize) -> Result<Opened, Failure> {
     let started = session.runtime.clock().now();
+    let mut attempts = 0;
     loop {
+        attempts += 1;
         let slices = session.replicas.borrow().slices_in_sync_on(shard);
-        match ask_open(session, shard, slices).await {
-            Err(Failure::Link(_)) if session.runtime.clock().now().since(started) < LINK_DEAD_AFTER => {
+        let answered = ask_open(session, shard, slices).await;
+        let patient = attempts < OPEN_ATTEMPTS_MIN || session.runtime.clock().now().since(started) < LINK_DEAD_AFTER;
+        match answered {
+            Err(Failure::Link(_) | Failure::Refused(Refusal::Disk { .. })) if patient => {
                 session.runtime.clock().sleep(RETRY_AFTER).await;
             }
             answered => return answered,
         }
     }
+}
+
+/// A replica that failed while it was asked for what the last writer left may alone have some of that: true if it is open
+/// again and is to be asked once more.
+pub(super) async fn opens_again<R: Runtime>(
+    session: &Rc<Session<R>>,
+    shard: usize,
+    failure: &Failure,
+) -> Result<bool, VolumeError> {
+    if !matches!(verdict(failure), Verdict::Unreachable | Verdict::Restarted | Verdict::Busy) {
+        return Ok(false);
+    }
+    let Ok(opened) = open_shard(session, shard).await else { return Ok(false) };
+    tracing::info!(volume = %session.record.name, shard = %session.shards[shard].id, %failure, "asked once more");
+    session.shards[shard].incarnation.set(opened.incarnation);
+    session.flush_point.set(session.flush_point.get().max(opened.flush_point));
+    if !opened.missing.is_empty() {
+        drop_missing(session, shard, &opened.missing).await?;
+    }
+    Ok(true)
 }
 
 pub(super) async fn ask_open<R: Runtime>(

@@ -13,7 +13,6 @@ use super::session::Session;
 use super::share::Share;
 use super::writer::Begun;
 use crate::device::{Device, ExportInfo, Exports, Piece, Run, VolumeError};
-use ahash::AHashMap;
 use bytes::Bytes;
 use futures::channel::oneshot;
 use futures::future::{Either, select};
@@ -25,6 +24,7 @@ use std::time::Duration;
 use torus_rpc::metadata::{Compare, Metadata, Transaction, Write};
 use torus_rpc::notify::Notify;
 use torus_rpc::runtime::{Class, Clock, Runtime, Spawn};
+use torus_schema::hash::Map;
 use torus_schema::ids::{Epoch, VolumeId};
 use torus_schema::limits::MARKS_IN_FLIGHT_MAX;
 use torus_schema::records::{EpochRecord, VolumeRecord, VolumeState, decode, encode, keys};
@@ -66,7 +66,7 @@ struct Shared<R: Runtime> {
     counters: Arc<Counters>,
     marking: Rc<Share>,
     lease: RefCell<Option<Rc<ProcessLease<R>>>>,
-    volumes: RefCell<AHashMap<VolumeId, Entry<R>>>,
+    volumes: RefCell<Map<VolumeId, Entry<R>>>,
     changed: Notify,
     places: Places<R>,
 }

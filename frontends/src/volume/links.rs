@@ -9,7 +9,6 @@
 //!
 //! That a peer does not answer is noted here once for all volumes, and so is where its node listens now.
 
-use ahash::AHashMap;
 use bytes::Bytes;
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -18,6 +17,7 @@ use torus_rpc::error::LinkError;
 use torus_rpc::message::{Envelope, Operation, Reply};
 use torus_rpc::notify::Notify;
 use torus_rpc::runtime::{Clock, Connect, Instant, Link, Peer, Runtime};
+use torus_schema::hash::Map;
 use torus_schema::ids::NodeId;
 use torus_schema::limits::{LINK_DEAD_AFTER, NODE_LOOKUP_INTERVAL};
 
@@ -27,10 +27,10 @@ const RETRY_AFTER: Duration = Duration::from_millis(50);
 pub struct Links<R: Runtime> {
     runtime: R,
     /// By lane.
-    links: [RefCell<AHashMap<Peer, Entry<R::Link>>>; 2],
+    links: [RefCell<Map<Peer, Entry<R::Link>>>; 2],
     /// Peers that do not answer, and since when.
-    down: RefCell<AHashMap<Peer, Instant>>,
-    looked_up: RefCell<AHashMap<NodeId, Instant>>,
+    down: RefCell<Map<Peer, Instant>>,
+    looked_up: RefCell<Map<NodeId, Instant>>,
     changed: Notify,
     generations: std::cell::Cell<u64>,
 }

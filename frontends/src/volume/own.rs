@@ -8,7 +8,7 @@ use super::session::Session;
 use super::wanted::{want, want_no_more};
 use crate::device::VolumeError;
 use std::rc::Rc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 use torus_rpc::metadata::{Compare, Entry, LeaseId, Metadata, MetadataError, Revision, Transaction, Write};
 use torus_rpc::runtime::{Clock, Instant, Runtime};
 use torus_schema::ids::{Epoch, Version, VolumeId};
@@ -91,7 +91,7 @@ async fn own_in_turn<R: Runtime>(
                 take_over(runtime, lease, volume, &entry).await?;
                 forced = true;
             }
-            Attempt::Other(entry) => return Err(attached_by(name, &decoded(&entry)?)),
+            Attempt::Other(entry) => return Err(attached_by(runtime, name, &decoded(&entry)?)),
         }
     }
 }
@@ -130,7 +130,7 @@ async fn try_own<R: Runtime>(
         pid: attacher.pid,
         epoch: Epoch(epoch.record.epoch.0 + 1),
         lease: lease.id().0.to_string(),
-        attached_s: unix_seconds(),
+        attached_s: runtime.clock().unix_seconds(),
         lease_ttl_ms: lease.terms().ttl().as_millis() as u64,
         clock_drift_ms: lease.terms().drift().as_millis() as u64,
         repair: attacher.repair,
@@ -198,8 +198,8 @@ fn status_of(entry: Option<&Entry>) -> Result<(StatusRecord, Option<Revision>), 
     Ok((status, entry.map(|entry| entry.mod_revision)))
 }
 
-fn attached_by(name: &str, owner: &OwnerRecord) -> VolumeError {
-    let age_s = unix_seconds().saturating_sub(owner.attached_s);
+fn attached_by<R: Runtime>(runtime: &R, name: &str, owner: &OwnerRecord) -> VolumeError {
+    let age_s = runtime.clock().unix_seconds().saturating_sub(owner.attached_s);
     let owner = format!("{} (pid {}) on {} since {age_s} s", owner.process, owner.pid, owner.host);
     VolumeError::Attached { name: name.to_string(), owner }
 }
@@ -366,9 +366,4 @@ pub(super) async fn give_up<R: Runtime>(runtime: &R, volume: VolumeId, owner: Re
     if let Err(error) = runtime.metadata().transact(transaction).await {
         tracing::warn!(%volume, %error, "the volume stays owned until this process's lease ends");
     }
-}
-
-/// Only for people to read, in records; nothing is decided by it.
-fn unix_seconds() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }

@@ -2,15 +2,16 @@
 //! replica and made durable before anything is served (protocol rule 4). Without the fdatasync adopted records would
 //! escape the next flush (interleaving 10).
 
-use super::attach::lose;
+use super::attach::{lose, opens_again};
 use super::replicas::ShardPosition;
 use super::session::{Failure, Session};
 use crate::device::VolumeError;
 use bytes::Bytes;
 use std::collections::BTreeMap;
 use std::rc::Rc;
-use torus_rpc::message::{Answer, Descriptor, Operation, Refusal};
-use torus_rpc::runtime::Runtime;
+use std::time::Duration;
+use torus_rpc::message::{Answer, Descriptor, Operation, Refusal, Revoked};
+use torus_rpc::runtime::{Clock, Runtime};
 use torus_schema::ids::{BlockIndex, ExtentIndex, Version};
 use torus_schema::limits::BLOCKS_PER_EXTENT;
 
@@ -19,12 +20,23 @@ type ByShard = BTreeMap<ShardPosition, Vec<Descriptor>>;
 enum Failed {
     /// A replica failed while it was needed; the rest goes on without it.
     Replica { shard: ShardPosition, failure: Failure },
+    /// Nobody who has the newest version of a block can read it.
+    Unreadable { shards: Vec<ShardPosition>, version: Revoked },
     /// Two valid, different copies of one version: for the operator, never a vote (interleaving 23).
     Conflict { block: BlockIndex, version: Version, shards: [ShardPosition; 2] },
 }
 
-/// Repeats itself without the replicas that fail on the way.
+/// So often one replica may fail on the way and open again.
+const ATTEMPTS_MAX: u32 = 4;
+/// So often a block is read that is damaged wherever it is: a stale replica may have it for a repair, and a disk may do
+/// better the next time.
+const READS_MAX: u32 = 10;
+const READ_AGAIN_AFTER: Duration = Duration::from_millis(300);
+
+/// Repeats itself, without the replicas that fail on the way and do not open again.
 pub(super) async fn reconcile<R: Runtime>(session: &Rc<Session<R>>) -> Result<(), VolumeError> {
+    let mut attempts: BTreeMap<ShardPosition, u32> = BTreeMap::new();
+    let mut reads = 0;
     loop {
         session.check()?;
         match attempt(session).await {
@@ -32,7 +44,22 @@ pub(super) async fn reconcile<R: Runtime>(session: &Rc<Session<R>>) -> Result<()
                 session.flush_point.set(Version::new(session.epoch, 0));
                 return Ok(());
             }
-            Err(Failed::Replica { shard, failure }) => lose(session, shard, &failure).await?,
+            Err(Failed::Replica { shard, failure }) => {
+                let attempts = attempts.entry(shard).or_insert(1);
+                *attempts += 1;
+                if *attempts > ATTEMPTS_MAX || !opens_again(session, shard, &failure).await? {
+                    lose(session, shard, &failure).await?;
+                }
+            }
+            Err(Failed::Unreadable { .. }) if reads < READS_MAX => {
+                reads += 1;
+                session.runtime.clock().sleep(READ_AGAIN_AFTER).await;
+            }
+            Err(Failed::Unreadable { shards, version }) => {
+                for shard in shards {
+                    do_without(session, shard, version).await?;
+                }
+            }
             Err(Failed::Conflict { block, version, shards: [a, b] }) => {
                 let (a, b) = (session.shards[a].id, session.shards[b].id);
                 let because = format!(
@@ -43,6 +70,29 @@ pub(super) async fn reconcile<R: Runtime>(session: &Rc<Session<R>>) -> Result<()
                 return Err(VolumeError::NotReady { because });
             }
         }
+    }
+}
+
+/// A version above F that no replica in sync can read. The replica goes stale if others are left; its resync takes the
+/// version back. If none can go, the version is taken back here: it is lost, flushed it never was, and nobody could attach the
+/// volume any more.
+async fn do_without<R: Runtime>(
+    session: &Rc<Session<R>>,
+    shard: ShardPosition,
+    version: Revoked,
+) -> Result<(), VolumeError> {
+    let failure = Failure::Refused(Refusal::Damaged { block: version.block });
+    match lose(session, shard, &failure).await {
+        Err(VolumeError::NotReady { .. }) => {}
+        result => return result,
+    }
+    let (name, id) = (&session.record.name, session.shards[shard].id);
+    tracing::error!(volume = %name, shard = %id, block = %version.block, version = %version.version,
+        "the last writer left this unflushed, it is damaged and nobody else has it: what it replaced counts again");
+    let revoke = Operation::Revoke { revoked: vec![version] };
+    match session.ask(&session.shards[shard], &revoke, &Bytes::new()).await {
+        Ok(_) => Ok(()),
+        Err(failure) => lose(session, shard, &failure).await,
     }
 }
 
@@ -120,10 +170,12 @@ async fn level<R: Runtime>(session: &Session<R>, extent: ExtentIndex, by_shard: 
             let shards = [replicas[source], replicas[other]];
             return Err(Failed::Conflict { block, version: newest.version, shards });
         }
-        let lacking = (0..replicas.len()).filter(|replica| held[*replica][block] != Some(newest));
+        let first = BlockIndex(extent.first_block().0 + block as u64);
+        let (having, lacking): (Vec<_>, Vec<_>) =
+            (0..replicas.len()).partition(|replica| held[*replica][block] == Some(newest));
+        let having: Vec<_> = having.into_iter().map(|replica| replicas[replica]).collect();
         for replica in lacking {
-            let first = BlockIndex(extent.first_block().0 + block as u64);
-            copy(session, first, newest, replicas[source], replicas[replica]).await?;
+            copy(session, first, newest, &having, replicas[replica]).await?;
             copied += 1;
         }
     }
@@ -162,10 +214,9 @@ async fn copy<R: Runtime>(
     session: &Session<R>,
     first: BlockIndex,
     newest: Newest,
-    source: ShardPosition,
+    sources: &[ShardPosition],
     target: ShardPosition,
 ) -> Result<(), Failed> {
-    let of_source = |failure| Failed::Replica { shard: source, failure };
     let of_target = |failure| Failed::Replica { shard: target, failure };
     let Some(checksum) = newest.checksum else {
         let slice = session.placement.slice_of(first.extent());
@@ -173,20 +224,38 @@ async fn copy<R: Runtime>(
         session.ask(&session.shards[target], &clear, &Bytes::new()).await.map_err(of_target)?;
         return Ok(());
     };
+    for source in sources {
+        let Some(payload) = read(session, first, newest.version, checksum, *source).await? else { continue };
+        let write = Operation::Write { first, version: newest.version, durable: false, checksums: vec![checksum] };
+        session.ask(&session.shards[target], &write, &payload).await.map_err(of_target)?;
+        return Ok(());
+    }
+    let version = Revoked { block: first, version: newest.version };
+    Err(Failed::Unreadable { shards: sources.to_vec(), version })
+}
+
+/// `None`: it is damaged there.
+async fn read<R: Runtime>(
+    session: &Session<R>,
+    first: BlockIndex,
+    version: Version,
+    checksum: u32,
+    source: ShardPosition,
+) -> Result<Option<Bytes>, Failed> {
+    let of_source = |failure| Failed::Replica { shard: source, failure };
     let read = Operation::Read { first, count: 1 };
-    let (answer, payload) = session.ask(&session.shards[source], &read, &Bytes::new()).await.map_err(of_source)?;
+    let (answer, payload) = match session.ask(&session.shards[source], &read, &Bytes::new()).await {
+        Err(Failure::Refused(Refusal::Damaged { .. })) => return Ok(None),
+        answered => answered.map_err(of_source)?,
+    };
     let Answer::Read { runs, .. } = &answer else {
         return Err(of_source(malformed(format!("a read was answered by {answer:?}"))));
     };
-    let same = matches!(&runs[..], [run] if run.version == newest.version && run.data);
+    let same = matches!(&runs[..], [run] if run.version == version && run.data);
     if !same || crc32c::crc32c(&payload) != checksum {
-        let because = format!(
-            "block {first} was described as version {} with checksum {checksum:08x}, read as {runs:?}",
-            newest.version
-        );
+        let because =
+            format!("block {first} was described as version {version} with checksum {checksum:08x}, read as {runs:?}");
         return Err(of_source(malformed(because)));
     }
-    let write = Operation::Write { first, version: newest.version, durable: false, checksums: vec![checksum] };
-    session.ask(&session.shards[target], &write, &payload).await.map_err(of_target)?;
-    Ok(())
+    Ok(Some(payload))
 }

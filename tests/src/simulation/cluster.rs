@@ -284,7 +284,7 @@ impl Cluster {
                     return (Reply { full: false, answer: Answer::Pong }, Vec::new());
                 }
                 let (reply, chunks) = shard.handle(envelope, operation, payload).await;
-                (reply, chunks.iter().flat_map(|chunk| chunk.to_vec()).collect())
+                (reply, joined(&chunks))
             }
         });
         *place.shard.borrow_mut() = Some(shard);
@@ -435,6 +435,13 @@ impl Cluster {
             assert_eq!(answer, Answer::Created);
         }
     }
+}
+
+/// As one buffer, which is what a message carries.
+pub(in crate::simulation) fn joined(chunks: &[impl std::ops::Deref<Target = [u8]>]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(chunks.iter().map(|chunk| chunk.len()).sum());
+    chunks.iter().for_each(|chunk| bytes.extend_from_slice(chunk));
+    bytes
 }
 
 fn plan_node(node: &Node) -> planner::PlanNode {

@@ -11,8 +11,10 @@
 //!   but for what was written over it since
 
 use std::collections::BTreeMap;
+use torus_schema::ids::BlockIndex;
 
 pub const SECTOR_BYTES: u64 = 512;
+const SECTORS_PER_BLOCK: u64 = 8;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Written {
@@ -97,8 +99,15 @@ impl History {
 
     /// The power failed on all that held unflushed data: only what was flushed is promised.
     pub fn power_lost(&mut self) {
-        for state in self.sectors.values_mut() {
-            state.floor = state.flushed;
+        self.power_lost_where(|_| true);
+    }
+
+    /// The same for those blocks.
+    pub fn power_lost_where(&mut self, lost: impl Fn(BlockIndex) -> bool) {
+        for (sector, state) in &mut self.sectors {
+            if lost(BlockIndex(sector / SECTORS_PER_BLOCK)) {
+                state.floor = state.flushed;
+            }
         }
     }
 

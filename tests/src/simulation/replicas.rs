@@ -1,6 +1,6 @@
 //! A look at the replicas themselves, past any client: which are in sync, and what each has.
 
-use super::cluster::{Cluster, KEY, ShardPlace};
+use super::cluster::{Cluster, KEY, ShardPlace, joined};
 use bytes::Bytes;
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -63,7 +63,7 @@ impl Cluster {
             let Answer::Read { runs, checksums } = reply.answer else {
                 panic!("seed {}: node {node}, block {block}: {:?}", self.world.seed(), reply.answer);
             };
-            let bytes: Vec<u8> = chunks.iter().flat_map(|chunk| chunk.to_vec()).collect();
+            let bytes = joined(&chunks);
             if let Some(checksum) = checksums.first() {
                 assert_eq!(crc32c::crc32c(&bytes), *checksum);
             }

@@ -19,6 +19,9 @@ pub struct Workload {
     pub failed: Rc<RefCell<Option<String>>>,
     /// Workers stop when their operation is done.
     pub stop: Rc<Cell<bool>>,
+    /// Those who work end at once when this counts up, and may begin anew.
+    pub let_go: Rc<Cell<u64>>,
+    began: u64,
     /// Between some of its operations a worker pauses for up to so long.
     pub pause: Duration,
     epoch: u64,
@@ -32,6 +35,8 @@ impl Workload {
             next_value: Rc::new(Cell::new(1)),
             failed: Rc::default(),
             stop: Rc::default(),
+            let_go: Rc::default(),
+            began: 0,
             pause: Duration::ZERO,
             epoch: 0,
         }
@@ -40,7 +45,7 @@ impl Workload {
     /// The same for a writer of this epoch, which has just attached.
     pub fn in_epoch(&self, epoch: u64) -> Self {
         self.history.borrow_mut().attached(epoch);
-        Self { epoch, ..self.clone() }
+        Self { epoch, began: self.let_go.get(), ..self.clone() }
     }
 
     /// Another volume's, which reports to the same place.
@@ -48,8 +53,12 @@ impl Workload {
         Self { history: Rc::default(), ..self.clone() }
     }
 
+    pub fn was_let_go(&self) -> bool {
+        self.let_go.get() != self.began
+    }
+
     fn is_over(&self) -> bool {
-        self.stop.get() || self.failed.borrow().is_some()
+        self.stop.get() || self.was_let_go() || self.failed.borrow().is_some()
     }
 
     async fn pause(&self) {

@@ -82,6 +82,11 @@ impl<C: Clock> SimulatedDisk<C> {
         state.fault.damages += 1;
     }
 
+    /// Pages that hold something durably, ascending.
+    pub fn durable_pages(&self) -> Vec<u64> {
+        self.state.borrow().durable.numbers()
+    }
+
     /// Damages one page that was written, durably. Says which one; `None` if there is none that could be.
     pub fn damage(&self, damage: Damage) -> Option<u64> {
         let state = &mut *self.state.borrow_mut();

@@ -1,15 +1,15 @@
 //! What a simulated disk holds, sparse. A page is a slice of the buffer it was written from, so that keeping it as what
 //! is read, what is durable and what was there before costs no copy.
 
-use ahash::AHashMap;
 use bytes::Bytes;
+use torus_schema::hash::Map;
 
 pub const SECTOR_BYTES: usize = 512;
 pub const PAGE_BYTES: usize = 4096;
 
 #[derive(Clone, Default)]
 pub struct Pages {
-    by_number: AHashMap<u64, Bytes>,
+    by_number: Map<u64, Bytes>,
 }
 
 impl Pages {

@@ -3,13 +3,14 @@
 use crate::runtime::Instant;
 use std::cell::{Cell, RefCell};
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap};
+use std::collections::BinaryHeap;
 use std::future::Future;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
+use torus_schema::hash::Map;
 
 /// A process of the simulated world; killed ones are not started again under the same id.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -27,12 +28,14 @@ pub(super) struct State {
     pub seed: u64,
     random: Cell<u64>,
     now: Cell<Duration>,
+    /// Of all that happened up to now, in its order.
+    course: Cell<u64>,
     next: Cell<u64>,
-    tasks: RefCell<BTreeMap<TaskId, (ProcessId, Option<Task>)>>,
+    tasks: RefCell<Map<TaskId, (ProcessId, Option<Task>)>>,
     alive: RefCell<std::collections::BTreeSet<ProcessId>>,
     ready: Arc<Mutex<Vec<TaskId>>>,
     timers: RefCell<BinaryHeap<Reverse<(Duration, u64)>>>,
-    timer_wakers: RefCell<BTreeMap<u64, Waker>>,
+    timer_wakers: RefCell<Map<u64, Waker>>,
     pub network: super::network::Network,
     pub hosts: super::hosts::Hosts,
     pub trace: super::trace::Trace,
@@ -54,11 +57,13 @@ impl Wake for TaskWaker {
 
 impl World {
     pub fn new(seed: u64) -> Self {
+        torus_schema::hash::seed_maps_of_this_thread(seed);
         let state = State {
             seed,
             random: Cell::new(seed),
             // Not zero, so that a subtraction too many shows.
             now: Cell::new(Duration::from_secs(1000)),
+            course: Cell::new(seed),
             next: Cell::new(1),
             tasks: RefCell::default(),
             alive: RefCell::default(),
@@ -93,6 +98,16 @@ impl World {
     /// True once in `n` times.
     pub fn one_in(&self, n: u64) -> bool {
         self.random_below(n) == 0
+    }
+
+    /// A number that is the same for two runs that went the same way: which task ran when, and what was sent.
+    pub fn course(&self) -> u64 {
+        self.state.course.get()
+    }
+
+    pub(super) fn passes(&self, event: u64) {
+        let course = (self.state.course.get() ^ event).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        self.state.course.set(course ^ (course >> 32));
     }
 
     pub fn now(&self) -> Instant {
@@ -195,6 +210,7 @@ impl World {
             if stands_still { None } else { task.take() }
         });
         let Some(mut task) = taken else { return };
+        self.passes(id);
         let waker = Waker::from(Arc::new(TaskWaker { task: id, ready: self.state.ready.clone() }));
         let done = task.as_mut().poll(&mut Context::from_waker(&waker)).is_ready();
         let mut tasks = self.state.tasks.borrow_mut();
@@ -211,6 +227,7 @@ impl World {
     fn advance(&self) -> bool {
         let Some(Reverse((time, timer))) = self.state.timers.borrow_mut().pop() else { return false };
         self.state.now.set(self.state.now.get().max(time));
+        self.passes(time.as_nanos() as u64);
         let waker = self.state.timer_wakers.borrow_mut().remove(&timer);
         if let Some(waker) = waker {
             waker.wake();

@@ -214,6 +214,7 @@ impl Link for SimulatedLink {
         let (world, from) = (&self.here.world, self.here.process);
         world.note(|| format!("{} → {}: {}", world.name_of(from), self.address, request_line(envelope, operation)));
         let (answer, answered) = oneshot::channel();
+        world.passes(u64::from(crc32c::crc32c(&frame)));
         self.deliver(Bytes::from(frame), answer);
         let too_long = self.too_long().fuse();
         let answered = answered.fuse();

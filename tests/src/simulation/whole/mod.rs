@@ -6,11 +6,15 @@
 //! * `people`    clients that attach, work, let go, are killed and come again
 //! * `nodes`     what runs on a node beside its shards
 //! * `troubles`  what goes wrong
+//! * `moments`   what goes wrong at the moment at which it matters most
+//! * `holders`   what may be lost when the power fails
 //! * `rest`      what must hold when nothing is wrong any more
 //! * `volumes`   creation and deletion while all this goes on
 //!
 //! A seed that fails is run again with a trace of what happened, which stands in the report.
 
+mod holders;
+mod moments;
 mod nodes;
 mod people;
 mod profile;
@@ -31,8 +35,10 @@ use torus_rpc::runtime::simulated::{ProcessId, World};
 use torus_schema::ids::VolumeId;
 use torus_schema::limits::BLOCKS_PER_EXTENT;
 
-/// Events of the trace of a failed seed.
+/// Events of the trace of a failed seed, unless SIMULATION_EVENTS says more.
 const TRACE_EVENTS: usize = 400;
+/// Of two courses of one seed, before they part.
+const EVENTS_BEFORE: usize = 40;
 const VOLUME_BYTES: u64 = 64 << 20;
 /// First blocks of the areas that are worked on, one worker each: extents of different slices.
 const AREAS: [u64; 3] = [0, 5 * BLOCKS_PER_EXTENT - 6, 11 * BLOCKS_PER_EXTENT + 1000];
@@ -46,8 +52,10 @@ pub struct Figures {
     pub troubles: u64,
     /// Until every replica was in sync, once nothing was wrong any more.
     pub whole_after: Duration,
-    /// Tasks that were left at rest.
+    /// Tasks that were left at rest beside those that run all the time.
     pub tasks: usize,
+    /// The same for two runs that went the same way.
+    pub course: u64,
 }
 
 #[derive(Clone, Debug)]
@@ -80,27 +88,46 @@ impl std::fmt::Display for Failure {
 /// One seed, and once more with a trace if it fails.
 pub fn run_seed(seed: u64) -> Result<Figures, Box<Failure>> {
     attempt(seed, 0).map_err(|(because, _)| {
-        let story = attempt(seed, TRACE_EVENTS).err().map(|(_, story)| story).unwrap_or_default();
+        let asked = std::env::var("SIMULATION_EVENTS").ok().and_then(|text| text.parse().ok());
+        let story = attempt(seed, asked.unwrap_or(TRACE_EVENTS)).err().map(|(_, story)| story).unwrap_or_default();
         Box::new(Failure { seed, because, story })
     })
 }
 
+/// Where two runs of a seed part, if they do: the events before, and what came next in each.
+pub fn two_courses(seed: u64) -> Option<[Vec<String>; 2]> {
+    let [mut one, mut other] = [0; 2].map(|_| {
+        let again = std::thread::spawn(move || attempt_told(seed, usize::MAX));
+        again.join().expect("its panics are caught").1
+    });
+    let same = one.iter().zip(&other).take_while(|(one, other)| one == other).count();
+    (same < one.len().max(other.len())).then(|| {
+        for story in [&mut one, &mut other] {
+            story.truncate(same + 1);
+            story.drain(..same.saturating_sub(EVENTS_BEFORE));
+        }
+        [one, other]
+    })
+}
+
 fn attempt(seed: u64, trace: usize) -> Result<Figures, (String, Vec<String>)> {
+    let (result, story) = attempt_told(seed, trace);
+    result.map_err(|because| (because, story))
+}
+
+fn attempt_told(seed: u64, trace: usize) -> (Result<Figures, String>, Vec<String>) {
     let world = World::new(seed);
     world.keep_trace(trace);
     let here = world.clone();
     let result = catch_unwind(AssertUnwindSafe(|| world.block_on(whole(here))));
-    let story = world.story();
+    let (story, course) = (world.story(), world.course());
     world.close();
-    match result {
-        Ok(Ok(figures)) => Ok(figures),
-        Ok(Err(because)) => Err((because, story)),
-        Err(panic) => {
-            let text = panic.downcast_ref::<String>().cloned();
-            let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| text.to_string()));
-            Err((text.unwrap_or_else(|| "a panic without words".to_string()), story))
-        }
-    }
+    let result = result.unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().cloned();
+        let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| text.to_string()));
+        Err(text.unwrap_or_else(|| "a panic without words".to_string()))
+    });
+    (result.map(|figures| Figures { course, ..figures }), story)
 }
 
 /// One run.
@@ -118,10 +145,13 @@ pub struct Whole {
     /// Clients that have a volume, or are about to.
     busy: Rc<Cell<usize>>,
     troubles: Cell<u64>,
+    /// Of clients, up to now.
+    attaches: Cell<u64>,
     /// Troubles that still last.
     lasting: Cell<usize>,
     /// They are to end now.
     healing: Cell<bool>,
+    ailing: holders::Ailing,
     /// A node is being started or stopped.
     starting: Cell<bool>,
     /// Whose tasks the troubles are.
@@ -131,6 +161,7 @@ pub struct Whole {
     /// A volume without a record, and how many shards had it at first.
     orphan: Cell<Option<VolumeId>>,
     orphans_at_first: Cell<usize>,
+    tasks_at_first: Cell<usize>,
 }
 
 #[derive(Clone)]
@@ -140,20 +171,13 @@ struct Volume {
     /// Nodes whose power failed since the last attach, which makes durable what it finds: they take with them what was
     /// answered and not flushed.
     powerless: Rc<RefCell<BTreeSet<usize>>>,
+    /// Nodes that were in sync at the last attach and have been well since.
+    holders: Rc<RefCell<BTreeSet<usize>>>,
+    places: Rc<holders::Places>,
     /// The epoch of the last writer that attached.
     newest: Rc<Cell<u64>>,
     /// About to be deleted: nobody attaches it any more.
     closed: bool,
-}
-
-impl Volume {
-    /// As many as have to be in sync may be all that are, the others were marked stale before: what they lost may be
-    /// gone, even if it was read meanwhile where it still was.
-    fn forget_what_may_be_lost(&self, min_replicas: u8) {
-        if self.powerless.borrow().len() >= usize::from(min_replicas) {
-            self.workload.history.borrow_mut().power_lost();
-        }
-    }
 }
 
 async fn whole(world: World) -> Result<Figures, String> {
@@ -170,7 +194,7 @@ async fn whole(world: World) -> Result<Figures, String> {
         let whole_after = run.become_whole().await?;
         figures.whole_after = figures.whole_after.max(whole_after);
         run.check_everything().await?;
-        figures.tasks = figures.tasks.max(run.check_memory()?);
+        figures.tasks = figures.tasks.max(run.check_memory().await?);
         run.verdict()?;
         run.recreate().await;
     }
@@ -198,13 +222,16 @@ impl Whole {
             names_given: Cell::new(0),
             busy: Rc::default(),
             troubles: Cell::new(0),
+            attaches: Cell::new(0),
             lasting: Cell::new(0),
             healing: Cell::new(false),
+            ailing: Rc::default(),
             starting: Cell::new(false),
             operator,
             missing: RefCell::default(),
             orphan: Cell::default(),
             orphans_at_first: Cell::new(0),
+            tasks_at_first: Cell::new(0),
         });
         for node in 0..run.cluster.nodes.len() {
             run.equip(node);
@@ -213,6 +240,9 @@ impl Whole {
         for number in 0..run.profile.volumes {
             run.create(&format!("volume-{number}")).await;
         }
+        // Messages that are under way are tasks too.
+        run.world.sleep(Duration::from_secs(1)).await;
+        run.tasks_at_first.set(run.world.task_count());
         run
     }
 

@@ -8,6 +8,7 @@ use std::time::Duration;
 use torus_engine::node::deleting::{self, Instances};
 use torus_frontends::volume::RepairOwner;
 use torus_rpc::metadata::{Metadata, MetadataError, Transaction, Write};
+use torus_rpc::runtime::simulated::World;
 use torus_rpc::runtime::{Clock, Runtime as _};
 use torus_schema::ids::{NodeId, VolumeId};
 use torus_schema::limits::{HEARTBEAT_INTERVAL, HEARTBEAT_LEASE_TTL};
@@ -16,12 +17,14 @@ use torus_schema::records::{HeartbeatRecord, encode, keys};
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// The shards of one node.
-struct OfNode(Vec<SimulatedShard>);
+struct OfNode(World, Vec<SimulatedShard>);
 
 impl Instances for OfNode {
     async fn drop_volume(&self, volume: VolumeId) -> Result<(), String> {
-        for shard in &self.0 {
-            shard.drop_volume(volume).await.map_err(|error| error.to_string())?;
+        for (number, shard) in self.1.iter().enumerate() {
+            let dropped = shard.drop_volume(volume).await.map_err(|error| error.to_string());
+            self.0.note(|| format!("shard {number} of a node drops {volume}: {dropped:?}"));
+            dropped?;
         }
         Ok(())
     }
@@ -57,7 +60,7 @@ impl Whole {
             }
         });
         let shards = node.shards.iter().filter_map(|place| place.shard.borrow().clone()).collect();
-        let (runtime, shards) = (self.cluster.runtime_of(number), Rc::new(OfNode(shards)));
+        let (runtime, shards) = (self.cluster.runtime_of(number), Rc::new(OfNode(self.world.clone(), shards)));
         self.world.spawn(process, async move {
             loop {
                 let Err(error) = deleting::follow(runtime.metadata(), id, &*shards).await;

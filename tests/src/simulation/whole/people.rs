@@ -74,7 +74,7 @@ impl Whole {
         }
         let epoch = u64::from(device.epoch().0);
         self.world.note(|| format!("{} attached {name} in epoch {epoch}", self.world.name_of(client.process)));
-        let workload = self.attached(volume, epoch);
+        let workload = self.attached(volume, epoch).await;
         let operations = 5 + self.world.random_below(80);
         let workers = AREAS.iter().map(|first| {
             let work = workload.work(&device, *first, AREA_BLOCKS, operations);
@@ -84,7 +84,7 @@ impl Whole {
         });
         join_all(workers).await;
         drop(device);
-        if self.world.one_in(2) {
+        if self.world.one_in(2) || workload.was_let_go() {
             client.exports.release_all().await;
         }
     }
@@ -92,11 +92,13 @@ impl Whole {
 
 impl Whole {
     /// A writer serves from now on: what it found is durable wherever it is in sync, and what it did not find is gone.
-    pub(super) fn attached(&self, volume: &Volume, epoch: u64) -> Workload {
+    pub(super) async fn attached(&self, volume: &Volume, epoch: u64) -> Workload {
         if volume.newest.get() < epoch {
             volume.newest.set(epoch);
+            self.attaches.set(self.attaches.get() + 1);
             volume.forget_what_may_be_lost(self.profile.min_replicas);
             volume.powerless.borrow_mut().clear();
+            self.count_holders(volume).await;
         }
         volume.workload.in_epoch(epoch)
     }

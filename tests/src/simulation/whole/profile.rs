@@ -31,9 +31,14 @@ pub enum Trouble {
     /// A node comes back with empty disks.
     EmptyDisk,
     Delete,
+    /// The moments at which a rule counts; see `moments`.
+    PowerAfterResync,
+    PowerAfterAttach,
+    Split,
+    LetGo,
 }
 
-const ALL: [Trouble; 17] = [
+const ALL: [Trouble; 21] = [
     Trouble::KillNode,
     Trouble::PowerOfNode,
     Trouble::PowerOfAll,
@@ -51,10 +56,14 @@ const ALL: [Trouble; 17] = [
     Trouble::StoreSlow,
     Trouble::OutcomeUnknown,
     Trouble::Delete,
+    Trouble::PowerAfterResync,
+    Trouble::PowerAfterAttach,
+    Trouble::Split,
+    Trouble::LetGo,
 ];
 
 /// What can be survived while one node may have lost anything: whatever else happens to nodes happens to that one.
-const BESIDE_A_WEAK_NODE: [Trouble; 9] = [
+const BESIDE_A_WEAK_NODE: [Trouble; 11] = [
     Trouble::Damage,
     Trouble::EmptyDisk,
     Trouble::KillNode,
@@ -64,6 +73,8 @@ const BESIDE_A_WEAK_NODE: [Trouble; 9] = [
     Trouble::StoreAwayFromOne,
     Trouble::OutcomeUnknown,
     Trouble::Delete,
+    Trouble::PowerAfterResync,
+    Trouble::PowerAfterAttach,
 ];
 
 #[derive(Clone, Debug)]

@@ -10,6 +10,10 @@ use torus_engine::disk::simulated::Damage;
 use torus_rpc::metadata::memory::{Lost, MemoryStore};
 use torus_rpc::runtime::simulated::{Here, ProcessId};
 
+const BLOCK_BYTES: u64 = 4096;
+/// As much as several batches of the largest writes.
+const PAGES_NOT_PROVEN: u64 = 40;
+
 impl Whole {
     /// For as long as the profile says; what was begun then may last a little longer.
     pub(super) async fn make_trouble(self: &Rc<Self>) {
@@ -50,13 +54,17 @@ impl Whole {
         }
     }
 
-    fn some_of(&self, most: Duration) -> Duration {
+    pub(super) fn some_of(&self, most: Duration) -> Duration {
         Duration::from_micros(1 + self.world.random_below(most.as_micros() as u64))
     }
 
     /// A part of so many milliseconds, cut short when all is to become well.
-    async fn for_a_while(&self, most_ms: u64) {
-        let end = self.world.now().after(self.some_of(Duration::from_millis(most_ms)));
+    pub(super) async fn for_a_while(&self, most_ms: u64) {
+        self.until_healing(self.some_of(Duration::from_millis(most_ms))).await;
+    }
+
+    async fn until_healing(&self, most: Duration) {
+        let end = self.world.now().after(most);
         while self.world.now() < end && !self.healing.get() {
             let left = end.since(self.world.now()).min(Duration::from_millis(500));
             self.world.sleep(left).await;
@@ -71,12 +79,12 @@ impl Whole {
         (!of.is_empty()).then(|| of[self.world.random_below(of.len() as u64) as usize].clone())
     }
 
-    fn some_person(&self) -> Option<Person> {
+    pub(super) fn some_person(&self) -> Option<Person> {
         self.any(&self.people.borrow())
     }
 
     /// Of all that run, the metadata store not counted.
-    fn processes(&self) -> Vec<ProcessId> {
+    pub(super) fn processes(&self) -> Vec<ProcessId> {
         let nodes = self.cluster.nodes.iter().filter_map(|node| node.process.get());
         nodes.chain(self.people.borrow().iter().map(|person| person.process)).collect()
     }
@@ -101,6 +109,7 @@ impl Whole {
             Trouble::PowerOfAll => self.fail_all_power().await,
             Trouble::EmptyDisk => self.empty_disk(node).await,
             Trouble::PauseNode => {
+                let _ails = self.ails(node);
                 let process = self.cluster.nodes[node].process.get();
                 self.pause(process, 12_000).await;
             }
@@ -115,12 +124,16 @@ impl Whole {
             Trouble::DiskGone | Trouble::DiskErrors | Trouble::Damage if self.starting.get() => {}
             Trouble::DiskErrors => self.disk_errors(node).await,
             Trouble::DiskGone => {
+                let _ails = self.ails(node);
                 let disk = self.some_disk(node);
                 disk.vanish();
                 self.for_a_while(20_000).await;
                 disk.reappear();
             }
-            Trouble::Damage => self.damage(node),
+            Trouble::Damage => {
+                let _ails = self.ails(node);
+                self.damage(node);
+            }
             Trouble::KillClient => {
                 if let Some(person) = self.some_person() {
                     self.kill_person(&person);
@@ -143,6 +156,10 @@ impl Whole {
                 self.any(&self.stores()).into_iter().for_each(|store| store.lose_next(lost));
             }
             Trouble::Delete => self.delete_one().await,
+            Trouble::PowerAfterResync => self.power_after_resync(node).await,
+            Trouble::PowerAfterAttach => self.power_after_attach(node).await,
+            Trouble::Split => self.split(node).await,
+            Trouble::LetGo => self.let_go(node).await,
         }
     }
 
@@ -151,20 +168,26 @@ impl Whole {
         for volume in self.volumes.borrow().values() {
             volume.powerless.borrow_mut().insert(node);
             volume.forget_what_may_be_lost(self.profile.min_replicas);
+            self.world.note(|| format!("may be lost, but for what {:?} have", volume.holders.borrow()));
         }
     }
 
     async fn stop_for_a_while(&self, node: usize, power: bool) {
+        self.stop_for(node, power, self.some_of(Duration::from_secs(15))).await;
+    }
+
+    pub(super) async fn stop_for(&self, node: usize, power: bool, pause: Duration) {
         if !self.cluster.is_running(node) || self.starting.replace(true) {
             return;
         }
+        let _ails = self.ails(node);
         self.stop(node, power);
         self.starting.set(false);
-        self.for_a_while(15_000).await;
+        self.until_healing(pause).await;
         self.start_again(node).await;
     }
 
-    fn stop(&self, node: usize, power: bool) {
+    pub(super) fn stop(&self, node: usize, power: bool) {
         self.world.note(|| format!("node-{node} is {}", if power { "without power" } else { "killed" }));
         match power {
             true => {
@@ -176,7 +199,7 @@ impl Whole {
     }
 
     /// One node at a time is started, and stopped only while none is: a start is one thing here.
-    async fn start_again(&self, node: usize) {
+    pub(super) async fn start_again(&self, node: usize) {
         while self.starting.replace(true) {
             self.world.sleep(Duration::from_millis(1)).await;
         }
@@ -186,11 +209,12 @@ impl Whole {
         self.starting.set(false);
     }
 
-    async fn fail_all_power(self: &Rc<Self>) {
+    pub(super) async fn fail_all_power(self: &Rc<Self>) {
         while self.starting.replace(true) {
             self.world.sleep(Duration::from_millis(1)).await;
         }
         let running: Vec<usize> = (0..self.profile.nodes).filter(|node| self.cluster.is_running(*node)).collect();
+        let _ail: Vec<_> = running.iter().map(|node| self.ails(*node)).collect();
         running.iter().for_each(|node| self.stop(*node, true));
         self.starting.set(false);
         let people = self.people.borrow().clone();
@@ -208,6 +232,7 @@ impl Whole {
         if !self.cluster.is_running(node) || !self.all_in_sync().await || self.starting.replace(true) {
             return;
         }
+        let _ails = self.ails(node);
         self.stop(node, true);
         self.cluster.replace_disk(node).await;
         self.starting.set(false);
@@ -226,6 +251,7 @@ impl Whole {
 
     async fn slow_node(&self, node: usize) {
         let Some(process) = self.cluster.nodes[node].process.get() else { return };
+        let _ails = self.ails(node);
         self.world.slow_down(process, 1 + self.world.random_below(4), self.some_of(Duration::from_millis(800)));
         self.for_a_while(10_000).await;
         self.world.slow_down(process, 0, Duration::ZERO);
@@ -237,6 +263,11 @@ impl Whole {
         if a == b {
             return;
         }
+        let nodes = (0..self.profile.nodes).filter(|node| {
+            let process = self.cluster.nodes[*node].process.get();
+            process == Some(a) || process == Some(b)
+        });
+        let _ail: Vec<_> = nodes.map(|node| self.ails(node)).collect();
         self.world.note(|| format!("from {} nothing reaches {}", self.world.name_of(a), self.world.name_of(b)));
         match one_way {
             true => self.world.cut_one_way(a, b),
@@ -250,19 +281,21 @@ impl Whole {
     async fn isolate(&self, node: usize) {
         let Some(process) = self.cluster.nodes[node].process.get() else { return };
         let others: Vec<_> = self.processes().into_iter().filter(|other| *other != process).collect();
+        let _ails = self.ails(node);
         others.iter().for_each(|other| self.world.cut(process, *other));
         let store = self.cluster.nodes[node].store.borrow().clone().filter(|_| self.world.one_in(2));
         self.keep_away(store.as_slice(), 15_000).await;
         others.iter().for_each(|other| self.world.heal(process, *other));
     }
 
-    async fn keep_away(&self, stores: &[MemoryStore<Here>], most_ms: u64) {
+    pub(super) async fn keep_away(&self, stores: &[MemoryStore<Here>], most_ms: u64) {
         stores.iter().for_each(|store| store.set_available(false));
         self.for_a_while(most_ms).await;
         stores.iter().for_each(|store| store.set_available(true));
     }
 
     async fn disk_errors(&self, node: usize) {
+        let _ails = self.ails(node);
         let disk = self.some_disk(node);
         match self.world.random_below(3) {
             0 => disk.fail_writes(1 + self.world.random_below(4)),
@@ -275,18 +308,19 @@ impl Whole {
         disk.fail_reads(0);
     }
 
-    /// Not the superblock: with a damaged one a shard refuses to start, and its disk has to be replaced.
+    /// Not the first superblock: with both damaged a shard refuses to start, and its disk has to be replaced. And nothing
+    /// of the newest batches: what says that they were durable is written later, so that damage there is taken for a torn
+    /// tail by any store of this kind.
     fn damage(&self, node: usize) {
         let kinds = [Damage::Rot, Damage::Old, Damage::Elsewhere];
         let kind = kinds[self.world.random_below(3) as usize];
         let disk = self.some_disk(node);
-        let superblock = disk.peek(0, 4096);
-        let page = disk.damage(kind);
-        if page == Some(0) {
-            let differing = disk.peek(0, 4096).into_iter().zip(superblock).enumerate();
-            differing.filter(|(_, (is, was))| is != was).for_each(|(at, (is, was))| disk.flip(at as u64, is ^ was));
-            return;
+        let newest = disk.last_written() / BLOCK_BYTES;
+        let mut pages = disk.durable_pages();
+        pages.retain(|page| *page > 0 && !(newest.saturating_sub(PAGES_NOT_PROVEN)..=newest).contains(page));
+        let Some(page) = self.any(&pages) else { return };
+        if disk.damage_at(kind, page * BLOCK_BYTES) {
+            self.world.note(|| format!("page {page} of a disk of node-{node} is damaged: {kind:?}"));
         }
-        self.world.note(|| format!("page {page:?} of a disk of node-{node} is damaged: {kind:?}"));
     }
 }

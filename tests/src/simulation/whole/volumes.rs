@@ -17,7 +17,15 @@ impl Whole {
         let id = cluster.create_volume(name, VOLUME_BYTES, profile.replicas, profile.min_replicas).await;
         self.world.note(|| format!("{name} is created: {id}"));
         let workload = self.workload.beside();
-        let volume = Volume { id, workload, powerless: Rc::default(), newest: Rc::default(), closed: false };
+        let volume = Volume {
+            id,
+            workload,
+            powerless: Rc::default(),
+            holders: Rc::default(),
+            places: Rc::new(self.places(id).await),
+            newest: Rc::default(),
+            closed: false,
+        };
         self.volumes.borrow_mut().insert(name.to_string(), volume);
     }
 
