@@ -247,9 +247,11 @@ async fn write_and_verify<D: Disk>(disk: &D, decided: &[(Position, Vec<u8>)]) ->
         disk.sync().await?;
         lost = None;
         for (position, bytes) in decided {
-            if read_twice(disk, *position, (bytes.len() / BLOCK) as u32).await?[..] != bytes[..] {
-                lost = Some(Geometry::offset(*position));
+            let read = read_twice(disk, *position, (bytes.len() / BLOCK) as u32).await;
+            if read.is_ok_and(|read| read[..] == bytes[..]) {
+                continue;
             }
+            lost = Some(Geometry::offset(*position));
         }
         let Some(offset) = lost else { return Ok(()) };
         tracing::warn!(offset, "what was written and synced is not what is read there");

@@ -164,6 +164,28 @@ fn a_clear_of_whole_extents_revoked_under_something_newer_never_was_either() {
 }
 
 #[test]
+fn a_revocation_is_kept_as_long_as_the_clear_it_is_about() {
+    simulate(1, |world| async move {
+        let client = opened(&world).await;
+        let pinned = client.write(20, 1).await.unwrap();
+        client.flush().await.unwrap();
+        let old = client.write(10, 1).await.unwrap();
+        let clear = client.clear(10, 21).await.unwrap();
+        client.call(revoke(10, clear)).await.unwrap();
+        client.flush().await.unwrap();
+        client.retain(vec![pinned], None).await.unwrap();
+        for _ in 0..3 {
+            churn(&client, 500).await;
+            client.machine.crash_and_start().await;
+            client.open_silently(Epoch(client.envelope.get().epoch.0 + 1)).await.unwrap();
+            assert_eq!(client.read(10, 1).await.unwrap(), vec![(old, true)]);
+            assert_eq!(read_at(&client, 20, pinned).await, (pinned, true));
+            client.retain(vec![pinned], None).await.unwrap();
+        }
+    });
+}
+
+#[test]
 fn after_a_revocation_an_older_version_may_be_written_and_counts() {
     simulate(1, |world| async move {
         let client = opened(&world).await;
