@@ -24,7 +24,7 @@ use torus_rpc::control::{HeldVolume, ShardInstances};
 use torus_rpc::metadata::{Compare, Metadata, Transaction, Write};
 use torus_rpc::runtime::Runtime;
 use torus_schema::ids::{Epoch, NodeId, NodeNumber, ShardId, ShardIndex, SliceId, Version};
-use torus_schema::limits::{LEASE_DRIFT, OWNER_LEASE_TTL, REGRESSED_MARGIN};
+use torus_schema::limits::{LEASE_DRIFT_PARTS_MIN, OWNER_LEASE_TTL_MAX, REGRESSED_MARGIN};
 use torus_schema::records::{EpochRecord, StatusRecord, VersionRecord, encode, keys};
 
 /// What a node's shards know of the volume, taken together.
@@ -132,7 +132,8 @@ fn plan(
             }
         }
     }
-    if uncovered > 0 {
+    // Nothing is chosen where the ring has no place for the volume.
+    if uncovered > 0 || plan.chosen.is_empty() {
         let holders = match holders.is_empty() {
             true => "none that answers has one; bring back the nodes that hold them".to_string(),
             false => holders.into_iter().collect::<Vec<_>>().join(", "),
@@ -171,7 +172,8 @@ fn knowledge(found: &Found, told: &Told, node: NodeId) -> Knowledge {
 async fn apply<M: Metadata>(metadata: &M, cluster: &Cluster, found: &Found, plan: &Plan) -> Result<(), AdminError> {
     let volume = found.record.id;
     let (epoch, changes) = plan.most();
-    let wait_out = (OWNER_LEASE_TTL + LEASE_DRIFT).as_millis() as u64;
+    // The store that was restored does not know the last owner's lease.
+    let wait_out = (OWNER_LEASE_TTL_MAX + OWNER_LEASE_TTL_MAX / LEASE_DRIFT_PARTS_MIN).as_millis() as u64;
     let next = EpochRecord {
         epoch: Epoch(epoch.0.saturating_add(REGRESSED_MARGIN)),
         wait_out_ms: plan.epoch.wait_out_ms.max(wait_out),

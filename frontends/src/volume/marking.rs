@@ -224,7 +224,8 @@ async fn store<R: Runtime>(
 
 /// As long as we own the volume and the status is as we know it.
 fn transaction<R: Runtime>(session: &Session<R>, value: &[u8]) -> Transaction {
-    let (owner, key) = (keys::owner(session.record.id), keys::status(session.record.id));
+    let id = session.record.id;
+    let (owner, key, volume) = (keys::owner(id), keys::status(id), keys::volume(id));
     let unchanged = match session.status.status_revision.get() {
         Some(revision) => Compare::ModRevision(key.clone(), revision),
         None => Compare::Absent(key.clone()),
@@ -232,11 +233,11 @@ fn transaction<R: Runtime>(session: &Session<R>, value: &[u8]) -> Transaction {
     Transaction {
         compares: vec![
             Compare::CreateRevision(owner.clone(), session.status.owner_revision.get()),
-            Compare::ModRevision(keys::volume(session.record.id), session.status.volume_revision),
+            Compare::ModRevision(volume.clone(), session.status.volume_revision.get()),
             unchanged,
         ],
         writes: vec![Write::Put { key: key.clone(), value: value.to_vec(), lease: None }],
-        reads: vec![owner, key],
+        reads: vec![owner, key, volume],
     }
 }
 
@@ -264,7 +265,7 @@ fn settle<'a, R: Runtime>(
     attempts: impl Iterator<Item = &'a Attempt>,
     reads: &[Option<Entry>],
 ) -> Settled {
-    let (owner, status) = (&reads[0], &reads[1]);
+    let (owner, status, volume) = (&reads[0], &reads[1], &reads[2]);
     if let Some(status) = status
         && let Some(applied) = attempts.into_iter().find(|attempt| attempt.value == status.value)
     {
@@ -284,6 +285,7 @@ fn settle<'a, R: Runtime>(
             session.end("another writer owns the volume".to_string());
             Settled::Ended
         }
+        Some(_) if volume.as_ref().is_some_and(|volume| session.take_record(volume)) => Settled::Again,
         Some(_) => {
             session.end("the volume's record or status was changed by somebody else".to_string());
             Settled::Ended

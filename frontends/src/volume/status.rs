@@ -37,7 +37,7 @@ pub(super) struct StatusKeeper {
     pub changes: Cell<u64>,
     pub told: Cell<u64>,
     /// Of the volume's record.
-    pub volume_revision: Revision,
+    pub volume_revision: Cell<Revision>,
     /// Of the status, if there is one.
     pub status_revision: Cell<Option<Revision>>,
     pub failed: RefCell<BTreeSet<(ShardPosition, Loss)>>,
