@@ -180,6 +180,7 @@ async fn build<R: Runtime>(around: Surroundings<R>, owned: Owned) -> Result<Rc<S
         replay: RefCell::new(ReplayBuffer::new(budget, this.clone())),
         short_of_room: Cell::new(0),
         flushing_itself: Cell::new(false),
+        keeps_all: Cell::new(false),
         open,
         waiting: Cell::new(0),
         ended: RefCell::default(),
@@ -301,6 +302,8 @@ pub(super) async fn open_and_reconcile<R: Runtime>(session: &Rc<Session<R>>) -> 
     }
     session.flush_point.set(flush_point);
     check_not_regressed(session, &answers).await?;
+    let kept = |answer: &Result<Opened, Failure>| answer.as_ref().is_ok_and(|opened| opened.open_in_previous_epoch);
+    let keepers: Vec<_> = asked.iter().zip(&answers).filter(|(_, answer)| kept(answer)).map(|(at, _)| *at).collect();
     for (shard, answer) in asked.iter().zip(answers) {
         match answer {
             Ok(opened) if opened.missing.is_empty() => {}
@@ -316,6 +319,11 @@ pub(super) async fn open_and_reconcile<R: Runtime>(session: &Rc<Session<R>>) -> 
         }
     }
     reconcile(session).await?;
+    // Those that failed while it was reconciled may have been the only ones that had something.
+    let replicas = session.replicas.borrow();
+    let keeps = |slot| keepers.iter().any(|shard| replicas.is_in_sync(slot, *shard));
+    session.keeps_all.set((0..replicas.slot_count()).all(keeps));
+    drop(replicas);
     // Until they hear of it the shards free nothing.
     session.tell_retention().await
 }
