@@ -6,7 +6,7 @@ use signal_hook::iterator::Signals;
 use std::error::Error;
 use std::path::Path;
 use torus_frontends::nbd::memory::{MemoryDevice, MemoryExports};
-use torus_frontends::nbd::{Listener, serve};
+use torus_frontends::nbd::{Listener, Offer, serve};
 use torus_rpc::runtime::glommio::run;
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -21,6 +21,6 @@ fn main() -> Result<(), Box<dyn Error>> {
         signals.forever().next();
         drop(stop);
     });
-    run("nbd_memory", None, serve(listener, exports, async { stopped.await.unwrap_or_default() }))??;
+    run("nbd_memory", None, serve(listener, exports, Offer::default(), async { stopped.await.unwrap_or_default() }))??;
     Ok(())
 }

@@ -13,6 +13,13 @@ pub enum Piece {
     Zeros(u64),
 }
 
+/// Part of a range: stored, or a hole that reads as zeros and needs room when it is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
+    pub bytes: u64,
+    pub stored: bool,
+}
+
 /// Offsets and lengths are bytes, of any alignment, inside the device (a server checks first and answers in its
 /// protocol's terms; the device answers `OutOfRange` all the same). Futures may be dropped: the waiting is
 /// abandoned, never the write. Clones are the same device; it is released when the last one is dropped.
@@ -30,6 +37,9 @@ pub trait Device: Clone + 'static {
         durable: bool,
         advisory: bool,
     ) -> impl Future<Output = Result<(), VolumeError>>;
+    /// What of a range is stored, from its beginning: at least one run if the range is not empty, at most
+    /// `VOLUME_MAP_RUNS_MAX` of them. It may end before the range does, since what is looked up at once is bounded.
+    fn map(&self, offset: u64, length: u64) -> impl Future<Output = Result<Vec<Run>, VolumeError>>;
     /// Why every further request will fail; waits until that is so.
     fn ended(&self) -> impl Future<Output = String> {
         std::future::pending()

@@ -1,7 +1,7 @@
 //! `torusblk serve`: the volumes of a cluster over NBD, until it is told to stop.
 
 use crate::device::{Device, Exports, VolumeError};
-use crate::nbd::{Listener, ListenerError, serve};
+use crate::nbd::{ClientCertificates, Listener, ListenerError, Offer, TlsError, TlsMode, TlsOffer, serve};
 use crate::volume::{AttachedVolume, Attacher, Counters, LeaseTerms, VolumeExports, VolumeSettings};
 use clap::Args;
 use futures::channel::oneshot;
@@ -31,9 +31,14 @@ pub struct ServeArguments {
     /// Take volumes over from another owner (waits until its reads have ended: its --lease-ttl and --clock-drift)
     #[arg(long)]
     pub force: bool,
-    /// Listen on other than loopback addresses although NBD here has neither authentication nor encryption
+    /// Listen on other than loopback addresses although clients may talk without TLS
     #[arg(long)]
     pub insecure: bool,
+    #[command(flatten)]
+    pub tls: TlsArguments,
+    /// Refuse to write any export; their volumes are attached all the same
+    #[arg(long)]
+    pub read_only: bool,
     /// Fail a request that has waited so many seconds for replicas to come back; 0: never
     #[arg(long, value_name = "SECONDS", default_value_t = 0)]
     pub io_timeout: u64,
@@ -51,17 +56,32 @@ pub struct ServeArguments {
     pub cpu: Option<usize>,
 }
 
+#[derive(Args, Clone, Debug)]
+pub struct TlsArguments {
+    /// Whether NBD clients may, or have to, talk over TLS
+    #[arg(long = "tls", value_name = "MODE", default_value = "off")]
+    pub mode: TlsMode,
+    /// Directory with server-cert.pem, server-key.pem and, for certificates of clients, ca-cert.pem
+    #[arg(long = "tls-certificates", value_name = "DIRECTORY", required_if_eq_any([("mode", "allow"), ("mode", "require")]))]
+    pub certificates: Option<PathBuf>,
+    /// Whether clients show a certificate of the authority in ca-cert.pem
+    #[arg(long = "tls-clients", value_name = "WHETHER", default_value = "ignored")]
+    pub clients: ClientCertificates,
+}
+
 #[derive(Debug, Error)]
 pub enum ServeError {
     #[error(transparent)]
     Listen(#[from] ListenerError),
     #[error(
         "{address} is not a loopback address: everybody who reaches it could read and write every volume; \
-         listen on 127.0.0.1 or unix:PATH, or say --insecure"
+         listen on 127.0.0.1 or unix:PATH, say --tls require --tls-clients required, or say --insecure"
     )]
     NotLoopback { address: String },
     #[error("the address {address:?} is not understood ({because}); expected HOST:PORT or unix:PATH")]
     Address { address: String, because: String },
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     #[error(transparent)]
     Start(#[from] StartError),
     #[error(transparent)]
@@ -83,15 +103,27 @@ fn io_error(what: &'static str) -> impl FnOnce(std::io::Error) -> ServeError {
 /// Prints one line `serving URI` per address on stdout, then serves until SIGTERM or SIGINT.
 pub fn run_server(metadata: &str, deadline: Duration, arguments: &ServeArguments) -> Result<(), ServeError> {
     lease_terms(arguments)?;
+    let offer = offer(arguments)?;
     let listeners = listen(arguments)?;
     let metadata = AnyMetadata::connect(metadata, deadline)?;
     let stop = stop_signal()?;
-    run("torusblk", arguments.cpu, serve_all(listeners, metadata, arguments, stop))?
+    run("torusblk", arguments.cpu, serve_all(listeners, metadata, arguments, offer, stop))?
 }
 
 fn lease_terms(arguments: &ServeArguments) -> Result<LeaseTerms, ServeError> {
     let (ttl, drift) = (Duration::from_secs(arguments.lease_ttl), Duration::from_millis(arguments.clock_drift));
     LeaseTerms::new(ttl, drift).map_err(|because| ServeError::Lease { because })
+}
+
+fn offer(arguments: &ServeArguments) -> Result<Offer, ServeError> {
+    let TlsArguments { mode, certificates, clients } = &arguments.tls;
+    let directory = certificates.as_deref().unwrap_or(Path::new("."));
+    let default_export = match &arguments.volume[..] {
+        [only] => Some(only.clone()),
+        _ => None,
+    };
+    let tls = TlsOffer::load(*mode, directory, *clients)?;
+    Ok(Offer { tls, read_only: arguments.read_only, default_export, ..Offer::default() })
 }
 
 fn listen(arguments: &ServeArguments) -> Result<Vec<Listener>, ServeError> {
@@ -105,8 +137,12 @@ fn listen(arguments: &ServeArguments) -> Result<Vec<Listener>, ServeError> {
             .to_socket_addrs()
             .map_err(|error| ServeError::Address { address: address.clone(), because: error.to_string() })?
             .collect();
-        if !arguments.insecure && !resolved.iter().all(|resolved| resolved.ip().is_loopback()) {
+        let private = arguments.insecure || arguments.tls.mode == TlsMode::Require;
+        if !private && !resolved.iter().all(|resolved| resolved.ip().is_loopback()) {
             return Err(ServeError::NotLoopback { address: address.clone() });
+        }
+        if arguments.tls.clients != ClientCertificates::Required && !resolved.iter().all(|to| to.ip().is_loopback()) {
+            tracing::warn!(%address, "everybody who reaches it may read and write: --tls-clients is not required");
         }
         listeners.push(Listener::tcp(address)?);
     }
@@ -136,6 +172,7 @@ async fn serve_all(
     listeners: Vec<Listener>,
     metadata: AnyMetadata,
     arguments: &ServeArguments,
+    offer: Offer,
     stop: Stop,
 ) -> Result<(), ServeError> {
     let attacher = Attacher {
@@ -152,7 +189,7 @@ async fn serve_all(
     if let Some(file) = &arguments.stats {
         write_stats(file.clone(), exports.counters())?;
     }
-    let served = serve_until(listeners, &exports, arguments, stop).await;
+    let served = serve_until(listeners, &exports, arguments, offer, stop).await;
     exports.release_all().await;
     served
 }
@@ -161,6 +198,7 @@ async fn serve_until(
     listeners: Vec<Listener>,
     exports: &VolumeExports<GlommioRuntime<AnyMetadata>>,
     arguments: &ServeArguments,
+    offer: Offer,
     stop: Stop,
 ) -> Result<(), ServeError> {
     let mut kept = Vec::new();
@@ -177,7 +215,8 @@ async fn serve_until(
     stdout.flush().map_err(io_error("stdout"))?;
     let ended = all_ended(kept).shared();
     let stopped = select(stop, ended.clone()).map(|_| ()).shared();
-    let servers = listeners.into_iter().map(|listener| serve(listener, exports.clone(), stopped.clone()));
+    let servers =
+        listeners.into_iter().map(|listener| serve(listener, exports.clone(), offer.clone(), stopped.clone()));
     for ended in futures::future::join_all(servers).await {
         ended.map_err(io_error("NBD listener"))?;
     }

@@ -87,7 +87,7 @@ pub enum Operation {
     Revoke {
         revoked: Vec<Revoked>,
     },
-    /// Which blocks of the range have data, without the data. Within one extent.
+    /// Which blocks of the range have data, without the data. Within one extent, all of it at most.
     Map {
         first: BlockIndex,
         count: u32,

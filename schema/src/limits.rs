@@ -196,6 +196,12 @@ pub const CONTROL_MESSAGE_WORDS_MAX: usize = 16 * 1024;
 /// Pause after a failed accept: it failed for want of descriptors, which are not back at once.
 pub const ACCEPT_RETRY_AFTER: Duration = Duration::from_millis(100);
 
+/// Extents whose allocation is looked up for one request, each in one frame without payload: half a GiB in the time of
+/// a few round trips.
+pub const VOLUME_MAP_EXTENTS_MAX: u64 = 128;
+/// Runs told for one such request: one MiB of NBD's longest descriptors, however scattered the data is.
+pub const VOLUME_MAP_RUNS_MAX: u64 = 64 * KIB;
+
 /// Requests of one volume under way at once, and their bytes; reads have as much again. Further ones wait. The bytes are
 /// what one NBD connection may have outstanding: a single client never waits here, a thousand share it.
 pub const VOLUME_OPERATIONS_MAX: usize = 1024;
@@ -238,12 +244,15 @@ pub const NBD_REQUESTS_MAX: usize = 256;
 pub const NBD_OUTSTANDING_BYTES_MAX: u64 = 64 * MIB;
 /// NBD: options of one handshake; a client that looks at a hundred exports before it takes one is served.
 pub const NBD_OPTIONS_MAX: u32 = 256;
-/// NBD: data of one option that is looked at, in bytes: the longest name and a thousand information requests.
-pub const NBD_OPTION_BYTES_MAX: u64 = 8 * KIB;
+/// NBD: data of one option that is looked at, in bytes: the longest name, and a thousand information requests or the
+/// longest query.
+pub const NBD_OPTION_BYTES_MAX: u64 = 16 * KIB;
 /// NBD: data of an option that is still read and thrown away, in bytes; more closes the connection.
 pub const NBD_OPTION_DISCARD_BYTES_MAX: u64 = MIB;
 /// NBD: a name, as the specification bounds every string.
 pub const NBD_NAME_BYTES_MAX: usize = 4096;
+/// NBD: text of an error, in bytes; also a string.
+pub const NBD_MESSAGE_BYTES_MAX: usize = NBD_NAME_BYTES_MAX;
 /// NBD: time from the connection to the transmission phase; enough for a human who types the options.
 pub const NBD_HANDSHAKE_DEADLINE: Duration = Duration::from_secs(60);
 /// NBD: connections of one listener and executor; each may hold NBD_OUTSTANDING_BYTES_MAX.
@@ -291,6 +300,11 @@ const _: () = assert!(SLICES_MAX as u64 * 4 <= HEADER_BYTES_MAX);
 const _: () = assert!(DESCRIPTORS_PER_REPLY_MAX as u64 * 40 < HEADER_BYTES_MAX);
 const _: () = assert!(VOLUME_NAME_BYTES_MAX <= NBD_NAME_BYTES_MAX);
 const _: () = assert!(NBD_NAME_BYTES_MAX as u64 + 1024 * 2 + 8 <= NBD_OPTION_BYTES_MAX);
+const _: () = assert!(2 * NBD_NAME_BYTES_MAX as u64 + 12 <= NBD_OPTION_BYTES_MAX);
+const _: () = assert!(NBD_MESSAGE_BYTES_MAX <= u16::MAX as usize);
+const _: () = assert!(VOLUME_MAP_RUNS_MAX * 16 <= NBD_PAYLOAD_BYTES_MAX);
+// A run of an answer takes 40 bytes: the scattered blocks of a whole extent fit one header.
+const _: () = assert!(BLOCKS_PER_EXTENT * 40 + KIB < HEADER_BYTES_MAX);
 const _: () = assert!(NBD_OPTION_BYTES_MAX < NBD_OPTION_DISCARD_BYTES_MAX);
 // The largest request fits beside another one, so that a connection never waits for itself.
 const _: () = assert!(2 * NBD_PAYLOAD_BYTES_MAX <= NBD_OUTSTANDING_BYTES_MAX);

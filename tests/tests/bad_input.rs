@@ -98,6 +98,25 @@ fn every_command_ends_within_its_deadline_when_the_store_does_not_answer() {
 }
 
 #[test]
+fn a_server_that_would_talk_to_everybody_in_the_clear_is_not_started() {
+    let cluster = with_volume("clear");
+    let directory = cluster.folder().to_str().unwrap().to_owned();
+    let serve = |arguments: &[&str]| {
+        let mut command = process::program("torusblk");
+        command.args(["--metadata", &cluster.url(), "serve", "--listen", "0.0.0.0:0"]).args(arguments);
+        Outcome::of(&mut command)
+    };
+    for arguments in [&[][..], &["--tls=off"]] {
+        assert_says(&serve(arguments).refused(), &["loopback", "--insecure", "--tls require"]);
+    }
+    let certificates = serve(&["--tls=require", "--tls-certificates", &directory]).refused();
+    assert_says(&certificates, &["server-cert.pem", &directory]);
+    let nowhere = serve(&["--tls=allow"]);
+    assert_eq!(nowhere.status.code(), Some(2), "wrong usage: {nowhere:#?}");
+    assert_says(&nowhere.stderr, &["--tls-certificates"]);
+}
+
+#[test]
 fn garbage_on_every_port_leaves_the_volume_as_it_was() {
     let mut cluster = with_volume("garbage-ports");
     let server = cluster.serve_with(&["--volume", "demo"]);

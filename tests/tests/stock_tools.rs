@@ -57,6 +57,110 @@ fn random_writes_at_queue_depth_32_read_back_as_written() {
 }
 
 #[test]
+fn what_is_stored_is_told_and_holes_are_neither_copied_nor_read() {
+    let mut cluster = with_volume("holes", "1GiB");
+    let server = cluster.serve();
+    let url = server.url("demo");
+    qemu_io_ok(&url, &["write -P 1 5M 64k", "write -P 2 700M 4k", "write -P 3 900M 1M", "write -z -u 900M 512k"]);
+    qemu_io_ok(&url, &["write -z 600M 4k", "discard 5M 4k"]);
+    let said = Outcome::of(process::tool("qemu-img").args(["map", "-f", "raw", "--output=json", &url])).ok();
+    let map: serde_json::Value = serde_json::from_str(&said).unwrap();
+    let stored = map.as_array().unwrap().iter().filter(|part| part["data"] == true);
+    let stored: Vec<_> =
+        stored.map(|part| (part["start"].as_u64().unwrap(), part["length"].as_u64().unwrap())).collect();
+    const MIB: u64 = 1 << 20;
+    const KIB: u64 = 1 << 10;
+    let zeros_that_are_stored = (600 * MIB, 4 * KIB);
+    let expected = [
+        (5 * MIB + 4 * KIB, 60 * KIB),
+        zeros_that_are_stored,
+        (700 * MIB, 4 * KIB),
+        (900 * MIB + 512 * KIB, 512 * KIB),
+    ];
+    assert_eq!(stored, expected, "{said}");
+    let total: u64 = map.as_array().unwrap().iter().map(|part| part["length"].as_u64().unwrap()).sum();
+    assert_eq!(total, 1 << 30);
+    let said = Outcome::of(process::tool("nbdinfo").args(["--map", &url])).ok();
+    assert_eq!(said.lines().filter(|line| line.contains("data")).count(), 4, "{said}");
+    let copy = cluster.folder().join("copy");
+    nbdcopy(&url, copy.to_str().unwrap());
+    let compare =
+        Outcome::of(process::tool("qemu-img").args(["compare", "-f", "raw", "-F", "raw"]).arg(&copy).arg(&url));
+    assert!(compare.ok().contains("identical"));
+}
+
+#[test]
+fn over_tls_with_certificates_of_clients_everything_is_as_without() {
+    let mut cluster = with_volume("tls", "64MiB");
+    let certificates = cluster.folder().join("pki");
+    make_certificates(&certificates);
+    let directory = certificates.to_str().unwrap().to_owned();
+    let mut server = cluster.serve_with(&[
+        "--tls=require",
+        "--tls-certificates",
+        &directory,
+        "--tls-clients=required",
+        "--volume=demo",
+        "--read-only",
+    ]);
+    let refused = Outcome::of(process::tool("nbdinfo").arg(server.url("demo")));
+    assert!(!refused.status.success(), "{refused:?}");
+    let secure = format!("nbds://localhost:{}/?tls-certificates={directory}", server.address.port());
+    let said = Outcome::of(process::tool("nbdinfo").args(["--json", &secure])).ok();
+    let info: serde_json::Value = serde_json::from_str(&said).unwrap();
+    let export = &info["exports"][0];
+    assert_eq!(
+        (&info["TLS"], &info["structured"], &export["is_read_only"]),
+        (&true.into(), &true.into(), &true.into())
+    );
+    assert_eq!((&export["export-size"], &export["can_multi_conn"]), (&(64 << 20).into(), &true.into()));
+    assert_eq!(export["contexts"], serde_json::json!(["base:allocation"]));
+    assert!(server.process.stop().success());
+    let writable = ["--tls=require", "--tls-certificates", &directory, "--tls-clients=required"];
+    let server = cluster.serve_with(&writable);
+    let secure = format!("nbds://localhost:{}/demo?tls-certificates={directory}", server.address.port());
+    let (image, copy) = (cluster.folder().join("image"), cluster.folder().join("copy"));
+    let noise: Vec<u8> = (0..64_u32 << 20).map(|at| (at.wrapping_mul(2_654_435_761) >> 11) as u8).collect();
+    fs::write(&image, &noise).unwrap();
+    let connections = |from: &str, to: &str| {
+        Outcome::of(process::tool("nbdcopy").args(["--connections=8", "--flush", from, to])).ok();
+    };
+    connections(image.to_str().unwrap(), &secure);
+    connections(&secure, copy.to_str().unwrap());
+    assert_same_content(&image, &copy, 64 << 20);
+}
+
+/// One pair of keys for everybody: an authority that is server and client as well.
+fn make_certificates(directory: &Path) {
+    fs::create_dir(directory).unwrap();
+    let mut openssl = process::tool("openssl");
+    openssl.args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]);
+    openssl.args(["-days", "2", "-subj", "/CN=authority", "-keyout", "ca-key.pem", "-out", "ca-cert.pem"]);
+    Outcome::of(openssl.current_dir(directory)).ok();
+    for who in ["server", "client"] {
+        let (key, request, certificate) = (format!("{who}-key.pem"), format!("{who}.csr"), format!("{who}-cert.pem"));
+        let mut openssl = process::tool("openssl");
+        openssl.args(["req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]);
+        openssl.args(["-subj", &format!("/CN={who}"), "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]);
+        Outcome::of(openssl.args(["-keyout", &key, "-out", &request]).current_dir(directory)).ok();
+        let mut openssl = process::tool("openssl");
+        openssl.args([
+            "x509",
+            "-req",
+            "-copy_extensions",
+            "copy",
+            "-days",
+            "2",
+            "-CAcreateserial",
+            "-CA",
+            "ca-cert.pem",
+        ]);
+        openssl.args(["-CAkey", "ca-key.pem", "-in", &request, "-out", &certificate]);
+        Outcome::of(openssl.current_dir(directory)).ok();
+    }
+}
+
+#[test]
 fn ranges_of_any_alignment_keep_what_is_around_them() {
     let mut cluster = with_volume("patterns", "64MiB");
     let server = cluster.serve();

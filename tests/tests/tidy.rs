@@ -18,6 +18,7 @@ const GLOMMIO: &[&str] = &[
     "frontends/src/nbd/connection.rs",
     "frontends/src/nbd/listener.rs",
     "frontends/src/nbd/server.rs",
+    "frontends/src/nbd/stream.rs",
     "frontends/tests/",
     "rpc/src/client.rs",
     "rpc/src/runtime/glommio.rs",

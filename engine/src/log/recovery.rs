@@ -46,7 +46,8 @@
 //!
 //! *Lost* is told to every writer (`Superblock::lost_below`), who then treats the instances as never filled.
 //! Afterwards a torn tail is taken out of its batch's header, all that was unsealed gets a footer and what was lost is
-//! emptied, so that a decision is made once: numbers are then known to be durable that were not when it was made.
+//! emptied, so that a decision is made once: numbers are then known to be durable that were not when it was made. These
+//! writes are read back: what undoes a decision is damage to the header and to the footer of one segment, later.
 
 use super::batch::{BatchHeader, UncheckedHeader};
 use super::footer::{Entries, Footer, Tail, Trailer, footer_blocks};
@@ -483,13 +484,18 @@ pub async fn footer_of<D: Disk>(
 
 /// Writes the footer of a segment all of whose records are durable.
 pub async fn write_footer<D: Disk>(disk: &D, geometry: Geometry, footer: &Footer) -> Result<(), DiskError> {
+    let (first, bytes) = footer_at(geometry, footer);
+    let mut buffer = disk.allocate(bytes.len());
+    buffer.copy_from_slice(&bytes);
+    disk.write(Geometry::offset(first), buffer).await
+}
+
+/// Where the footer begins, and its blocks.
+pub fn footer_at(geometry: Geometry, footer: &Footer) -> (Position, Vec<u8>) {
     let bytes = footer.encode();
     let blocks = (bytes.len() / BLOCK) as u32;
     assert!(blocks < geometry.blocks, "room for the footer is kept while a segment fills");
-    let first = geometry.first(footer.identity.segment).0 + geometry.blocks - blocks;
-    let mut buffer = disk.allocate(bytes.len());
-    buffer.copy_from_slice(&bytes);
-    disk.write(Geometry::offset(Position(first)), buffer).await
+    (Position(geometry.first(footer.identity.segment).0 + geometry.blocks - blocks), bytes)
 }
 
 /// Room that a footer takes, in blocks.

@@ -9,7 +9,8 @@
 //! |           | record at most min(F, H, the next pin); or nothing older is kept of its blocks, and every segment   |
 //! |           | that may hold an older record of them was used anew since                                           |
 //! | drop      | every segment that may hold a record of the volume was used anew                                    |
-//! | revoke    | as a drop, and no replica may be stale below it                                                     |
+//! | revoke    | as a drop, and no replica may be stale below it, and no clear of that version is needed: a clear is |
+//! |           | carried whole, and without the revocation a start would let it hide what was taken back             |
 //!
 //! Which segments may hold a record that nobody will append any more? What was handed in before that was known may yet
 //! be on its way, so an *era* of the queue passes first; all segments opened by then may, those opened later cannot.
@@ -23,7 +24,8 @@ use super::volumes::Volume;
 use crate::index::ClearRange;
 use crate::log::record::{Clear, Record};
 use crate::log::{BatchNumber, SegmentIndex};
-use std::collections::BTreeMap;
+use ahash::AHashSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
 use torus_rpc::message::Revoked;
 use torus_schema::ids::{BlockIndex, RingGeneration, SliceId, Version, VolumeId};
@@ -188,8 +190,9 @@ impl Contents {
         let some: Vec<_> = self.ledger.notes.range((start, Bound::Unbounded)).take(REVIEW_MAX).collect();
         let reviewed = some.last().filter(|_| some.len() == REVIEW_MAX).map(|(key, _)| (*key).clone());
         let era = openings.eras.begin();
-        let stages: Vec<_> =
-            some.into_iter().map(|(key, noted)| (key.clone(), self.stage(key, noted.stage, era, openings))).collect();
+        let cleared = self.cleared_of_revoked(&some);
+        let stage = |key: &(VolumeId, Key), noted: &Noted| self.stage(key, noted.stage, &cleared, (era, openings));
+        let stages: Vec<_> = some.into_iter().map(|(key, noted)| (key.clone(), stage(key, noted))).collect();
         self.ledger.is_due = reviewed.is_some();
         for (key, stage) in stages {
             self.ledger.is_due |= self.ledger.notes.get(&key).map(|noted| noted.stage) != stage;
@@ -201,13 +204,28 @@ impl Contents {
         self.ledger.reviewed = reviewed;
     }
 
-    /// `None`: garbage.
-    fn stage(&self, (id, key): &(VolumeId, Key), stage: Stage, era: u64, openings: &Openings) -> Option<Stage> {
+    /// Versions of the clears that are needed, of each volume of which a revocation is among `some`.
+    fn cleared_of_revoked(&self, some: &[(&(VolumeId, Key), &Noted)]) -> AHashSet<(VolumeId, Version)> {
+        let revoked = some.iter().filter(|((_, key), _)| matches!(key, Key::Revoke(_)));
+        let volumes: BTreeSet<VolumeId> = revoked.map(|((volume, _), _)| *volume).collect();
+        let clears = volumes.into_iter().flat_map(|volume| self.clears_of(volume).map(move |clear| (volume, clear.3)));
+        clears.collect()
+    }
+
+    /// `None`: garbage. `cleared`: see `cleared_of_revoked`.
+    fn stage(
+        &self,
+        (id, key): &(VolumeId, Key),
+        stage: Stage,
+        cleared: &AHashSet<(VolumeId, Version)>,
+        (era, openings): (u64, &Openings),
+    ) -> Option<Stage> {
         let volume = self.volumes.get(id);
         let ends = match (key, volume) {
             (Key::Drop, _) => true,
             (Key::Revoke(revoked), Some(volume)) => {
-                revoked.iter().all(|revoked| revoked.version <= volume.note_limit())
+                let ends = |version| version <= volume.note_limit() && !cleared.contains(&(*id, version));
+                revoked.iter().all(|revoked| ends(revoked.version))
             }
             (Key::Clear(slice, first, count, version), Some(volume)) => {
                 let range = range_of(*id, *slice, *first, *count);
@@ -251,18 +269,22 @@ impl Contents {
 
     /// Versions of the clears that are needed and cover the block, in no order.
     pub fn clears_over(&self, id: VolumeId, slice: SliceId, block: BlockIndex) -> Vec<Version> {
-        let first = (id, Key::Clear(SliceId(0), BlockIndex(0), 0, Version::ZERO));
-        let all = self.ledger.notes.range(first..).map_while(|((of, key), _)| match key {
-            Key::Clear(slice, first, count, version) if *of == id => Some((*slice, *first, *count, *version)),
-            _ => None,
-        });
         let revoked = self.volumes.get(&id).map(|volume| &volume.revoked);
         let covers = |(of, first, count, version): &(SliceId, BlockIndex, u64, Version)| {
             *of == slice
                 && (first.0..first.0.saturating_add(*count)).contains(&block.0)
                 && !revoked.is_some_and(|revoked| revoked.contains(&(block, *version)))
         };
-        all.filter(covers).map(|(_, _, _, version)| version).collect()
+        self.clears_of(id).filter(covers).map(|(_, _, _, version)| version).collect()
+    }
+
+    /// That are needed: slice, first block, count, version.
+    fn clears_of(&self, id: VolumeId) -> impl Iterator<Item = (SliceId, BlockIndex, u64, Version)> + '_ {
+        let first = (id, Key::Clear(SliceId(0), BlockIndex(0), 0, Version::ZERO));
+        self.ledger.notes.range(first..).map_while(move |((of, key), _)| match key {
+            Key::Clear(slice, first, count, version) if *of == id => Some((*slice, *first, *count, *version)),
+            _ => None,
+        })
     }
 }
 

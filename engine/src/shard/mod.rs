@@ -103,6 +103,10 @@ pub enum ShardError {
     Formatted { node: NodeId, shard: ShardIndex },
     #[error("the footer of segment {segment} could be read a moment ago and now cannot; check the disk")]
     Unsteady { segment: u32 },
+    #[error(
+        "what was written and synced at byte {offset} is not what is read there: the disk loses writes; check and replace it"
+    )]
+    NotKept { offset: u64 },
     #[error("{0}")]
     Refused(Refusal),
 }

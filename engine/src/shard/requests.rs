@@ -340,11 +340,15 @@ fn new_instances(
 
 /// At least one block, at most a frame of them, all in one extent.
 pub(super) fn check_range(first: BlockIndex, count: u64) -> Result<(), Refusal> {
-    let sized = (1..=BLOCKS_PER_FRAME_MAX).contains(&count) && first.0 < VOLUME_BLOCKS_MAX;
+    check_range_of(first, count, BLOCKS_PER_FRAME_MAX)
+}
+
+/// `limit`: blocks at most.
+pub(super) fn check_range_of(first: BlockIndex, count: u64, limit: u64) -> Result<(), Refusal> {
+    let sized = (1..=limit).contains(&count) && first.0 < VOLUME_BLOCKS_MAX;
     if sized && first.extent() == BlockIndex(first.0 + count - 1).extent() {
         return Ok(());
     }
-    let limit = BLOCKS_PER_FRAME_MAX;
     Err(malformed(format!(
         "{count} blocks from {first}, expected 1 to {limit} within one extent below {VOLUME_BLOCKS_MAX}"
     )))

@@ -28,6 +28,8 @@ use torus_schema::limits::BLOCK_BYTES;
 
 /// Footers read at once: the disk is busy while one is applied, and little memory is held.
 const FOOTERS_IN_FLIGHT: usize = 6;
+/// Of what a start decided, until it is there as it was written.
+const WRITES_MAX: usize = 3;
 /// The reserve, and something to use.
 const SEGMENTS_MIN: u32 = 6;
 
@@ -214,24 +216,47 @@ async fn replay_sealed<D: Disk>(disk: &D, geometry: Geometry, scan: &Scan, conte
     damaged
 }
 
-async fn seal_all<D: Disk>(disk: &D, geometry: Geometry, scan: &mut Scan, sealed_s: u64) -> Result<(), DiskError> {
+async fn seal_all<D: Disk>(disk: &D, geometry: Geometry, scan: &mut Scan, sealed_s: u64) -> Result<(), ShardError> {
     // What was read may have come from a cache that loses it yet.
     disk.sync().await?;
     // Not a number higher than what was decided by: a crash before the last footer is durable decides again.
     let durable = scan.durable;
-    for header in scan.segments.iter().flat_map(|found| &found.mended) {
-        write_block(disk, Geometry::offset(header.position), &header.encode()).await?;
-    }
+    let mended = scan.segments.iter().flat_map(|found| &found.mended);
+    let mut decided: Vec<(Position, Vec<u8>)> = mended.map(|header| (header.position, header.encode())).collect();
     for found in &mut scan.segments {
         let Some(records) = found.unsealed.take() else { continue };
         let FoundSegment { identity, first_batch, end_batch, batches, .. } = *found;
         let footer = Footer { identity, first_batch, end_batch, durable, batches, sealed_s, records };
-        recovery::write_footer(disk, geometry, &footer).await?;
+        decided.push(recovery::footer_at(geometry, &footer));
     }
+    write_and_verify(disk, &decided).await?;
     for segment in &scan.unreadable {
         empty(disk, geometry, *segment).await?;
     }
-    disk.sync().await
+    Ok(())
+}
+
+/// Durable, and read back: if a torn tail's header and the footer that leaves it out were both lost on their way, the
+/// next start would find again what this one decided never was.
+async fn write_and_verify<D: Disk>(disk: &D, decided: &[(Position, Vec<u8>)]) -> Result<(), ShardError> {
+    let mut lost = None;
+    for _ in 0..WRITES_MAX {
+        for (position, bytes) in decided {
+            write_block(disk, Geometry::offset(*position), bytes).await?;
+        }
+        disk.sync().await?;
+        lost = None;
+        for (position, bytes) in decided {
+            let read = read_twice(disk, *position, (bytes.len() / BLOCK) as u32).await;
+            if read.is_ok_and(|read| read[..] == bytes[..]) {
+                continue;
+            }
+            lost = Some(Geometry::offset(*position));
+        }
+        let Some(offset) = lost else { return Ok(()) };
+        tracing::warn!(offset, "what was written and synced is not what is read there");
+    }
+    lost.map_or(Ok(()), |offset| Err(ShardError::NotKept { offset }))
 }
 
 /// What a segment held is lost, and that is said where it lasts: the next start must not find it lost once more.

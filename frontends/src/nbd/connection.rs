@@ -3,69 +3,40 @@
 //!
 //! A request runs to its end whatever becomes of the connection; the device is released when the last one has ended.
 
-use crate::device::{Device, ExportInfo, Exports, Piece, VolumeError};
+use crate::device::{Device, ExportInfo, Exports, VolumeError};
+use crate::nbd::execute::{Failures, execute};
 use crate::nbd::handshake::{Handshake, Step};
 use crate::nbd::outbox::Outbox;
-use crate::nbd::receive::{CHUNK_BYTES, Receive, SMALL_CHUNK_BYTES, released};
+use crate::nbd::receive::{CHUNK_BYTES, SMALL_CHUNK_BYTES};
 use crate::nbd::reply::{Gather, Reply};
-use crate::nbd::session::{Command, Next, Session, errno};
-use crate::nbd::wire::{Cookie, Errno, Violation};
+use crate::nbd::server::Offer;
+use crate::nbd::session::{Command, Next, Session, Terms};
+use crate::nbd::stream::{Input, Output, StreamError, secure};
+use crate::nbd::wire::{Style, Violation};
 use bytes::BytesMut;
 use futures::future::{Either, select};
-use futures::{AsyncReadExt, AsyncWriteExt};
-use glommio::net::TcpStream;
-use nix::errno::Errno as SystemErrno;
-use nix::sys::socket::{MsgFlags, Shutdown, sendmsg, shutdown};
+use nix::sys::socket::Shutdown;
 use std::cell::Cell;
-use std::io::{self, IoSlice};
-use std::os::fd::AsRawFd;
 use std::pin::pin;
 use std::rc::Rc;
 use thiserror::Error;
-use torus_rpc::runtime::glommio::stay_awake;
 use torus_schema::limits::NBD_HANDSHAKE_DEADLINE;
 
-/// Entries of one send; the kernel takes 1024, and a socket's buffer is full well before.
-const SEND_SEGMENTS_MAX: usize = 64;
-
-/// Both directions of a socket; a glommio stream is exclusive to whoever reads from it, so there are two.
+/// A client and what is held for it; a glommio stream is exclusive to whoever reads from it, so there are two.
 pub(crate) struct Client {
     pub input: Input,
-    pub writer: TcpStream,
+    pub output: Output,
     /// For the log.
     pub peer: String,
     /// The server is stopping: what comes now is refused.
     pub stopping: Rc<Cell<bool>>,
-}
-
-/// The receiving direction, and what was received but not understood yet.
-pub(crate) struct Input {
-    stream: TcpStream,
-    bytes: Receive,
-}
-
-impl Input {
-    pub fn new(stream: TcpStream) -> Self {
-        Self { stream, bytes: Receive::default() }
-    }
-
-    async fn receive(&mut self, wanted: usize, chunk_bytes: usize) -> Result<(), End> {
-        match self.stream.read(self.bytes.spare(wanted, chunk_bytes)).await? {
-            0 => Err(End::Closed),
-            count => {
-                stay_awake();
-                self.bytes.received(count);
-                Ok(())
-            }
-        }
-    }
+    /// The handshake is over.
+    pub transmitting: Rc<Cell<bool>>,
 }
 
 /// Why a connection is over.
 #[derive(Debug, Error)]
 pub(crate) enum End {
-    #[error("the client closed it")]
-    Closed,
     #[error("the client disconnected as the protocol has it")]
     Disconnected,
     #[error("the client sent what is not NBD: {0}")]
@@ -74,14 +45,14 @@ pub(crate) enum End {
     Slow,
     #[error("the volume is no longer served here: {0}")]
     Ended(String),
-    #[error("the socket failed: {0}")]
-    Socket(#[from] io::Error),
+    #[error(transparent)]
+    Stream(#[from] StreamError),
 }
 
 impl Client {
-    pub async fn serve<E: Exports>(mut self, exports: E) -> End {
+    pub async fn serve<E: Exports>(mut self, exports: E, offer: &Offer) -> End {
         let negotiated = {
-            let negotiate = pin!(self.negotiate(&exports));
+            let negotiate = pin!(self.negotiate(&exports, offer));
             let deadline = pin!(glommio::timer::sleep(NBD_HANDSHAKE_DEADLINE));
             match select(negotiate, deadline).await {
                 Either::Left((negotiated, _)) => negotiated,
@@ -89,57 +60,94 @@ impl Client {
             }
         };
         match negotiated {
-            Ok(device) => self.transmit(device).await,
-            Err(end) => end,
+            Ok((device, terms)) => {
+                self.transmitting.set(true);
+                self.transmit(device, terms).await
+            }
+            Err(end) => {
+                if matches!(end, End::Disconnected)
+                    && let Err(error) = self.output.finish().await
+                {
+                    tracing::debug!(peer = %self.peer, %error, "not closed in order");
+                }
+                end
+            }
         }
     }
 
-    async fn negotiate<E: Exports>(&mut self, exports: &E) -> Result<E::Device, End> {
+    async fn negotiate<E: Exports>(&mut self, exports: &E, offer: &Offer) -> Result<(E::Device, Terms), End> {
         let mut out = BytesMut::new();
-        let mut handshake = Handshake::start(&mut out);
+        let mut handshake = Handshake::start(offer.tls.mode(), &mut out);
         let mut device = None;
         loop {
             if self.stopping.get() {
                 handshake.stop();
             }
-            match handshake.next(&mut self.input.bytes.filled, &mut out)? {
+            match handshake.next(self.input.filled(), &mut out)? {
                 Step::Receive(wanted) => {
-                    self.writer.write_all(&out.split()).await?;
+                    self.output.write(&out.split()).await?;
                     self.input.receive(wanted, SMALL_CHUNK_BYTES).await?;
                 }
                 Step::List => {
                     handshake.listed(exports.list().await, &mut out)?;
-                    self.writer.write_all(&out.split()).await?;
+                    self.output.write(&out.split()).await?;
                 }
-                Step::Describe { name } => handshake.described(exports.describe(&name).await, &mut out)?,
-                Step::Attach { name } => match attach(exports, &name).await {
-                    Ok((info, attached)) => {
-                        tracing::info!(peer = %self.peer, export = %name, "attached");
-                        device = Some(attached);
-                        handshake.attached(Ok(info), &mut out)?;
-                    }
-                    Err(error) => {
-                        tracing::info!(peer = %self.peer, export = %name, %error, "not attached");
-                        handshake.attached(Err(error), &mut out)?;
-                    }
-                },
-                Step::Transmission => {
-                    self.writer.write_all(&out.split()).await?;
-                    return Ok(device.expect("transmission is entered by attaching"));
+                Step::Describe { name } => {
+                    let described = exports.describe(offer.meant(&name)).await;
+                    handshake.described(described.map(|info| offer.offered(info)), &mut out)?;
+                }
+                Step::Attach { name } => {
+                    let attached = self.attach(exports, offer, &name).await;
+                    let info = attached.map(|(info, attached)| {
+                        device = Some((attached, info.clone()));
+                        info
+                    });
+                    handshake.attached(info, &mut out)?;
+                }
+                Step::StartTls => {
+                    self.output.write(&out.split()).await?;
+                    let tls = offer.tls.begin().map_err(StreamError::from)?;
+                    secure(&mut self.input, &mut self.output, tls).await?;
+                    handshake.secured(&mut out)?;
+                }
+                Step::Transmission { style, allocation } => {
+                    self.output.write(&out.split()).await?;
+                    let (device, info) = device.expect("transmission is entered by attaching");
+                    let ExportInfo { size_bytes, read_only, .. } = info;
+                    return Ok((device, Terms { size_bytes, read_only, style, allocation }));
                 }
                 Step::End => {
-                    self.writer.write_all(&out.split()).await?;
+                    self.output.write(&out.split()).await?;
                     return Err(End::Disconnected);
                 }
             }
         }
     }
 
-    async fn transmit<D: Device>(self, device: D) -> End {
+    /// The export, and how it is offered.
+    async fn attach<E: Exports>(
+        &self,
+        exports: &E,
+        offer: &Offer,
+        name: &str,
+    ) -> Result<(ExportInfo, E::Device), VolumeError> {
+        match attach(exports, offer.meant(name)).await {
+            Ok((info, device)) => {
+                tracing::info!(peer = %self.peer, export = %info.name, "attached");
+                Ok((offer.offered(info), device))
+            }
+            Err(error) => {
+                tracing::info!(peer = %self.peer, export = %name, %error, "not attached");
+                Err(error)
+            }
+        }
+    }
+
+    async fn transmit<D: Device>(self, device: D, terms: Terms) -> End {
         let outbox = Rc::new(Outbox::default());
-        let writer = glommio::spawn_local(write_replies(self.writer, outbox.clone()));
-        let session = Session::new(device.size_bytes(), device.read_only());
-        let failures = Rc::new(Failures { peer: self.peer, count: Cell::new(0) });
+        let writer = glommio::spawn_local(write_replies(self.output, terms.style, outbox.clone()));
+        let session = Session::new(terms);
+        let failures = Rc::new(Failures::new(self.peer));
         let mut requests =
             Requests { input: self.input, session, device, outbox: outbox.clone(), failures, stopping: self.stopping };
         let end = {
@@ -156,7 +164,7 @@ impl Client {
         outbox.finish();
         match writer.await {
             Ok(()) => end,
-            Err(error) => End::Socket(error),
+            Err(error) => End::Stream(error),
         }
     }
 }
@@ -192,15 +200,15 @@ impl<D: Device> Requests<D> {
         if self.stopping.get() {
             self.session.stop();
         }
-        match self.session.next_command(&mut self.input.bytes.filled)? {
+        match self.session.next_command(self.input.filled())? {
             Next::Receive(wanted) => {
                 // Memory for a large payload is taken only when there is room for it.
                 if wanted > CHUNK_BYTES {
                     self.outbox.room(wanted as u64).await;
                 }
-                self.input.receive(wanted, CHUNK_BYTES).await
+                Ok(self.input.receive(wanted, CHUNK_BYTES).await?)
             }
-            Next::Command(Command::Disconnect) => Err(End::Disconnected),
+            Next::Disconnect => Err(End::Disconnected),
             Next::Command(command) => {
                 self.begin(command).await;
                 Ok(())
@@ -209,124 +217,39 @@ impl<D: Device> Requests<D> {
     }
 
     async fn begin(&self, command: Command) {
-        let payload_bytes = command.payload_bytes();
+        let payload_bytes = command.action.payload_bytes();
         self.outbox.room(payload_bytes).await;
         self.outbox.begin(payload_bytes);
         let (device, outbox, failures) = (self.device.clone(), self.outbox.clone(), self.failures.clone());
         glommio::spawn_local(async move {
-            let (cookie, result) = carry_out(&device, command, &failures).await;
+            let (cookie, offset) = (command.cookie, command.offset);
+            let result = execute(&device, command, &failures).await;
             // Before the reply can be sent: who has seen the last reply may count on the device's release.
             drop(device);
-            outbox.push(Reply { cookie, result, payload_bytes });
+            outbox.push(Reply { cookie, offset, result, payload_bytes });
         })
         .detach();
     }
 }
 
-async fn carry_out<D: Device>(
-    device: &D,
-    command: Command,
-    failures: &Failures,
-) -> (Cookie, Result<Vec<Piece>, Errno>) {
-    let failed = |cookie, request: &str, writes, error: VolumeError| {
-        failures.log(request, &error);
-        (cookie, Err(errno(&error, writes)))
-    };
-    match command {
-        Command::Read { cookie, offset, length } => match device.read(offset, length).await {
-            Ok(pieces) if bytes_of(&pieces) == length => (cookie, Ok(pieces)),
-            Ok(pieces) => {
-                // One byte more or less and the client would take data for the next reply.
-                tracing::error!(offset, length, read = bytes_of(&pieces), "the device read another length; a bug");
-                (cookie, Err(Errno::InputOutput))
-            }
-            Err(error) => failed(cookie, "read", false, error),
-        },
-        Command::Write { cookie, offset, data, durable } => match device.write(offset, released(data), durable).await {
-            Ok(()) => (cookie, Ok(Vec::new())),
-            Err(error) => failed(cookie, "write", true, error),
-        },
-        Command::Clear { cookie, offset, length, durable, advisory } => {
-            match device.clear(offset, length, durable, advisory).await {
-                Ok(()) => (cookie, Ok(Vec::new())),
-                Err(error) => failed(cookie, if advisory { "trim" } else { "write zeroes" }, !advisory, error),
-            }
-        }
-        Command::Flush { cookie } => match device.flush().await {
-            Ok(()) => (cookie, Ok(Vec::new())),
-            Err(error) => failed(cookie, "flush", false, error),
-        },
-        Command::Answer { cookie, error } => (cookie, error.map_or(Ok(Vec::new()), Err)),
-        Command::Disconnect => unreachable!("the reader ends with it"),
-    }
-}
-
-fn bytes_of(pieces: &[Piece]) -> u64 {
-    pieces
-        .iter()
-        .map(|piece| match piece {
-            Piece::Data(data) => data.len() as u64,
-            Piece::Zeros(count) => *count,
-        })
-        .sum()
-}
-
-/// A device that fails fails thousands of requests: the 1st, 2nd, 4th, 8th … is logged.
-struct Failures {
-    peer: String,
-    count: Cell<u64>,
-}
-
-impl Failures {
-    fn log(&self, request: &str, error: &VolumeError) {
-        let count = self.count.get() + 1;
-        self.count.set(count);
-        if count.is_power_of_two() {
-            tracing::warn!(peer = %self.peer, request, %error, count, "a request failed");
-        }
-    }
-}
-
 /// Sends replies until there will be no more. When the socket fails, the reader is stopped and the rest is dropped.
-async fn write_replies(mut stream: TcpStream, outbox: Rc<Outbox>) -> io::Result<()> {
-    let mut gather = Gather::default();
+async fn write_replies(mut output: Output, style: Style, outbox: Rc<Outbox>) -> Result<(), StreamError> {
+    let mut gather = Gather::new(style);
     let mut result = Ok(());
     while let Some(replies) = outbox.take().await {
         let requests = replies.len();
         let payload_bytes = replies.iter().map(|reply| reply.payload_bytes).sum();
         if result.is_ok() {
             replies.into_iter().for_each(|reply| gather.put(reply));
-            result = send(&mut stream, &mut gather).await;
+            result = output.send(&mut gather).await;
             if result.is_err() {
-                close_socket(&stream, Shutdown::Both);
+                output.shut(Shutdown::Both);
             }
         }
         outbox.release(requests, payload_bytes);
     }
-    close_socket(&stream, Shutdown::Write);
-    result
-}
-
-fn close_socket(stream: &TcpStream, how: Shutdown) {
-    if let Err(error) = shutdown(stream.as_raw_fd(), how) {
-        tracing::debug!(%error, "the connection was gone already");
+    match result {
+        Ok(()) => output.finish().await,
+        failed => failed,
     }
-}
-
-/// glommio has no gathering send: ours is tried first, its own waits when the socket's buffer is full.
-async fn send(stream: &mut TcpStream, gather: &mut Gather) -> io::Result<()> {
-    while !gather.is_empty() {
-        let segments = gather.segments();
-        let slices: Vec<IoSlice<'_>> =
-            segments.iter().take(SEND_SEGMENTS_MAX).map(|segment| IoSlice::new(segment)).collect();
-        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-        let sent = match sendmsg::<()>(stream.as_raw_fd(), &slices, &[], flags, None) {
-            Ok(sent) => sent,
-            Err(SystemErrno::EINTR) => 0,
-            Err(SystemErrno::EAGAIN) => stream.write(&slices[0]).await?,
-            Err(error) => return Err(error.into()),
-        };
-        gather.sent(sent);
-    }
-    Ok(())
 }

@@ -2,24 +2,22 @@
 //!
 //! ```text
 //!   Flags ──► Option ──LIST──► Listing ──► Option
-//!              │ ▲ ├──INFO──► Describing ─► Option
+//!              │ ▲ ├──INFO, *_META_CONTEXT──► Describing ─► Option
 //!              │ │ ├──GO, EXPORT_NAME──► Attaching ──ok──► Transmission
 //!              │ │ │                        └──GO refused──► Option
+//!              │ │ ├──STARTTLS──► Securing ──► Option
+//!              │ │ ├──STRUCTURED_REPLY, EXTENDED_HEADERS: agreed
 //!              │ │ ├──too long──► Skipping ──► Option
-//!              │ └─┴──unknown, invalid: error reply
+//!              │ └─┴──unknown, invalid, TLS required: error reply
 //!              └──ABORT──► Ended
 //! ```
-//!
-//! Structured replies, metadata contexts, extended headers and TLS will be options of this table; until then they are
-//! answered as unknown and the client goes on without.
 
 use crate::device::{ExportInfo, VolumeError};
-use crate::nbd::wire::{self, OptionHeader, OptionReply, Violation, put_option_reply};
+use crate::nbd::contexts::Queries;
+use crate::nbd::information::{Asked, Features, put_information};
+use crate::nbd::wire::{self, OptionHeader, OptionReply, Style, Violation, put_option_reply};
 use bytes::{Buf, BytesMut};
-use torus_schema::limits::{
-    BLOCK_BYTES, NBD_NAME_BYTES_MAX, NBD_OPTION_BYTES_MAX, NBD_OPTION_DISCARD_BYTES_MAX, NBD_OPTIONS_MAX,
-    NBD_PAYLOAD_BYTES_MAX,
-};
+use torus_schema::limits::{NBD_NAME_BYTES_MAX, NBD_OPTION_BYTES_MAX, NBD_OPTION_DISCARD_BYTES_MAX, NBD_OPTIONS_MAX};
 
 /// What has to be done before the handshake can go on.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,18 +30,33 @@ pub enum Step {
     Describe { name: String },
     /// Attach an export, then `attached`.
     Attach { name: String },
-    /// Requests follow.
-    Transmission,
+    /// Send what is to be sent as it is, speak TLS from then on, then `secured`. What is in the input was sent before
+    /// TLS was agreed on: it is TLS, or an attack.
+    StartTls,
+    /// Requests follow, with these headers; `allocation`: `base:allocation` was selected.
+    Transmission { style: Style, allocation: bool },
     /// Send what is to be sent and close.
     End,
 }
 
-/// The export an option is about, and what the client wants to know of it.
+/// Whether a client may, or has to, speak TLS: the specification's NOTLS, SELECTIVETLS with no export that is TLS-only,
+/// and FORCEDTLS.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum TlsMode {
+    /// Nobody talks TLS
+    #[default]
+    Off,
+    /// Who wants to does
+    Allow,
+    /// Everybody does
+    Require,
+}
+
+/// Why an export is looked at.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Asked {
-    option: u32,
-    name: String,
-    information: Vec<u16>,
+enum About {
+    Info(Asked),
+    Contexts(Queries),
 }
 
 #[derive(Debug)]
@@ -52,9 +65,10 @@ enum State {
     Option,
     Skipping { option: u32, left: usize },
     Listing,
-    Describing(Asked),
+    Describing(About),
     Attaching(Asked),
-    Transmission,
+    Securing,
+    Transmission { allocation: bool },
     Ended,
 }
 
@@ -66,6 +80,7 @@ enum Event<'a> {
     Listed(Result<Vec<ExportInfo>, VolumeError>),
     Described(Result<ExportInfo, VolumeError>),
     Attached(Result<ExportInfo, VolumeError>),
+    Secured,
 }
 
 pub struct Handshake {
@@ -73,13 +88,27 @@ pub struct Handshake {
     client: u32,
     options: u32,
     stopping: bool,
+    tls: TlsMode,
+    secure: bool,
+    style: Style,
+    /// The export for which `base:allocation` was selected.
+    allocation_of: Option<String>,
 }
 
 impl Handshake {
     /// The server speaks first.
-    pub fn start(out: &mut BytesMut) -> Self {
+    pub fn start(tls: TlsMode, out: &mut BytesMut) -> Self {
         wire::put_greeting(out);
-        Self { state: State::Flags, client: 0, options: 0, stopping: false }
+        Self {
+            state: State::Flags,
+            client: 0,
+            options: 0,
+            stopping: false,
+            tls,
+            secure: false,
+            style: Style::Simple,
+            allocation_of: None,
+        }
     }
 
     /// "SHOULD error further options received (other than an NBD_OPT_ABORT) with NBD_REP_ERR_SHUTDOWN".
@@ -133,14 +162,23 @@ impl Handshake {
         self.apply(Event::Attached(attached), out)
     }
 
+    /// From now on everything is received and sent over TLS.
+    pub fn secured(&mut self, out: &mut BytesMut) -> Result<(), Violation> {
+        self.apply(Event::Secured, out)
+    }
+
     /// The step that the state waits for, where it does not wait for bytes.
     fn pending(&self) -> Option<Step> {
         match &self.state {
             State::Flags | State::Option | State::Skipping { .. } => None,
             State::Listing => Some(Step::List),
-            State::Describing(asked) => Some(Step::Describe { name: asked.name.clone() }),
+            State::Describing(About::Info(asked)) => Some(Step::Describe { name: asked.name.clone() }),
+            State::Describing(About::Contexts(queries)) => Some(Step::Describe { name: queries.export.clone() }),
             State::Attaching(asked) => Some(Step::Attach { name: asked.name.clone() }),
-            State::Transmission => Some(Step::Transmission),
+            State::Securing => Some(Step::StartTls),
+            State::Transmission { allocation } => {
+                Some(Step::Transmission { style: self.style, allocation: *allocation })
+            }
             State::Ended => Some(Step::End),
         }
     }
@@ -184,6 +222,7 @@ impl Handshake {
             (State::Flags, Event::Flags(flags)) => self.flags(flags)?,
             (State::Option, Event::Option { option, data }) => self.haggle(option, data, out)?,
             (State::Option, Event::OptionTooLong { option, length }) => self.too_long(option, length)?,
+            (State::Skipping { option, .. }, Event::Skipped) if self.lacks_tls(option) => tls_required(option, out),
             (State::Skipping { option, .. }, Event::Skipped) => {
                 let text = format!("at most {NBD_OPTION_BYTES_MAX} bytes of option data are accepted");
                 put_option_reply(out, option, OptionReply::TooBig, text.as_bytes());
@@ -191,16 +230,29 @@ impl Handshake {
             }
             (State::Listing, Event::Listed(Ok(exports))) => list(&exports, out),
             (State::Listing, Event::Listed(Err(error))) => refuse(wire::OPTION_LIST, &error, out),
-            (State::Describing(asked), Event::Described(Ok(export))) => {
-                put_information(&asked, &export, out);
+            (State::Describing(About::Info(asked)), Event::Described(Ok(export))) => {
+                put_information(&asked, &export, self.features(&asked.name), out);
                 State::Option
             }
-            (State::Describing(asked), Event::Described(Err(error))) => refuse(asked.option, &error, out),
+            (State::Describing(About::Info(asked)), Event::Described(Err(error))) => refuse(asked.option, &error, out),
+            (State::Describing(About::Contexts(queries)), Event::Described(Ok(_))) => {
+                if queries.answer(out) {
+                    self.allocation_of = Some(queries.export);
+                }
+                State::Option
+            }
+            (State::Describing(About::Contexts(queries)), Event::Described(Err(error))) => {
+                refuse(queries.option, &error, out)
+            }
             (State::Attaching(asked), Event::Attached(Ok(export))) => self.enter(&asked, &export, out),
             (State::Attaching(asked), Event::Attached(Err(error))) if asked.option == wire::OPTION_EXPORT_NAME => {
                 return Err(Violation::ExportName { because: error.to_string() });
             }
             (State::Attaching(asked), Event::Attached(Err(error))) => refuse(asked.option, &error, out),
+            (State::Securing, Event::Secured) => {
+                self.secure = true;
+                State::Option
+            }
             (state, _) => unreachable!("the handshake was answered what it did not ask for in state {state:?}"),
         };
         Ok(())
@@ -215,47 +267,120 @@ impl Handshake {
         Ok(State::Option)
     }
 
-    fn haggle(&self, option: u32, data: &[u8], out: &mut BytesMut) -> Result<State, Violation> {
+    fn haggle(&mut self, option: u32, data: &[u8], out: &mut BytesMut) -> Result<State, Violation> {
         // "This is the only valid option in nonfixed newstyle negotiation."
         if self.client & wire::CLIENT_FIXED_NEWSTYLE == 0 && option != wire::OPTION_EXPORT_NAME {
             return Err(Violation::NotFixed { option });
         }
-        if self.stopping && option == wire::OPTION_EXPORT_NAME {
-            return Err(Violation::ExportName { because: "the server is shutting down".into() });
+        if option == wire::OPTION_EXPORT_NAME {
+            return self.export_name(data);
         }
-        if self.stopping && option != wire::OPTION_ABORT {
+        // "The server MUST reply with NBD_REP_ACK." and "SHOULD ignore any data sent by the client".
+        if option == wire::OPTION_ABORT {
+            put_option_reply(out, option, OptionReply::Ack, b"");
+            return Ok(State::Ended);
+        }
+        if self.stopping {
             put_option_reply(out, option, OptionReply::Shutdown, b"the server is shutting down");
             return Ok(State::Option);
         }
-        match option {
-            wire::OPTION_EXPORT_NAME => {
-                let name = parse_name(data).map_err(|because| Violation::ExportName { because })?;
-                Ok(State::Attaching(Asked { option, name, information: Vec::new() }))
-            }
-            // "The server MUST reply with NBD_REP_ACK." and "SHOULD ignore any data sent by the client".
-            wire::OPTION_ABORT => {
-                put_option_reply(out, option, OptionReply::Ack, b"");
-                Ok(State::Ended)
-            }
-            // "the server SHOULD reject a request that includes data with NBD_REP_ERR_INVALID"
-            wire::OPTION_LIST if !data.is_empty() => {
-                put_option_reply(out, option, OptionReply::Invalid, b"LIST takes no data");
-                Ok(State::Option)
-            }
-            wire::OPTION_LIST => Ok(State::Listing),
-            wire::OPTION_INFO | wire::OPTION_GO => Ok(match parse_asked(option, data) {
-                Ok(asked) if option == wire::OPTION_INFO => State::Describing(asked),
-                Ok(asked) => State::Attaching(asked),
-                Err(because) => {
-                    put_option_reply(out, option, OptionReply::Invalid, because.as_bytes());
-                    State::Option
-                }
-            }),
-            _ => {
-                put_option_reply(out, option, OptionReply::Unsupported, b"this server does not know the option");
-                Ok(State::Option)
-            }
+        if self.lacks_tls(option) {
+            return Ok(tls_required(option, out));
         }
+        Ok(match self.agree(option, data, out) {
+            Ok(state) => state,
+            Err((reply, because)) => {
+                put_option_reply(out, option, reply, because.as_bytes());
+                State::Option
+            }
+        })
+    }
+
+    /// What has no error reply.
+    fn export_name(&self, data: &[u8]) -> Result<State, Violation> {
+        let refused = |because: &str| Err(Violation::ExportName { because: because.into() });
+        if self.stopping {
+            return refused("the server is shutting down");
+        }
+        // "as this request cannot error, it MUST terminate the session"
+        if self.lacks_tls(wire::OPTION_EXPORT_NAME) {
+            return refused("TLS is required");
+        }
+        // "a client that has used NBD_OPT_EXTENDED_HEADERS to negotiate extended headers MUST NOT use this option"
+        if self.style == Style::Extended {
+            return refused("extended headers were agreed on, after which only GO ends the handshake");
+        }
+        let name = parse_name(data).map_err(|because| Violation::ExportName { because })?;
+        Ok(State::Attaching(Asked { option: wire::OPTION_EXPORT_NAME, name, information: Vec::new() }))
+    }
+
+    /// What an option that may be answered leads to, or the error that it is answered with.
+    fn agree(&mut self, option: u32, data: &[u8], out: &mut BytesMut) -> Result<State, (OptionReply, String)> {
+        let invalid = |because: String| (OptionReply::Invalid, because);
+        // "MUST NOT send any additional data with the option, and the server SHOULD reject a request that includes data
+        // with NBD_REP_ERR_INVALID".
+        let bare =
+            [wire::OPTION_LIST, wire::OPTION_STARTTLS, wire::OPTION_STRUCTURED_REPLY, wire::OPTION_EXTENDED_HEADERS];
+        if bare.contains(&option) && !data.is_empty() {
+            return Err(invalid(format!("{} bytes of data with option {option}, which takes none", data.len())));
+        }
+        match option {
+            wire::OPTION_LIST => Ok(State::Listing),
+            wire::OPTION_INFO => {
+                Asked::parse(option, data).map(|asked| State::Describing(About::Info(asked))).map_err(invalid)
+            }
+            wire::OPTION_GO => Asked::parse(option, data).map(State::Attaching).map_err(invalid),
+            wire::OPTION_STARTTLS => self.start_tls(out),
+            wire::OPTION_STRUCTURED_REPLY if self.style == Style::Extended => {
+                // "The client has already successfully negotiated extended headers, which takes precedence".
+                let because = "extended headers were agreed on already";
+                Err((OptionReply::ExtendedHeadersRequired, because.into()))
+            }
+            wire::OPTION_STRUCTURED_REPLY | wire::OPTION_EXTENDED_HEADERS => {
+                self.style = if option == wire::OPTION_EXTENDED_HEADERS { Style::Extended } else { Style::Structured };
+                put_option_reply(out, option, OptionReply::Ack, b"");
+                Ok(State::Option)
+            }
+            wire::OPTION_LIST_META_CONTEXT | wire::OPTION_SET_META_CONTEXT => {
+                if option == wire::OPTION_SET_META_CONTEXT {
+                    // "replaces all previously-set metadata contexts (including when this command fails)"
+                    self.allocation_of = None;
+                }
+                // "MUST NOT be requested unless structured replies or extended headers have been negotiated first"
+                if self.style == Style::Simple {
+                    return Err(invalid("metadata contexts need structured replies or extended headers".into()));
+                }
+                Queries::parse(option, data).map(|queries| State::Describing(About::Contexts(queries))).map_err(invalid)
+            }
+            _ => Err((OptionReply::Unsupported, format!("option {option} is not known"))),
+        }
+    }
+
+    fn start_tls(&mut self, out: &mut BytesMut) -> Result<State, (OptionReply, String)> {
+        // "If the server receives NBD_OPT_STARTTLS when TLS has already been negotiated, it MUST reply with
+        // NBD_REP_ERR_INVALID."
+        if self.secure {
+            return Err((OptionReply::Invalid, "this is TLS already".into()));
+        }
+        // "MUST respond with NBD_REP_ERR_POLICY (if it does not support TLS for policy reasons)"
+        if self.tls == TlsMode::Off {
+            return Err((OptionReply::Policy, "this server was started without TLS".into()));
+        }
+        put_option_reply(out, wire::OPTION_STARTTLS, OptionReply::Ack, b"");
+        // "the server MUST NOT preserve any negotiation state […] issued before this command"
+        self.style = Style::Simple;
+        self.allocation_of = None;
+        Ok(State::Securing)
+    }
+
+    /// "forces the client to upgrade by erroring any NBD options other than NBD_OPT_STARTTLS or NBD_OPT_ABORT".
+    fn lacks_tls(&self, option: u32) -> bool {
+        let exempt = [wire::OPTION_STARTTLS, wire::OPTION_ABORT].contains(&option);
+        self.tls == TlsMode::Require && !self.secure && !exempt
+    }
+
+    fn features(&self, export: &str) -> Features {
+        Features { style: self.style, allocation: self.allocation_of.as_deref() == Some(export) }
     }
 
     fn too_long(&self, option: u32, length: usize) -> Result<State, Violation> {
@@ -267,32 +392,18 @@ impl Handshake {
     }
 
     fn enter(&self, asked: &Asked, export: &ExportInfo, out: &mut BytesMut) -> State {
+        let features = self.features(&asked.name);
         if asked.option == wire::OPTION_EXPORT_NAME {
             let zeroes = self.client & wire::CLIENT_NO_ZEROES == 0;
-            wire::put_export(out, export.size_bytes, transmission_flags(export.read_only), zeroes);
+            wire::put_export(out, export.size_bytes, features.transmission_flags(export.read_only), zeroes);
         } else {
-            put_information(asked, export, out);
+            put_information(asked, export, features, out);
         }
-        State::Transmission
+        State::Transmission { allocation: features.allocation }
     }
 }
 
-/// CAN_MULTI_CONN: a device's flush covers what was answered on every connection, because `Device::flush` does.
-pub fn transmission_flags(read_only: bool) -> u16 {
-    let always = wire::EXPORT_HAS_FLAGS | wire::EXPORT_SEND_FLUSH | wire::EXPORT_SEND_FUA | wire::EXPORT_CAN_MULTI_CONN;
-    let by_kind = match read_only {
-        true => wire::EXPORT_READ_ONLY,
-        false => wire::EXPORT_SEND_TRIM | wire::EXPORT_SEND_WRITE_ZEROES,
-    };
-    always | by_kind
-}
-
-fn parse_asked(option: u32, data: &[u8]) -> Result<Asked, String> {
-    let (name, information) = wire::parse_info(data)?;
-    Ok(Asked { option, name: parse_name(name)?, information })
-}
-
-fn parse_name(bytes: &[u8]) -> Result<String, String> {
+pub(super) fn parse_name(bytes: &[u8]) -> Result<String, String> {
     if bytes.len() > NBD_NAME_BYTES_MAX {
         return Err(format!("a name of {} bytes, at most {NBD_NAME_BYTES_MAX} are accepted", bytes.len()));
     }
@@ -314,21 +425,10 @@ fn refuse(option: u32, error: &VolumeError, out: &mut BytesMut) -> State {
     State::Option
 }
 
-/// "the server MUST send at least one NBD_REP_INFO, with an NBD_INFO_EXPORT information type" and "MUST ignore any
-/// information requests it does not understand".
-fn put_information(asked: &Asked, export: &ExportInfo, out: &mut BytesMut) {
-    let mut put = |data: &[u8]| put_option_reply(out, asked.option, OptionReply::Info, data);
-    put(&wire::info_export_data(export.size_bytes, transmission_flags(export.read_only)));
-    if asked.information.contains(&wire::INFO_NAME) {
-        put(&wire::info_text_data(wire::INFO_NAME, &export.name));
-    }
-    if asked.information.contains(&wire::INFO_DESCRIPTION) {
-        put(&wire::info_text_data(wire::INFO_DESCRIPTION, &export.description));
-    }
-    if asked.information.contains(&wire::INFO_BLOCK_SIZE) {
-        put(&wire::info_block_size_data(1, BLOCK_BYTES as u32, NBD_PAYLOAD_BYTES_MAX as u32));
-    }
-    put_option_reply(out, asked.option, OptionReply::Ack, b"");
+/// "a FORCEDTLS server MUST NOT send NBD_REP_INFO replies"
+fn tls_required(option: u32, out: &mut BytesMut) -> State {
+    put_option_reply(out, option, OptionReply::TlsRequired, b"this server talks only over TLS: send STARTTLS");
+    State::Option
 }
 
 #[cfg(test)]

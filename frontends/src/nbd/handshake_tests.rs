@@ -23,6 +23,18 @@ fn info(number: u32, name: &str, wanted: &[u16]) -> Vec<u8> {
     option(number, &data)
 }
 
+fn contexts(number: u32, export: &str, queries: &[&str]) -> Vec<u8> {
+    let mut data = Vec::new();
+    data.put_u32(export.len() as u32);
+    data.put_slice(export.as_bytes());
+    data.put_u32(queries.len() as u32);
+    for query in queries {
+        data.put_u32(query.len() as u32);
+        data.put_slice(query.as_bytes());
+    }
+    option(number, &data)
+}
+
 fn export(name: &str, read_only: bool) -> ExportInfo {
     ExportInfo { name: name.into(), size_bytes: 1 << 30, read_only, description: "a disk".into() }
 }
@@ -40,8 +52,12 @@ struct Talk {
 
 impl Talk {
     fn begin(flags: u32) -> Self {
+        Self::with_tls(TlsMode::Off, flags)
+    }
+
+    fn with_tls(tls: TlsMode, flags: u32) -> Self {
         let mut out = BytesMut::new();
-        let handshake = Handshake::start(&mut out);
+        let handshake = Handshake::start(tls, &mut out);
         out.clear();
         let mut talk = Self { handshake, input: BytesMut::new(), out };
         talk.input.put_u32(flags);
@@ -64,6 +80,28 @@ impl Talk {
         replies
     }
 
+    /// Of an option that is answered at once.
+    fn answer(&mut self, bytes: &[u8]) -> Vec<u32> {
+        assert_eq!(self.send(bytes), Ok(Step::Receive(16)));
+        self.kinds()
+    }
+
+    /// Selects or lists contexts of an export that exists.
+    fn contexts(&mut self, number: u32, export_name: &str, queries: &[&str]) -> Vec<u32> {
+        let step = self.send(&contexts(number, export_name, queries));
+        assert_eq!(step, Ok(Step::Describe { name: export_name.into() }));
+        self.handshake.described(Ok(export(export_name, false)), &mut self.out).expect("asked for");
+        self.kinds()
+    }
+
+    /// Enters the transmission phase: transmission flags, and the step.
+    fn go(&mut self, name: &str) -> (u16, Step) {
+        self.send(&info(wire::OPTION_GO, name, &[])).expect("a good option");
+        self.handshake.attached(Ok(export(name, false)), &mut self.out).expect("asked for");
+        let flags = &self.replies()[0].2[10..];
+        (u16::from_be_bytes([flags[0], flags[1]]), self.send(b"").expect("a step"))
+    }
+
     fn kinds(&mut self) -> Vec<u32> {
         self.replies().into_iter().map(|(_, kind, _)| kind).collect()
     }
@@ -71,6 +109,11 @@ impl Talk {
 
 const ACK: u32 = OptionReply::Ack as u32;
 const INFO: u32 = OptionReply::Info as u32;
+const CONTEXT: u32 = OptionReply::MetaContext as u32;
+const POLICY: u32 = OptionReply::Policy as u32;
+const TLS_REQUIRED: u32 = OptionReply::TlsRequired as u32;
+const EXTENDED_REQUIRED: u32 = OptionReply::ExtendedHeadersRequired as u32;
+const SIMPLE: Step = Step::Transmission { style: Style::Simple, allocation: false };
 const UNSUPPORTED: u32 = OptionReply::Unsupported as u32;
 const INVALID: u32 = OptionReply::Invalid as u32;
 const UNKNOWN: u32 = OptionReply::Unknown as u32;
@@ -97,11 +140,11 @@ fn go_gives_what_was_asked_for_and_then_requests_follow() {
     let data: Vec<&[u8]> = replies.iter().map(|(_, _, data)| &data[..]).collect();
     assert!(replies.iter().all(|(option, _, _)| *option == wire::OPTION_GO));
     assert_eq!(replies.iter().map(|(_, kind, _)| *kind).collect::<Vec<_>>(), [INFO, INFO, INFO, INFO, ACK]);
-    assert_eq!(data[0], [0, 0, 0, 0, 0, 0, 0x40, 0, 0, 0, 0x01, 0x6d]);
+    assert_eq!(data[0], [0, 0, 0, 0, 0, 0, 0x40, 0, 0, 0, 0x0d, 0x6d]);
     assert_eq!(data[1], b"\0\x01disk");
     assert_eq!(data[2], b"\0\x02a disk");
     assert_eq!(data[3], [0, 3, 0, 0, 0, 1, 0, 0, 0x10, 0, 2, 0, 0, 0]);
-    assert_eq!(talk.send(b""), Ok(Step::Transmission));
+    assert_eq!(talk.send(b""), Ok(SIMPLE));
 }
 
 #[test]
@@ -112,7 +155,7 @@ fn info_attaches_nothing_and_tells_no_more_than_was_asked_for() {
     talk.handshake.described(Ok(export("disk", true)), &mut talk.out).expect("asked for");
     let replies = talk.replies();
     assert_eq!(replies.len(), 2);
-    assert_eq!(replies[0].2[10..], [0x01, 0x0f], "flags of a read-only export");
+    assert_eq!(replies[0].2[10..], [0x05, 0x0f], "flags of a read-only export");
     assert_eq!(talk.send(b""), Ok(Step::Receive(16)));
 }
 
@@ -152,7 +195,7 @@ fn export_name_enters_at_once_or_ends_the_session() {
         assert_eq!(step, Ok(Step::Attach { name: "disk".into() }));
         talk.handshake.attached(Ok(export("disk", false)), &mut talk.out).expect("asked for");
         assert_eq!(talk.out.len(), length);
-        assert_eq!(talk.send(b""), Ok(Step::Transmission));
+        assert_eq!(talk.send(b""), Ok(SIMPLE));
     }
     let mut talk = Talk::begin(FIXED);
     talk.send(&option(wire::OPTION_EXPORT_NAME, b"gone")).expect("a good option");
@@ -167,10 +210,13 @@ fn each_bad_option_gets_its_error_and_the_next_one_works() {
     let long_name = info(wire::OPTION_GO, &"n".repeat(NBD_NAME_BYTES_MAX + 1), &[]);
     let table = [
         (option(4, b""), UNSUPPORTED),
-        (option(5, b""), UNSUPPORTED),
-        (option(8, b""), UNSUPPORTED),
-        (option(9, b"some data"), UNSUPPORTED),
-        (option(10, b"some data"), UNSUPPORTED),
+        (option(wire::OPTION_STARTTLS, b""), POLICY),
+        (option(wire::OPTION_STARTTLS, b"x"), INVALID),
+        (option(wire::OPTION_STRUCTURED_REPLY, b"x"), INVALID),
+        (option(wire::OPTION_EXTENDED_HEADERS, b"x"), INVALID),
+        (contexts(wire::OPTION_LIST_META_CONTEXT, "disk", &[]), INVALID),
+        (contexts(wire::OPTION_SET_META_CONTEXT, "disk", &[]), INVALID),
+        (option(12, b"some data"), UNSUPPORTED),
         (option(u32::MAX, b"some data"), UNSUPPORTED),
         (option(77, &long), TOO_BIG),
         (option(wire::OPTION_GO, &long), TOO_BIG),
@@ -188,6 +234,134 @@ fn each_bad_option_gets_its_error_and_the_next_one_works() {
         talk.handshake.listed(Ok(Vec::new()), &mut talk.out).expect("asked for");
         assert_eq!(talk.kinds(), [ACK]);
     }
+}
+
+#[test]
+fn each_style_is_entered_by_its_option_and_advertised() {
+    use wire::{EXPORT_BLOCK_STATUS_PAYLOAD, EXPORT_SEND_DF};
+    let (structured, extended) = (wire::OPTION_STRUCTURED_REPLY, wire::OPTION_EXTENDED_HEADERS);
+    let table: [(&[u32], Style, u16); 4] = [
+        (&[], Style::Simple, 0),
+        (&[structured], Style::Structured, EXPORT_SEND_DF),
+        (&[extended, extended], Style::Extended, EXPORT_SEND_DF | EXPORT_BLOCK_STATUS_PAYLOAD),
+        (&[structured, structured, extended], Style::Extended, EXPORT_SEND_DF | EXPORT_BLOCK_STATUS_PAYLOAD),
+    ];
+    for (options, style, expected) in table {
+        for allocation in [false, style != Style::Simple] {
+            let mut talk = Talk::begin(FIXED);
+            for number in options {
+                assert_eq!(talk.answer(&option(*number, b"")), [ACK]);
+            }
+            if allocation {
+                let set = talk.contexts(wire::OPTION_SET_META_CONTEXT, "disk", &["base:allocation"]);
+                assert_eq!(set, [CONTEXT, ACK]);
+            }
+            let (flags, step) = talk.go("disk");
+            let expected = if allocation { expected } else { expected & EXPORT_SEND_DF };
+            assert_eq!(flags & (EXPORT_SEND_DF | EXPORT_BLOCK_STATUS_PAYLOAD), expected, "{options:?}");
+            assert_eq!(step, Step::Transmission { style, allocation });
+        }
+    }
+}
+
+#[test]
+fn after_extended_headers_nothing_less_is_agreed_on() {
+    let mut talk = Talk::begin(FIXED);
+    assert_eq!(talk.answer(&option(wire::OPTION_EXTENDED_HEADERS, b"")), [ACK]);
+    assert_eq!(talk.answer(&option(wire::OPTION_STRUCTURED_REPLY, b"")), [EXTENDED_REQUIRED]);
+    let error = talk.send(&option(wire::OPTION_EXPORT_NAME, b"disk"));
+    assert!(matches!(error, Err(Violation::ExportName { .. })), "{error:?}");
+}
+
+#[test]
+fn a_context_holds_for_the_export_it_was_last_set_for() {
+    let set = wire::OPTION_SET_META_CONTEXT;
+    let allocation = &["base:allocation"][..];
+    type Settings<'a> = &'a [(u32, &'a str, &'a [&'a str])];
+    let table: [(Settings<'_>, bool); 6] = [
+        (&[(set, "disk", allocation)], true),
+        (&[(set, "other", allocation)], false),
+        (&[(set, "disk", allocation), (set, "other", allocation)], false),
+        (&[(set, "disk", allocation), (set, "disk", &[])], false),
+        (&[(set, "disk", allocation), (wire::OPTION_LIST_META_CONTEXT, "other", allocation)], true),
+        (&[(wire::OPTION_LIST_META_CONTEXT, "disk", allocation)], false),
+    ];
+    for (settings, expected) in table {
+        let mut talk = Talk::begin(FIXED);
+        talk.answer(&option(wire::OPTION_STRUCTURED_REPLY, b""));
+        for (number, name, queries) in settings {
+            talk.contexts(*number, name, queries);
+        }
+        let (_, step) = talk.go("disk");
+        assert_eq!(step, Step::Transmission { style: Style::Structured, allocation: expected }, "{settings:?}");
+    }
+}
+
+#[test]
+fn a_set_that_fails_unselects_too() {
+    let failing = [
+        contexts(wire::OPTION_SET_META_CONTEXT, "disk", &["no namespace"]),
+        option(wire::OPTION_SET_META_CONTEXT, b"too short"),
+        contexts(wire::OPTION_SET_META_CONTEXT, "gone", &["base:allocation"]),
+    ];
+    for bytes in failing {
+        let mut talk = Talk::begin(FIXED);
+        talk.answer(&option(wire::OPTION_STRUCTURED_REPLY, b""));
+        talk.contexts(wire::OPTION_SET_META_CONTEXT, "disk", &["base:allocation"]);
+        match talk.send(&bytes) {
+            Ok(Step::Describe { name }) => {
+                talk.handshake.described(Err(missing(&name)), &mut talk.out).expect("an error is replied");
+                assert_eq!(talk.kinds(), [UNKNOWN]);
+            }
+            step => {
+                assert_eq!(step, Ok(Step::Receive(16)));
+                assert_eq!(talk.kinds(), [INVALID]);
+            }
+        }
+        let (_, step) = talk.go("disk");
+        assert_eq!(step, Step::Transmission { style: Style::Structured, allocation: false });
+    }
+}
+
+#[test]
+fn tls_forgets_what_was_agreed_on_before_it() {
+    for mode in [TlsMode::Allow, TlsMode::Require] {
+        let mut talk = Talk::with_tls(mode, FIXED);
+        if mode == TlsMode::Allow {
+            talk.answer(&option(wire::OPTION_STRUCTURED_REPLY, b""));
+            talk.contexts(wire::OPTION_SET_META_CONTEXT, "disk", &["base:allocation"]);
+        }
+        assert_eq!(talk.send(&option(wire::OPTION_STARTTLS, b"")), Ok(Step::StartTls));
+        assert_eq!(talk.kinds(), [ACK]);
+        talk.handshake.secured(&mut talk.out).expect("asked for");
+        assert_eq!(talk.answer(&option(wire::OPTION_STARTTLS, b"")), [INVALID], "twice");
+        assert_eq!(talk.go("disk").1, SIMPLE);
+    }
+}
+
+#[test]
+fn where_tls_is_required_nothing_else_is_talked_about_first() {
+    let mut talk = Talk::with_tls(TlsMode::Require, FIXED);
+    let long = vec![0; NBD_OPTION_BYTES_MAX as usize + 1];
+    for bytes in [
+        option(wire::OPTION_LIST, b""),
+        info(wire::OPTION_INFO, "disk", &[]),
+        info(wire::OPTION_GO, "disk", &[]),
+        option(wire::OPTION_STRUCTURED_REPLY, b""),
+        option(wire::OPTION_EXTENDED_HEADERS, b""),
+        contexts(wire::OPTION_SET_META_CONTEXT, "disk", &[]),
+        contexts(wire::OPTION_LIST_META_CONTEXT, "disk", &[]),
+        option(77, b"unknown"),
+        option(77, &long),
+    ] {
+        assert_eq!(talk.answer(&bytes), [TLS_REQUIRED], "{:?}", &bytes[..16]);
+    }
+    assert_eq!(talk.answer(&option(wire::OPTION_STARTTLS, b"x")), [INVALID]);
+    let error = talk.send(&option(wire::OPTION_EXPORT_NAME, b"disk"));
+    assert!(matches!(error, Err(Violation::ExportName { .. })), "{error:?}");
+    let mut talk = Talk::with_tls(TlsMode::Require, FIXED);
+    assert_eq!(talk.send(&option(wire::OPTION_ABORT, b"")), Ok(Step::End));
+    assert_eq!(talk.kinds(), [ACK]);
 }
 
 #[test]
@@ -248,7 +422,7 @@ proptest! {
                 Ok(Step::List) => talk.handshake.listed(Ok(vec![export("a", false)]), &mut talk.out),
                 Ok(Step::Describe { name }) => talk.handshake.described(Err(missing(&name)), &mut talk.out),
                 Ok(Step::Attach { name }) => talk.handshake.attached(Err(missing(&name)), &mut talk.out),
-                Ok(Step::Transmission | Step::End) | Err(_) => break,
+                Ok(Step::Transmission { .. } | Step::StartTls | Step::End) | Err(_) => break,
             };
             if result.is_err() {
                 break;

@@ -1,7 +1,7 @@
 //! A device and its exports in memory: what the server is tested on, and measured on where only the server counts.
 //! It can be shared by executors, be told to fail, and be held, so that requests overlap as a test wants them to.
 
-use crate::device::{Device, ExportInfo, Exports, Piece, VolumeError};
+use crate::device::{Device, ExportInfo, Exports, Piece, Run, VolumeError};
 use ahash::AHashMap;
 use bytes::{Bytes, BytesMut};
 use std::future::poll_fn;
@@ -17,9 +17,13 @@ pub struct Counts {
     pub writes: u64,
     pub clears: u64,
     pub flushes: u64,
+    pub maps: u64,
     /// Of the writes and clears.
     pub durable: u64,
 }
+
+/// A real volume looks at a bounded part at once as well.
+const BLOCKS_PER_MAP_MAX: usize = 64 << 10;
 
 #[derive(Default)]
 struct State {
@@ -179,6 +183,22 @@ impl Device for MemoryDevice {
             }
         }
         Ok(())
+    }
+
+    /// Of whole blocks that exist, in steps of at most so many: what is asked for beyond is left to the next request.
+    async fn map(&self, offset: u64, length: u64) -> Result<Vec<Run>, VolumeError> {
+        self.begin(offset, length).await?;
+        let mut state = self.lock();
+        state.counts.maps += 1;
+        let mut runs: Vec<Run> = Vec::new();
+        for (block, _, here) in blocks(offset, length).take(BLOCKS_PER_MAP_MAX) {
+            let stored = state.blocks.contains_key(&block);
+            match runs.last_mut() {
+                Some(run) if run.stored == stored => run.bytes += here as u64,
+                _ => runs.push(Run { bytes: here as u64, stored }),
+            }
+        }
+        Ok(runs)
     }
 
     async fn flush(&self) -> Result<(), VolumeError> {

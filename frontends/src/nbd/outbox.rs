@@ -94,11 +94,12 @@ impl Outbox {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::nbd::reply::Content;
     use crate::nbd::wire::Cookie;
     use futures::FutureExt;
 
     fn reply(payload_bytes: u64) -> Reply {
-        Reply { cookie: Cookie(1), result: Ok(Vec::new()), payload_bytes }
+        Reply { cookie: Cookie(1), offset: 0, result: Ok(Content::Nothing), payload_bytes }
     }
 
     #[test]

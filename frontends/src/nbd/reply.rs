@@ -1,10 +1,10 @@
 //! Replies without I/O: many are gathered into one send. What is small is copied together, what is large is sent from
 //! where it lies.
-//!
-//! Structured replies will be a second way to put one: a `Reply` already says what was read piece by piece.
 
-use crate::device::Piece;
-use crate::nbd::wire::{self, Cookie, Errno};
+use crate::device::{Piece, Run};
+use crate::nbd::contexts::{ALLOCATION_ID, allocation};
+use crate::nbd::errors::Failure;
+use crate::nbd::wire::{self, ChunkOf, Cookie, Style};
 use bytes::{Bytes, BytesMut};
 use std::collections::VecDeque;
 
@@ -12,29 +12,104 @@ use std::collections::VecDeque;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Reply {
     pub cookie: Cookie,
-    /// What a read gives, nothing otherwise; an error carries no payload: "it MUST NOT send any payload".
-    pub result: Result<Vec<Piece>, Errno>,
+    /// Of the request.
+    pub offset: u64,
+    pub result: Result<Content, Failure>,
     /// Payload bytes of the request or its reply.
     pub payload_bytes: u64,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Content {
+    Nothing,
+    /// `whole`: in one chunk, holes as the zeros that they read as.
+    Read {
+        pieces: Vec<Piece>,
+        whole: bool,
+    },
+    /// Not empty; only where replies have chunks.
+    Map(Vec<Run>),
+}
+
 /// A piece below this is copied: an entry of its own in the send costs about as much as copying so many bytes.
 const COPY_BYTES_MAX: usize = 1024;
-/// Zeros of a hole are sent from here.
-static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+/// Zeros of a hole are sent from here, and written from here where they are to be stored.
+pub static ZEROS: [u8; 1 << 20] = [0; 1 << 20];
 
 /// Bytes on their way out, in order.
 #[derive(Default)]
 pub struct Gather {
+    style: Style,
     /// Headers and small pieces that are not part of a segment yet.
     open: BytesMut,
     segments: VecDeque<Bytes>,
 }
 
 impl Gather {
+    pub fn new(style: Style) -> Self {
+        Self { style, ..Self::default() }
+    }
+
     pub fn put(&mut self, reply: Reply) {
-        wire::put_simple_reply(&mut self.open, reply.cookie, reply.result.as_ref().err().copied());
-        for piece in reply.result.unwrap_or_default() {
+        match self.style {
+            Style::Simple => self.put_simple(reply),
+            Style::Structured | Style::Extended => self.put_chunks(reply),
+        }
+    }
+
+    /// An error carries no payload: "it MUST NOT send any payload for this request".
+    fn put_simple(&mut self, reply: Reply) {
+        let error = reply.result.as_ref().err().map(|failure| failure.errno);
+        wire::put_simple_reply(&mut self.open, reply.cookie, error);
+        if let Ok(Content::Read { pieces, .. }) = reply.result {
+            self.put_pieces(pieces);
+        }
+    }
+
+    /// "if structured replies are negotiated, the server MUST use a structured reply for any response with a payload,
+    /// and MUST NOT use a simple reply for NBD_CMD_READ"; with extended headers there are no simple replies at all. So
+    /// there are none here.
+    fn put_chunks(&mut self, reply: Reply) {
+        let chunk = ChunkOf::new(self.style, reply.cookie, reply.offset);
+        match reply.result {
+            Ok(Content::Read { pieces, .. }) if pieces.is_empty() => chunk.put_none(&mut self.open),
+            Ok(Content::Read { pieces, whole: true }) => {
+                // "If the area being read contains both data and a hole, the server MUST use
+                // NBD_REPLY_TYPE_OFFSET_DATA with the zeroes explicitly present."
+                chunk.put_data_header(&mut self.open, reply.offset, bytes_of(&pieces), true);
+                self.put_pieces(pieces);
+            }
+            Ok(Content::Read { pieces, whole: false }) => self.put_parts(&chunk, reply.offset, pieces),
+            Ok(Content::Map(runs)) => chunk.put_block_status(&mut self.open, ALLOCATION_ID, &allocation(&runs)),
+            Ok(Content::Nothing) => chunk.put_none(&mut self.open),
+            Err(Failure { errno, message, at }) => chunk.put_error(&mut self.open, errno, &message, at),
+        }
+    }
+
+    /// "the server SHOULD try to minimize the number of chunks": neighbours of one kind go together. The last is final:
+    /// everything was read before anything is sent, so no error can follow.
+    fn put_parts(&mut self, chunk: &ChunkOf, mut at: u64, pieces: Vec<Piece>) {
+        let mut pieces = pieces.into_iter().peekable();
+        while let Some(first) = pieces.next() {
+            let is_hole = matches!(first, Piece::Zeros(_));
+            let mut part = vec![first];
+            while let Some(more) = pieces.next_if(|piece| matches!(piece, Piece::Zeros(_)) == is_hole) {
+                part.push(more);
+            }
+            let (bytes, done) = (bytes_of(&part), pieces.peek().is_none());
+            match u32::try_from(bytes) {
+                Ok(hole_bytes) if is_hole => chunk.put_hole(&mut self.open, at, hole_bytes, done),
+                _ => {
+                    chunk.put_data_header(&mut self.open, at, bytes, done);
+                    self.put_pieces(part);
+                }
+            }
+            at += bytes;
+        }
+    }
+
+    fn put_pieces(&mut self, pieces: Vec<Piece>) {
+        for piece in pieces {
             match piece {
                 Piece::Data(data) => self.put_bytes(data),
                 Piece::Zeros(count) => self.put_zeros(count),
@@ -42,8 +117,7 @@ impl Gather {
         }
     }
 
-    /// Raw bytes: the handshake's.
-    pub fn put_bytes(&mut self, data: Bytes) {
+    fn put_bytes(&mut self, data: Bytes) {
         if data.len() < COPY_BYTES_MAX {
             self.open.extend_from_slice(&data);
         } else {
@@ -89,12 +163,85 @@ impl Gather {
     }
 }
 
+pub fn bytes_of(pieces: &[Piece]) -> u64 {
+    let bytes = |piece: &Piece| match piece {
+        Piece::Data(data) => data.len() as u64,
+        Piece::Zeros(count) => *count,
+    };
+    pieces.iter().map(bytes).sum()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::nbd::wire::Errno;
+    use bytes::Buf;
 
     fn reply(cookie: u64, result: Result<Vec<Piece>, Errno>) -> Reply {
-        Reply { cookie: Cookie(cookie), result, payload_bytes: 0 }
+        let result = match result {
+            Ok(pieces) => Ok(Content::Read { pieces, whole: false }),
+            Err(errno) => Err(Failure::new(errno, "refused")),
+        };
+        Reply { cookie: Cookie(cookie), offset: 0, result, payload_bytes: 0 }
+    }
+
+    /// Final, type and payload of each chunk.
+    fn chunks(style: Style, offset: u64, result: Result<Content, Failure>) -> Vec<(bool, u16, Vec<u8>)> {
+        let mut gather = Gather::new(style);
+        gather.put(Reply { cookie: Cookie(5), offset, result, payload_bytes: 0 });
+        let sent = all(&mut gather);
+        let mut sent = &sent[..];
+        let mut found = Vec::new();
+        while !sent.is_empty() {
+            assert_eq!(sent.get_u32(), if style == Style::Extended { 0x6e8a_278c } else { 0x668e_33ef });
+            let (flags, kind) = (sent.get_u16(), sent.get_u16());
+            assert_eq!(sent.get_u64(), 5);
+            let length = if style == Style::Extended {
+                assert_eq!(sent.get_u64(), offset);
+                sent.get_u64() as usize
+            } else {
+                sent.get_u32() as usize
+            };
+            found.push((flags == 1, kind, sent[..length].to_vec()));
+            sent.advance(length);
+        }
+        found
+    }
+
+    #[test]
+    fn a_read_in_chunks_tells_data_from_holes_and_the_last_chunk_is_final() {
+        let data = |text: &'static [u8]| Piece::Data(Bytes::from_static(text));
+        let pieces = vec![data(b"ab"), data(b"c"), Piece::Zeros(512), Piece::Zeros(512), data(b"d")];
+        for style in [Style::Structured, Style::Extended] {
+            let read =
+                |pieces: &[Piece], whole| chunks(style, 4096, Ok(Content::Read { pieces: pieces.to_vec(), whole }));
+            let at = |offset: u64, rest: &[u8]| [&offset.to_be_bytes()[..], rest].concat();
+            let expected =
+                [(false, 1, at(4096, b"abc")), (false, 2, at(4099, &1024u32.to_be_bytes())), (true, 1, at(5123, b"d"))];
+            assert_eq!(read(&pieces, false), expected);
+            assert_eq!(read(&pieces, true), [(true, 1, at(4096, &[b"abc", &[0; 1024][..], b"d"].concat()))]);
+            assert_eq!(read(&pieces[2..3], false), [(true, 2, at(4096, &512u32.to_be_bytes()))]);
+            assert_eq!(read(&[], false), [(true, 0, Vec::new())]);
+        }
+    }
+
+    #[test]
+    fn an_error_in_a_chunk_says_why_and_where() {
+        let failure = Failure { at: Some(7), ..Failure::new(Errno::InputOutput, "bad") };
+        for style in [Style::Structured, Style::Extended] {
+            let told = chunks(style, 0, Err(failure.clone()));
+            assert_eq!(told, [(true, 0x8002, b"\0\0\0\x05\0\x03bad\0\0\0\0\0\0\0\x07".to_vec())]);
+            assert_eq!(chunks(style, 0, Ok(Content::Nothing)), [(true, 0, Vec::new())]);
+        }
+    }
+
+    #[test]
+    fn a_map_is_one_chunk_of_runs_with_their_status() {
+        let runs = vec![Run { bytes: 4096, stored: true }, Run { bytes: 8192, stored: false }];
+        let compact = b"\0\0\0\x01\0\0\x10\0\0\0\0\0\0\0\x20\0\0\0\0\x03".to_vec();
+        assert_eq!(chunks(Style::Structured, 0, Ok(Content::Map(runs.clone()))), [(true, 5, compact)]);
+        let extended = chunks(Style::Extended, 0, Ok(Content::Map(runs)));
+        assert_eq!((extended.len(), extended[0].1, extended[0].2.len()), (1, 6, 8 + 32));
     }
 
     fn all(gather: &mut Gather) -> Vec<u8> {
@@ -108,7 +255,7 @@ mod tests {
         gather.put(reply(2, Err(Errno::InputOutput)));
         gather.put(reply(3, Ok(vec![Piece::Data(Bytes::from_static(b"abc")), Piece::Zeros(2)])));
         assert_eq!(gather.segments().len(), 1);
-        assert_eq!(all(&mut gather).len(), 3 * wire::SIMPLE_REPLY_BYTES + 5);
+        assert_eq!(all(&mut gather).len(), 3 * 16 + 5);
         assert_eq!(&all(&mut gather)[48..], b"abc\0\0");
     }
 
@@ -126,8 +273,8 @@ mod tests {
     #[test]
     fn a_long_hole_takes_no_memory() {
         let mut gather = Gather::default();
-        gather.put(reply(1, Ok(vec![Piece::Zeros(1_000_000)])));
-        assert_eq!(gather.segments().iter().map(Bytes::len).sum::<usize>(), 1_000_000 + 16);
+        gather.put(reply(1, Ok(vec![Piece::Zeros(10_000_000)])));
+        assert_eq!(gather.segments().iter().map(Bytes::len).sum::<usize>(), 10_000_000 + 16);
         assert!(gather.segments().iter().skip(1).all(|segment| segment.as_ptr() == ZEROS.as_ptr()));
     }
 

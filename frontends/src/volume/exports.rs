@@ -12,7 +12,7 @@ use super::replay::{Budget, ReplayLimits};
 use super::session::Session;
 use super::share::Share;
 use super::writer::Begun;
-use crate::device::{Device, ExportInfo, Exports, Piece, VolumeError};
+use crate::device::{Device, ExportInfo, Exports, Piece, Run, VolumeError};
 use ahash::AHashMap;
 use bytes::Bytes;
 use futures::channel::oneshot;
@@ -406,6 +406,17 @@ impl<R: Runtime> AttachedVolume<R> {
         result.await.unwrap_or_else(|_| Err(ended("the process ends")))
     }
 
+    /// What only looks may be given up at any time.
+    async fn timed<T>(&self, looking: impl Future<Output = Result<T, VolumeError>>) -> Result<T, VolumeError> {
+        let Some(deadline) = self.deadline() else {
+            return looking.await;
+        };
+        match select(pin!(looking), pin!(deadline)).await {
+            Either::Left((found, _)) => found,
+            Either::Right((timed_out, _)) => Err(timed_out),
+        }
+    }
+
     /// Ready when a request that starts now has waited long enough; `None`: there is no such time.
     fn deadline(&self) -> Option<impl Future<Output = VolumeError> + 'static> {
         let timeout = self.shared.io_timeout?;
@@ -456,17 +467,11 @@ impl<R: Runtime> Device for AttachedVolume<R> {
     }
 
     async fn read(&self, offset: u64, length: u64) -> Result<Vec<Piece>, VolumeError> {
-        let reading = async {
+        self.timed(async {
             let _part = self.session.part(&self.session.reading, length).await;
             self.session.read(offset, length).await
-        };
-        let Some(deadline) = self.deadline() else {
-            return reading.await;
-        };
-        match select(pin!(reading), pin!(deadline)).await {
-            Either::Left((read, _)) => read,
-            Either::Right((timed_out, _)) => Err(timed_out),
-        }
+        })
+        .await
     }
 
     async fn write(&self, offset: u64, data: Bytes, durable: bool) -> Result<(), VolumeError> {
@@ -483,6 +488,14 @@ impl<R: Runtime> Device for AttachedVolume<R> {
             session.clear(offset, length, durable, advisory, &begun).await
         };
         self.detached(clear).await
+    }
+
+    async fn map(&self, offset: u64, length: u64) -> Result<Vec<Run>, VolumeError> {
+        self.timed(async {
+            let _part = self.session.part(&self.session.reading, 0).await;
+            self.session.map(offset, length).await
+        })
+        .await
     }
 
     async fn ended(&self) -> String {

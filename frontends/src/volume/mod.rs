@@ -3,7 +3,7 @@
 //! * `exports`    the volumes of a cluster by name, attached at first use and released when idle
 //! * `attach`     becoming the writer: `own` the volume, open its replicas, `reconcile` what the last writer left
 //! * `session`    one epoch of one volume, and the loop that gets a request to a replica
-//! * `writer`, `reads`, `flush`   the three things it does
+//! * `writer`, `reads`, `flush`   the three things it does; `map` what is stored
 //! * `recover`    what becomes of a replica that failed: open again and replay, or stale, or waited for
 //! * `replay`     the records a restarted replica may lack, and the bounds on them (pure)
 //! * `places`     nodes that were replaced by others while volumes are attached
@@ -27,6 +27,7 @@ mod hedge;
 mod lease;
 mod links;
 mod locks;
+mod map;
 mod own;
 mod places;
 mod plan;

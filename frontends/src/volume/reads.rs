@@ -17,6 +17,35 @@ use torus_schema::limits::{BLOCK_BYTES, LOCAL_READ_ADVANTAGE};
 
 const RETRY_AFTER: Duration = Duration::from_millis(100);
 
+/// What a reader wants to know of a piece.
+pub(super) trait Look {
+    type Found;
+    /// How long it takes says how long a read takes.
+    const TELLS_SERVICE_TIME: bool;
+    fn operation(piece: Piece) -> Operation;
+    /// The answer, if it is one about the whole piece.
+    fn take(piece: Piece, answer: Answer, payload: Bytes) -> Result<Vec<Self::Found>, Failure>;
+}
+
+/// Its content.
+struct Data;
+
+impl Look for Data {
+    type Found = DevicePiece;
+    const TELLS_SERVICE_TIME: bool = true;
+
+    fn operation(piece: Piece) -> Operation {
+        Operation::Read { first: piece.first, count: piece.count }
+    }
+
+    fn take(piece: Piece, answer: Answer, payload: Bytes) -> Result<Vec<DevicePiece>, Failure> {
+        match answer {
+            Answer::Read { runs, checksums } => assemble(piece, &runs, &checksums, payload),
+            other => Err(malformed(format!("a read was answered by {other:?}"))),
+        }
+    }
+}
+
 impl<R: Runtime> Session<R> {
     pub async fn read(self: &Rc<Self>, offset: u64, length: u64) -> Result<Vec<DevicePiece>, VolumeError> {
         self.check_range(offset, length)?;
@@ -59,6 +88,11 @@ impl<R: Runtime> Session<R> {
     }
 
     async fn read_piece(self: &Rc<Self>, piece: Piece) -> Result<Vec<DevicePiece>, VolumeError> {
+        self.look::<Data>(piece).await
+    }
+
+    /// At one piece, as a reader: what is found is no older than what was acknowledged before.
+    pub(super) async fn look<L: Look>(self: &Rc<Self>, piece: Piece) -> Result<Vec<L::Found>, VolumeError> {
         let slot = self.placement.slot_of(piece.first.extent());
         // Replicas where the range is damaged: what they lack another one has.
         let mut damaged = Vec::new();
@@ -80,13 +114,13 @@ impl<R: Runtime> Session<R> {
                 continue;
             }
             if confirmations == 1 {
-                match self.read_hedged(&candidates, piece, &mut damaged).await {
+                match self.read_hedged::<L>(&candidates, piece, &mut damaged).await {
                     Some(data) => return Ok(data),
                     None => continue,
                 }
             }
             self.counters.reads_confirmed.add(1);
-            let reads = chosen.iter().map(|shard| self.read_from(*shard, piece));
+            let reads = chosen.iter().map(|shard| self.read_from::<L>(*shard, piece));
             let mut found = None;
             let mut failed = false;
             for (shard, read) in chosen.iter().zip(futures::future::join_all(reads).await) {
@@ -140,19 +174,19 @@ impl<R: Runtime> Session<R> {
 
     /// From the first, and if that takes too long, also from the second: the first good answer counts. `None`: none was
     /// good, and what becomes of who gave it is being decided.
-    async fn read_hedged(
+    async fn read_hedged<L: Look>(
         self: &Rc<Self>,
         candidates: &[ShardPosition],
         piece: Piece,
         damaged: &mut Vec<ShardPosition>,
-    ) -> Option<Vec<DevicePiece>> {
+    ) -> Option<Vec<L::Found>> {
         let (first, began) = (candidates[0], self.runtime.clock().now());
         let after = {
             let mut hedging = self.hedging.borrow_mut();
             hedging.earn();
             hedging.after()
         };
-        let mut asked = pin!(self.read_from(first, piece));
+        let mut asked = pin!(self.read_from::<L>(first, piece));
         let second = candidates.get(1).copied().filter(|second| !self.is_doubtful(*second));
         let Some(second) = second else { return self.taken(first, asked.await, damaged).await };
         let slow = pin!(self.runtime.clock().sleep(after));
@@ -163,7 +197,7 @@ impl<R: Runtime> Session<R> {
             return self.taken(first, asked.await, damaged).await;
         }
         self.counters.reads_hedged.add(1);
-        let also = pin!(self.read_from(second, piece));
+        let also = pin!(self.read_from::<L>(second, piece));
         let (answered, answer, other, rest) = match select(asked, also).await {
             Either::Left((answer, rest)) => (first, answer, second, rest),
             Either::Right((answer, rest)) => (second, answer, first, rest),
@@ -179,12 +213,12 @@ impl<R: Runtime> Session<R> {
     }
 
     /// What was read, or `None` after a failure, of which the rest is seen to.
-    async fn taken(
+    async fn taken<T>(
         self: &Rc<Self>,
         position: ShardPosition,
-        answer: Result<Vec<DevicePiece>, (Incarnation, Failure)>,
+        answer: Result<T, (Incarnation, Failure)>,
         damaged: &mut Vec<ShardPosition>,
-    ) -> Option<Vec<DevicePiece>> {
+    ) -> Option<T> {
         match answer {
             Ok(data) => Some(data),
             Err((asked_of, failure)) => {
@@ -206,23 +240,21 @@ impl<R: Runtime> Session<R> {
     }
 
     /// A failure comes with the life of the shard that was asked.
-    async fn read_from(
+    async fn read_from<L: Look>(
         &self,
         position: ShardPosition,
         piece: Piece,
-    ) -> Result<Vec<DevicePiece>, (Incarnation, Failure)> {
+    ) -> Result<Vec<L::Found>, (Incarnation, Failure)> {
         let shard = &self.shards[position];
         self.counters.reads.add(1);
         let asked = self.runtime.clock().now();
         let asked_of = shard.incarnation.get();
         let failed = |failure| (asked_of, failure);
-        let operation = Operation::Read { first: piece.first, count: piece.count };
-        let (answer, payload) = self.ask(shard, &operation, &Bytes::new()).await.map_err(failed)?;
-        self.note_service(position, self.runtime.clock().now().since(asked));
-        match answer {
-            Answer::Read { runs, checksums } => assemble(piece, &runs, &checksums, payload).map_err(failed),
-            other => Err(failed(malformed(format!("a read was answered by {other:?}")))),
+        let (answer, payload) = self.ask(shard, &L::operation(piece), &Bytes::new()).await.map_err(failed)?;
+        if L::TELLS_SERVICE_TIME {
+            self.note_service(position, self.runtime.clock().now().since(asked));
         }
+        L::take(piece, answer, payload).map_err(failed)
     }
 
     /// What becomes of the replica is decided beside the read, which goes on with another one.
@@ -256,7 +288,7 @@ impl<R: Runtime> Session<R> {
     }
 }
 
-fn malformed(because: String) -> Failure {
+pub(super) fn malformed(because: String) -> Failure {
     Failure::Refused(Refusal::Malformed { because })
 }
 

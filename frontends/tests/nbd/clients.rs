@@ -39,9 +39,9 @@ fn nbdinfo_tells_everything_about_an_export() {
         ("can_trim", true),
         ("can_zero", true),
         ("can_multi_conn", true),
-        ("can_fast_zero", false),
-        ("can_df", false),
-        ("can_cache", false),
+        ("can_fast_zero", true),
+        ("can_df", true),
+        ("can_cache", true),
     ] {
         assert_eq!(export[flag], expected, "{flag}");
     }
@@ -96,6 +96,63 @@ fn qemu_img_converts_both_ways_and_compares() {
 }
 
 #[test]
+fn qemu_img_maps_what_is_stored_and_copies_no_holes() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let server = Server::start(32 * MIB);
+    run("qemu-io", &["-f", "raw", "-c", "write -P 7 1M 64k", "-c", "write -P 8 20M 4k", &server.uri]);
+    let said = run("qemu-img", &["map", "-f", "raw", "--output=json", &server.uri]);
+    let map: serde_json::Value = serde_json::from_str(&said).expect("JSON");
+    let found: Vec<_> = map
+        .as_array()
+        .expect("a list")
+        .iter()
+        .map(|part| {
+            let number = |key: &str| part[key].as_u64().expect("a number");
+            (number("start"), number("length"), part["data"] == true, part["zero"] == true)
+        })
+        .collect();
+    let hole = |start, end| (start, end - start, false, true);
+    let data = |start, length| (start, length, true, false);
+    let expected = [
+        hole(0, MIB),
+        data(MIB, 64 << 10),
+        hole(MIB + (64 << 10), 20 * MIB),
+        data(20 * MIB, 4096),
+        hole(20 * MIB + 4096, 32 * MIB),
+    ];
+    assert_eq!(found, expected);
+    let before = server.device.counts();
+    let copy = directory.path().join("copy");
+    run("nbdcopy", &["--connections=4", &server.uri, text(&copy)]);
+    let reads = server.device.counts().reads - before.reads;
+    assert!(reads <= 3, "{reads} reads for two stored parts");
+    assert_eq!(std::fs::metadata(&copy).expect("the copy").len(), 32 * MIB);
+    let said = run("nbdinfo", &["--map", &server.uri]);
+    assert_eq!(said.lines().count(), 5, "{said}");
+    assert!(said.contains("hole,zero") && said.contains("data"), "{said}");
+}
+
+#[test]
+fn a_bridge_by_nbdkit_passes_everything_on() {
+    let server = Server::start(16 * MIB);
+    let script = r#"
+h.pwrite(b"x" * 8192, 4096, nbd.CMD_FLAG_FUA)
+assert h.pread(8192, 4096) == b"x" * 8192
+h.zero(4096, 8192, nbd.CMD_FLAG_FAST_ZERO)
+h.trim(4096, 0)
+h.cache(4096, 0)
+h.flush()
+runs = []
+h.block_status(16 << 20, 0, lambda name, offset, entries, error: runs.extend(entries))
+assert runs[:6] == [4096, 3, 4096, 0, (16 << 20) - 8192, 3], runs
+"#;
+    let nbdsh = format!("nbdsh --base-allocation -u \"$uri\" -c '{script}'");
+    run("nbdkit", &["-U", "-", "nbd", &format!("uri={}", server.uri), "--run", &nbdsh]);
+    let counts = server.device.counts();
+    assert!(counts.durable == 1 && counts.flushes >= 1 && counts.maps >= 1 && counts.clears == 2, "{counts:?}");
+}
+
+#[test]
 fn qemu_io_patterns_hold_at_every_alignment() {
     let server = Server::start(16 * MIB);
     let script = [
@@ -103,7 +160,9 @@ fn qemu_io_patterns_hold_at_every_alignment() {
         "write -P 0x22 4095 2",
         "write -P 0x33 8193 1",
         "write -f -P 0x44 12288 512",
-        "write -z 20000 3000",
+        "write -z -u 20000 3000",
+        "write -z 28672 4096",
+        "write -P 0x11 28672 4096",
         "discard 32768 4096",
         "flush",
         "read -P 0x11 0 4095",
@@ -115,6 +174,7 @@ fn qemu_io_patterns_hold_at_every_alignment() {
         "read -P 0 20000 3000",
         "read -P 0x11 23000 9768",
         "read -P 0 32768 4096",
+        "write -z 65536 64k",
         "read -P 0 65536 1M",
         "write -P 0x55 8388608 8M",
         "read -P 0x55 8388608 8M",
@@ -185,12 +245,16 @@ fails(errno.EINVAL, lambda: h.pread(2, (16 << 20) - 1))
 fails(errno.ENOSPC, lambda: h.pwrite(b"zz", (16 << 20) - 1))
 fails(errno.ENOSPC, lambda: h.zero(2, (16 << 20) - 1))
 fails(errno.EINVAL, lambda: h.trim(2, (16 << 20) - 1))
-fails(errno.EINVAL, lambda: h.zero(512, 0, nbd.CMD_FLAG_FAST_ZERO))
-fails(errno.EINVAL, lambda: h.cache(512, 0))
+fails(errno.ENOTSUP, lambda: h.zero(512, 0, nbd.CMD_FLAG_FAST_ZERO))
+fails(errno.EINVAL, lambda: h.cache(512, (16 << 20) - 1))
+fails(errno.EINVAL, lambda: h.block_status(512, (16 << 20) - 1, lambda *a: 0))
+fails(errno.EOVERFLOW, lambda: h.pread((32 << 20) + 1, 0))
+fails(errno.ENOTSUP, lambda: h.zero(4096, 0, nbd.CMD_FLAG_FAST_ZERO | nbd.CMD_FLAG_NO_HOLE))
+h.cache(512, 0)
 assert h.pread(1, 0) == b"y"
 h.shutdown()
 "#;
-    run("nbdsh", &["-u", &server.uri, "-c", script]);
+    run("nbdsh", &["--base-allocation", "-u", &server.uri, "-c", script]);
     assert_eq!(server.device.counts().durable, 3);
     let frozen = server.uri.replace("/disk", "/frozen");
     let refused = r#"
@@ -206,4 +270,42 @@ for act in (lambda: h.pwrite(b"z", 0), lambda: h.trim(1, 0), lambda: h.zero(1, 0
 assert h.pread(4, 0) == bytes(4)
 "#;
     run("nbdsh", &["-u", &frozen, "-c", refused]);
+}
+
+#[test]
+fn nbdsh_sees_holes_and_what_is_stored() {
+    let server = Server::start(16 * MIB);
+    let script = r#"
+h.pwrite(b"x" * 4096, 4096)
+chunks = []
+def chunk(buffer, offset, status, error):
+    chunks.append((bytes(buffer), offset, status))
+h.pread_structured(4096 * 4, 0, chunk)
+assert [(offset, len(data), status) for data, offset, status in chunks] == [
+    (0, 4096, nbd.READ_HOLE), (4096, 4096, nbd.READ_DATA), (8192, 8192, nbd.READ_HOLE)], chunks
+chunks = []
+h.pread_structured(4096 * 4, 0, chunk, nbd.CMD_FLAG_DF)
+assert [(offset, len(data), status) for data, offset, status in chunks] == [(0, 16384, nbd.READ_DATA)]
+def runs(count, offset, flags=0):
+    found = []
+    h.block_status(count, offset, lambda name, at, entries, error: found.append((name, at, entries)), flags)
+    assert len(found) == 1
+    return found[0]
+assert h.can_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
+assert runs(16384, 0) == ("base:allocation", 0, [4096, 3, 4096, 0, 8192, 3])
+assert runs(100, 4090) == ("base:allocation", 4090, [6, 3, 94, 0])
+assert runs(16384, 0, nbd.CMD_FLAG_REQ_ONE) == ("base:allocation", 0, [4096, 3])
+h.zero(4096, 8192, nbd.CMD_FLAG_NO_HOLE)
+assert runs(4096, 8192)[2] == [4096, 0]
+h.zero(4096, 8192, nbd.CMD_FLAG_FAST_ZERO)
+assert runs(4096, 8192)[2] == [4096, 3]
+"#;
+    run("nbdsh", &["--base-allocation", "-u", &server.uri, "-c", script]);
+    let simple = r#"
+h.set_request_structured_replies(False)
+h.connect_uri(uri)
+assert not h.get_structured_replies_negotiated() and not h.can_df()
+assert h.pread(8, 4092) == bytes(4) + b"xxxx"
+"#;
+    run("nbdsh", &["-c", &format!("uri = '{}'", server.uri), "-c", simple]);
 }

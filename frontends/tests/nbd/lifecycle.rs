@@ -6,6 +6,7 @@ use std::io::ErrorKind;
 use std::io::Write;
 use std::net::Shutdown;
 use torus_frontends::device::VolumeError;
+use torus_frontends::nbd::wire::{Cookie, Request, Style};
 
 #[test]
 fn a_request_that_waits_holds_up_no_other_connection() {
@@ -55,8 +56,7 @@ fn a_client_that_takes_no_replies_is_bounded_and_holds_up_nobody() {
     let mut raw = server.attached();
     raw.stream.set_nonblocking(true).expect("a socket");
     let mut request = bytes::BytesMut::new();
-    let cookie = torus_frontends::nbd::wire::Cookie(1);
-    torus_frontends::nbd::wire::Request { flags: 0, command: 0, cookie, offset: 0, length: 32 << 20 }.put(&mut request);
+    Request { flags: 0, command: 0, cookie: Cookie(1), offset: 0, length: 32 << 20 }.put(Style::Simple, &mut request);
     let (mut sent, mut reads) = (0, 0);
     // 64 MiB may be outstanding, that is two of these reads and what the sockets hold; then sending stops.
     until("the server reads no more", || match raw.stream.write(&request) {

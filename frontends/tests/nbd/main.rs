@@ -1,11 +1,15 @@
 //! The NBD server as its clients see it, on a device in memory.
 //!
+//! * `chunks`        replies with structured and extended headers
 //! * `clients`       the tools that people use
 //! * `lifecycle`     overlap, bounds, errors, ends
 //! * `misbehaviour`  what no client should send
+//! * `tls`           encryption and certificates
 //! * `support`       the server under test, and a client that may say anything
 
+mod chunks;
 mod clients;
 mod lifecycle;
 mod misbehaviour;
 mod support;
+mod tls;

@@ -9,8 +9,8 @@ use std::process::{Command, Output};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use torus_frontends::nbd::memory::{MemoryDevice, MemoryExports};
-use torus_frontends::nbd::wire::{Cookie, Request};
-use torus_frontends::nbd::{Listener, serve};
+use torus_frontends::nbd::wire::{Cookie, Request, Style};
+use torus_frontends::nbd::{Listener, Offer, serve};
 
 /// Longer than anything here takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -30,14 +30,18 @@ pub struct Server {
 impl Server {
     /// Exports `disk`, writable, of that size, and `frozen`, read-only, of 1 MiB.
     pub fn start(size_bytes: u64) -> Self {
-        Self::listening(Listener::tcp("127.0.0.1:0").expect("a free port"), size_bytes)
+        Self::offering(Offer::default(), size_bytes)
+    }
+
+    pub fn offering(offer: Offer, size_bytes: u64) -> Self {
+        Self::listening(Listener::tcp("127.0.0.1:0").expect("a free port"), offer, size_bytes)
     }
 
     pub fn unix(path: &Path, size_bytes: u64) -> Self {
-        Self::listening(Listener::unix(path).expect("a new path"), size_bytes)
+        Self::listening(Listener::unix(path).expect("a new path"), Offer::default(), size_bytes)
     }
 
-    fn listening(listener: Listener, size_bytes: u64) -> Self {
+    fn listening(listener: Listener, offer: Offer, size_bytes: u64) -> Self {
         let device = MemoryDevice::new(size_bytes, false);
         let exports = MemoryExports::default().with("disk", "memory of a test", device.clone()).with(
             "frozen",
@@ -50,7 +54,7 @@ impl Server {
             let served = torus_rpc::runtime::glommio::run(
                 "nbd",
                 None,
-                serve(listener, exports, async { stopped.await.unwrap_or_default() }),
+                serve(listener, exports, offer, async { stopped.await.unwrap_or_default() }),
             );
             served.expect("an executor").expect("the listener is good");
         });
@@ -71,12 +75,21 @@ impl Server {
     pub fn connect(&self) -> Raw {
         let stream = TcpStream::connect(self.address.expect("a TCP server")).expect("the server listens");
         stream.set_read_timeout(Some(PATIENCE)).expect("a valid time");
-        Raw { stream }
+        Raw { stream, style: Style::Simple }
     }
 
     /// A connection in the transmission phase of `disk`.
     pub fn attached(&self) -> Raw {
         let mut raw = self.negotiating();
+        raw.go("disk");
+        raw
+    }
+
+    /// A connection in the transmission phase of `disk`, with these headers, where blocks may be asked for their status.
+    pub fn attached_in(&self, style: Style) -> Raw {
+        let mut raw = self.negotiating();
+        raw.agree(style);
+        raw.select("disk", &["base:allocation"]);
         raw.go("disk");
         raw
     }
@@ -102,6 +115,34 @@ impl Drop for Server {
 /// A client that sends any bytes.
 pub struct Raw {
     pub stream: TcpStream,
+    pub style: Style,
+}
+
+/// A reply's chunk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Chunk {
+    pub last: bool,
+    pub kind: u16,
+    pub cookie: u64,
+    pub payload: Vec<u8>,
+}
+
+impl Chunk {
+    /// Of an error: its number, and the message.
+    pub fn error(&self) -> (u32, String) {
+        assert!(self.last && self.kind & 0x8000 != 0, "{self:?}");
+        let length = u16::from_be_bytes([self.payload[4], self.payload[5]]) as usize;
+        let text = String::from_utf8(self.payload[6..6 + length].to_vec()).expect("text");
+        (number_at(&self.payload, 0), text)
+    }
+}
+
+fn number_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_be_bytes(bytes[at..at + 4].try_into().expect("four bytes"))
+}
+
+fn long_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from_be_bytes(bytes[at..at + 8].try_into().expect("eight bytes"))
 }
 
 impl Raw {
@@ -153,8 +194,53 @@ impl Raw {
 
     pub fn request(&mut self, command: u16, flags: u16, cookie: u64, offset: u64, length: u32) {
         let mut bytes = BytesMut::new();
-        Request { flags, command, cookie: Cookie(cookie), offset, length }.put(&mut bytes);
+        Request { flags, command, cookie: Cookie(cookie), offset, length: u64::from(length) }
+            .put(self.style, &mut bytes);
         self.send(&bytes);
+    }
+
+    /// Agrees on headers.
+    pub fn agree(&mut self, style: Style) {
+        let option = match style {
+            Style::Simple => return,
+            Style::Structured => 8,
+            Style::Extended => 11,
+        };
+        self.option(option, b"");
+        assert_eq!(self.option_reply().0, 1);
+        self.style = style;
+    }
+
+    /// Selects metadata contexts; gives how many were found.
+    pub fn select(&mut self, export: &str, queries: &[&str]) -> usize {
+        let mut data = BytesMut::new();
+        data.put_u32(export.len() as u32);
+        data.put_slice(export.as_bytes());
+        data.put_u32(queries.len() as u32);
+        for query in queries {
+            data.put_u32(query.len() as u32);
+            data.put_slice(query.as_bytes());
+        }
+        self.option(10, &data);
+        let replies = std::iter::repeat_with(|| self.option_reply().0).take_while(|kind| *kind == 4);
+        replies.count()
+    }
+
+    /// The next chunk, of a request at `offset`.
+    pub fn chunk(&mut self, offset: u64) -> Chunk {
+        let extended = self.style == Style::Extended;
+        let header = self.receive(if extended { 32 } else { 20 });
+        let magic = if extended { 0x6e8a_278c } else { 0x668e_33ef };
+        assert_eq!(number_at(&header, 0), magic, "{header:?}");
+        let length = if extended {
+            assert_eq!(long_at(&header, 16), offset);
+            long_at(&header, 24)
+        } else {
+            u64::from(number_at(&header, 16))
+        };
+        let payload = self.receive(length as usize);
+        let kind = u16::from_be_bytes([header[6], header[7]]);
+        Chunk { last: header[5] == 1, kind, cookie: long_at(&header, 8), payload }
     }
 
     /// Cookie and error of the next reply.
@@ -168,6 +254,11 @@ impl Raw {
     /// Reads one byte: the connection works.
     pub fn works(&mut self) {
         self.request(0, 0, 0xfeed, 0, 1);
+        if self.style != Style::Simple {
+            let chunk = self.chunk(0);
+            assert!(chunk.last && chunk.cookie == 0xfeed && [1, 2].contains(&chunk.kind), "{chunk:?}");
+            return;
+        }
         assert_eq!(self.reply(), (0xfeed, 0));
         self.receive(1);
     }

@@ -164,6 +164,28 @@ fn a_clear_of_whole_extents_revoked_under_something_newer_never_was_either() {
 }
 
 #[test]
+fn a_revocation_is_kept_as_long_as_the_clear_it_is_about() {
+    simulate(1, |world| async move {
+        let client = opened(&world).await;
+        let pinned = client.write(20, 1).await.unwrap();
+        client.flush().await.unwrap();
+        let old = client.write(10, 1).await.unwrap();
+        let clear = client.clear(10, 21).await.unwrap();
+        client.call(revoke(10, clear)).await.unwrap();
+        client.flush().await.unwrap();
+        client.retain(vec![pinned], None).await.unwrap();
+        for _ in 0..3 {
+            churn(&client, 500).await;
+            client.machine.crash_and_start().await;
+            client.open_silently(Epoch(client.envelope.get().epoch.0 + 1)).await.unwrap();
+            assert_eq!(client.read(10, 1).await.unwrap(), vec![(old, true)]);
+            assert_eq!(read_at(&client, 20, pinned).await, (pinned, true));
+            client.retain(vec![pinned], None).await.unwrap();
+        }
+    });
+}
+
+#[test]
 fn after_a_revocation_an_older_version_may_be_written_and_counts() {
     simulate(1, |world| async move {
         let client = opened(&world).await;
@@ -228,6 +250,10 @@ fn a_map_tells_where_there_is_data_and_retain_is_checked() {
         let run = |count, version, data| Run { count, version, data };
         let runs = vec![run(1, Version::ZERO, false), run(2, version, true), run(1, Version::ZERO, false)];
         assert_eq!(client.call(map).await, Ok(Answer::Mapped { runs }));
+        let extent = |count| Operation::Map { first: BlockIndex(0), count };
+        let whole = vec![run(3, Version::ZERO, false), run(2, version, true), run(1019, Version::ZERO, false)];
+        assert_eq!(client.call(extent(1024)).await, Ok(Answer::Mapped { runs: whole }));
+        assert!(matches!(client.call(extent(1025)).await, Err(Refusal::Malformed { .. })));
         let late = Version::new(Epoch(9), 1);
         for (pins, stale_since) in [(vec![late], None), (vec![version, Version::ZERO], None), (vec![], Some(late))] {
             assert!(matches!(client.retain(pins, stale_since).await, Err(Refusal::Malformed { .. })));

@@ -5,9 +5,9 @@
 //! torn tail. So each flush has a *level*, and its proofs are counted: a write sent after it and itself made durable
 //! says in its header that what the flush covered is durable, if the shard knew it by then: its mark is one number, and
 //! what is durable behind a batch that is still in flight is not under it. With n damages, what has n proofs must be there or be
-//! answered as damaged or lost; what has fewer may be older, but nothing that never was. And what a start dropped as a
-//! torn tail stands in the log twice as dropped: in the header that was mended, and in the footer that leaves it out.
-//! Damage to both brings it back, but only as damaged.
+//! answered as damaged or lost; what has fewer may be older, but nothing that never was. And what a start dropped, as a torn
+//! tail or because it could not read the header, is left out of the segment's footer; the header is mended if it can be.
+//! Damage to the header and to the footer, two at least, brings it back.
 
 use crate::log::BatchNumber;
 use std::collections::{BTreeMap, BTreeSet};
@@ -25,6 +25,10 @@ struct Known {
     dropped: BTreeSet<Version>,
     /// The highest that was answered.
     acknowledged: Version,
+    /// All that were.
+    answered: BTreeSet<Version>,
+    /// Of these, what a flush covered. One may be of a lower version than what a flush covered before.
+    durable: BTreeSet<Version>,
     /// The highest that a flush of that level covered; ascending in both.
     flushed: Vec<(u64, Version)>,
 }
@@ -50,7 +54,8 @@ fn is_proven(at: u64, damages: u64, level: u64) -> bool {
 
 /// What a flush that was answered has made durable.
 pub struct Covered {
-    versions: Vec<(u64, Version)>,
+    /// By block, of each the highest last.
+    versions: Vec<(u64, BTreeSet<Version>)>,
     proof: Option<u64>,
 }
 
@@ -87,7 +92,7 @@ impl Blocks {
         self.known.get(&block).and_then(|known| known.may_be(version, damages, self.level)).or(zeros)
     }
 
-    /// May be answered as damaged, though it was dropped.
+    /// Though it was dropped.
     pub fn may_be_back(&self, block: u64, version: Version, damages: u64) -> bool {
         damages >= 2 && self.known.get(&block).is_some_and(|known| known.dropped.contains(&version))
     }
@@ -104,24 +109,27 @@ impl Blocks {
         for block in blocks {
             let known = self.known.entry(*block).or_default();
             known.acknowledged = known.acknowledged.max(version);
+            known.answered.insert(version);
         }
         self.answered = self.answered.max(sent_at);
         if durable {
-            let versions = blocks.iter().map(|block| (*block, version)).collect();
+            let versions = blocks.iter().map(|block| (*block, BTreeSet::from([version]))).collect();
             self.flushed(Covered { versions, proof: sent_at });
         }
     }
 
     /// What a flush that is sent now will cover.
     pub fn covered(&self) -> Covered {
-        let versions = self.known.iter().map(|(block, known)| (*block, known.acknowledged)).collect();
+        let versions = self.known.iter().map(|(block, known)| (*block, known.answered.clone())).collect();
         Covered { versions, proof: self.answered }
     }
 
     pub fn flushed(&mut self, covered: Covered) {
         let level = self.level_now();
-        for (block, version) in covered.versions {
-            self.known.entry(block).or_default().flushed(level, version);
+        for (block, versions) in covered.versions {
+            let known = self.known.entry(block).or_default();
+            versions.last().into_iter().for_each(|highest| known.flushed(level, *highest));
+            known.durable.extend(versions);
         }
         if covered.proof == Some(level) {
             self.level += 1;
@@ -157,6 +165,7 @@ impl Blocks {
         known.revoked.remove(&version);
         known.sent = BTreeMap::from([(version, data)]);
         known.acknowledged = version;
+        (known.answered, known.durable) = (BTreeSet::from([version]), BTreeSet::from([version]));
         known.flushed.retain(|(_, flushed)| *flushed <= version);
         known.flushed(level, version);
     }
@@ -176,9 +185,8 @@ impl Blocks {
         let level = self.level_now();
         let known = self.known.entry(block).or_default();
         known.sent.entry(before).or_insert(false);
-        let was_durable = known.flushed.iter().any(|(_, flushed)| *flushed > before);
         known.flushed.retain(|(_, flushed)| *flushed <= before);
-        if was_durable {
+        if known.durable.contains(&before) {
             known.flushed(level, before);
         }
     }
@@ -192,6 +200,8 @@ impl Blocks {
             known.revoked.insert(version, (level, data));
         }
         known.acknowledged = before;
+        known.answered.remove(&version);
+        known.durable.insert(before);
         known.flushed(level, before);
     }
 }

@@ -304,7 +304,7 @@ fn run_seed(seed: u64, damaged: bool) -> Reached {
 
 /// Seeds that found something, and what it was. What a seed draws changes with the model; what they found has a test of
 /// its own in `recovery` where it can be told apart.
-const FOUND: [(u64, bool, &str); 9] = [
+const FOUND: [(u64, bool, &str); 11] = [
     (
         254,
         false,
@@ -321,6 +321,8 @@ const FOUND: [(u64, bool, &str); 9] = [
     (1003, true, "the same, so that scrub passed over damaged blocks"),
     (1392, false, "a revoked clear of a whole extent, applied again, made an older one that a snapshot reads outdated"),
     (4551, true, "a mended header as it was before and no footer: what was dropped is back, as damaged blocks"),
+    (7238, true, "a start's mended header and footer both lost on their way: what it dropped was back at the next"),
+    (6121, true, "a header misread at one start, the footer made without it misread at the next: its batch was back"),
     (0, false, "scrub took a segment for unreadable whose footer was about to be written"),
 ];
 
