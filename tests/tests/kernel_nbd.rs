@@ -37,6 +37,7 @@ attach() {
 detach() { kill "$SERVER"; wait "$SERVER"; }
 attached() { test -e "/sys/block/$1/pid"; }
 bell() { await 120 bash -c 'exec 3<>/dev/tcp/10.77.0.1/7'; }
+size_is() { test "$(blockdev --getsize64 "$1")" = "$2"; }
 free_again() { ! attached "$1"; }
 no_io_errors() {
     ! dmesg | grep -iE 'I/O error|EXT4-fs error|XFS.*(error|shutdown)|F2FS-fs.*error|Buffer I/O|Aborting journal'
@@ -91,7 +92,7 @@ modprobe nbd nbds_max=4 max_part=8
 
 attach data
 D=/dev/nbd0
-test "$(blockdev --getsize64 $D)" = $((640 << 20))
+size_is $D $((640 << 20))
 test "$(blockdev --getss $D)" = 4096
 test "$(cat /sys/block/nbd0/queue/write_cache)" = 'write back'
 torusblk nbd --list | grep nbd0 | grep data
@@ -129,8 +130,12 @@ for FS in ext4 xfs f2fs; do
     mount -t $FS -o discard $D /mnt/t
     files /mnt/t
     (cd /mnt/t && find . -type f | sort | xargs sha256sum) >/run/sums
-    # A signal while it is mounted harms nobody.
+    # Neither a larger size nor a signal harms anybody while it is mounted.
     if [ $FS = ext4 ]; then
+        torusblk volume resize data 704MiB
+        await 30 size_is $D $((704 << 20))
+        resize2fs $D 2>&1
+        test "$(df --output=size -B1M /mnt/t | tail -n 1)" -gt 640
         kill "$SERVER"
         await 20 grep -q 'in use' /run/nbd.log
         attached nbd0
@@ -170,16 +175,24 @@ modprobe -q io_uring || true
 fio --name=verified --filename=$D --direct=1 --ioengine=libaio --rw=randwrite --bs=4k --iodepth=32 --size=48M \
     --verify=crc32c --verify_fatal=1 --output-format=terse >/run/fio
 blkdiscard -z $D
-cmp -n $((640 << 20)) /dev/zero $D
+cmp -n $((704 << 20)) /dev/zero $D
 blkdiscard $D
 dd if=/dev/urandom of=$D bs=1M count=8 oflag=direct status=none
 detach
 free_again nbd0
 
+# Smaller only when told that this is meant, and never under its users.
+torusblk volume resize data 512MiB 2>/run/refused && exit 1
+grep -q -e '--allow-shrink' /run/refused
+torusblk volume resize data 512MiB --allow-shrink
+
 # 512-byte requests, and no writes.
 attach data /dev/nbd2 --block-size 512 --read-only --connections 1
 test "$(blockdev --getss /dev/nbd2)" = 512
 test "$(blockdev --getro /dev/nbd2)" = 1
+size_is /dev/nbd2 $((512 << 20))
+torusblk volume resize data 256MiB --allow-shrink 2>/run/refused && exit 1
+grep -q 'detach it there first' /run/refused
 dd if=/dev/nbd2 of=/dev/null bs=512 count=3 skip=1 iflag=direct status=none
 torusblk nbd --detach /dev/nbd2
 wait "$SERVER"

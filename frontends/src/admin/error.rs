@@ -117,6 +117,18 @@ pub enum AdminError {
         "--yes-lose-writes-since {found}: what would be lost is everything since {expected}; look at it without this option first"
     )]
     OtherLoss { found: String, expected: String },
+    #[error("volume {name:?} is not ready: it is being created, or that was broken off; `volume show {name}`")]
+    NotReady { name: String },
+    #[error(
+        "volume {name:?} has {}, {} is less: what lies beyond would be lost; say --allow-shrink if that is meant",
+        size::format(*from), size::format(*to)
+    )]
+    Shrinks { name: String, from: u64, to: u64 },
+    #[error(
+        "volume {name:?} could not be cleared beyond its new end ({because}), and keeps its size; what lies there may be lost \
+         already. Try again"
+    )]
+    NotCleared { name: String, because: String },
     #[error("volume {name:?} was attached or changed meanwhile; nothing was done, look again")]
     ChangedMeanwhile { name: String },
     #[error("volume {name:?} stays unfinished ({because}); `volume delete {name}` cleans up, then create it again")]

@@ -7,7 +7,7 @@
 //! * `standing`  how the replicas of a volume stand
 //! * `ring`      the ring document
 //! * `volume`    the noun both programs share; `volume_create`, `volume_compare`, `volume_delete`,
-//!   `volume_show`, `volume_set`, `volume_promote`; `unowned` while nobody has it attached
+//!   `volume_show`, `volume_set`, `volume_resize`, `volume_promote`; `unowned` while nobody has it attached
 //! * `why`       where a byte lies, and what each replica has there
 //! * `scrub`     reading and verifying everything, and what was found
 //! * `snapshot`  what stands in the metadata store, read and checked
@@ -31,6 +31,7 @@ mod volume_compare;
 pub mod volume_create;
 pub mod volume_delete;
 pub mod volume_promote;
+pub mod volume_resize;
 pub mod volume_set;
 mod volume_show;
 pub mod why;

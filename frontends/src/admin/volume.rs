@@ -3,6 +3,7 @@
 use super::volume_create::{NewVolume, check_name, check_size, create};
 use super::volume_delete::{Wait, delete};
 use super::volume_promote::{self, PromoteArguments};
+use super::volume_resize::{self, ResizeArguments};
 use super::volume_set::{self, SetArguments};
 use super::{AdminError, Report, snapshot, volume_compare, volume_show};
 use clap::{Args, Subcommand};
@@ -31,6 +32,8 @@ pub enum VolumeCommand {
     Delete(DeleteArguments),
     /// Change a volume that nobody has attached
     Set(SetArguments),
+    /// Change a volume's size: it grows while it is used, and shrinks while nobody has it attached
+    Resize(ResizeArguments),
     /// Have a node's stale replicas count where every replica in sync is lost for good: LOSES WRITES, and shows which
     Promote(PromoteArguments),
 }
@@ -38,7 +41,7 @@ pub enum VolumeCommand {
 impl VolumeCommand {
     /// It takes as long as it takes, and shows how far it is.
     pub fn is_long(&self) -> bool {
-        matches!(self, Self::Compare { .. })
+        matches!(self, Self::Compare { .. } | Self::Resize(ResizeArguments { allow_shrink: true, .. }))
     }
 }
 
@@ -66,7 +69,7 @@ pub struct CreateArguments {
 }
 
 /// Past the largest u64 a size is too large all the same; saying so is for `check_size`.
-fn parse_size(text: &str) -> Result<u64, SizeError> {
+pub(super) fn parse_size(text: &str) -> Result<u64, SizeError> {
     match size::parse(text) {
         Err(SizeError::TooLarge { .. }) => Ok(u64::MAX),
         other => other,
@@ -95,6 +98,7 @@ pub async fn run<R: Runtime>(
         VolumeCommand::Show { name } => volume_show::show(runtime.metadata(), name).await,
         VolumeCommand::Delete(arguments) => run_delete(runtime, arguments, deadline, progress).await,
         VolumeCommand::Set(arguments) => volume_set::set(runtime, arguments).await,
+        VolumeCommand::Resize(arguments) => volume_resize::resize(runtime, arguments).await,
         VolumeCommand::Promote(arguments) => volume_promote::run(runtime, arguments, deadline).await,
     }
 }

@@ -21,7 +21,7 @@ use super::drive::{Event, Former, Kernel, LOOK_AGAIN, Order};
 use super::memo::Memo;
 use super::{KernelError, backend_of, io, sysfs};
 use crate::device::{Device, Exports, VolumeError};
-use crate::nbd::{Listener, ListenerError, serve};
+use crate::nbd::{Listener, ListenerError, Offer, serve};
 use crate::volume::{AttachedVolume, Attacher, VolumeExports, VolumeSettings, find};
 use clap::Args;
 use futures::channel::oneshot;
@@ -252,7 +252,7 @@ async fn serve_kernel<R: Runtime>(
     let mut driven = None;
     {
         let stop = async { driven = Some(finished.await) };
-        let served = serve(listener, exports.clone(), stop);
+        let served = serve(listener, exports.clone(), Offer::default(), stop);
         match select(pin!(served), pin!(tell(runtime, &volume, &events))).await {
             Either::Left((served, _)) => served.map_err(io("the NBD server"))?,
             Either::Right((never, _)) => match never {},

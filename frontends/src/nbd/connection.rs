@@ -200,6 +200,7 @@ impl<D: Device> Requests<D> {
         if self.stopping.get() {
             self.session.stop();
         }
+        self.session.grown(self.device.size_bytes());
         match self.session.next_command(self.input.filled())? {
             Next::Receive(wanted) => {
                 // Memory for a large payload is taken only when there is room for it.

@@ -108,6 +108,11 @@ impl Session {
         self.stopping = true;
     }
 
+    /// The export has grown: what was beyond its end is not any more, for a client that has heard of it.
+    pub fn grown(&mut self, size_bytes: u64) {
+        self.terms.size_bytes = self.terms.size_bytes.max(size_bytes);
+    }
+
     /// Consumes what it understands of the input; a payload is split off it, not copied.
     pub fn next_command(&mut self, input: &mut BytesMut) -> Result<Next, Violation> {
         loop {

@@ -223,6 +223,16 @@ fn a_status_payload_selects_among_the_contexts_that_were_agreed_on() {
 }
 
 #[test]
+fn what_lies_within_a_grown_export_is_no_longer_beyond_its_end() {
+    let mut session = Session::new(TERMS);
+    let read = || request(wire::COMMAND_READ, 0, SIZE, 1);
+    assert_refused(only_command(&mut session, read()), Errno::Invalid, "beyond the end");
+    session.grown(SIZE + 1);
+    session.grown(SIZE);
+    assert_eq!(only_command(&mut session, read()), Action::Read { length: 1, whole: false });
+}
+
+#[test]
 fn a_write_too_long_even_to_be_thrown_away_ends_the_session() {
     let found = NBD_DISCARD_BYTES_MAX + 1;
     let mut input = request(wire::COMMAND_WRITE, 0, 0, found as u32);

@@ -11,6 +11,7 @@ use super::places::Places;
 use super::replay::{Budget, ReplayLimits};
 use super::session::Session;
 use super::share::Share;
+use super::sizes::Sizes;
 use super::writer::Begun;
 use crate::device::{Device, ExportInfo, Exports, Piece, Run, VolumeError};
 use ahash::AHashMap;
@@ -69,6 +70,7 @@ struct Shared<R: Runtime> {
     volumes: RefCell<AHashMap<VolumeId, Entry<R>>>,
     changed: Notify,
     places: Places<R>,
+    sizes: Sizes<R>,
 }
 
 enum Entry<R: Runtime> {
@@ -96,11 +98,13 @@ impl<R: Runtime> VolumeExports<R> {
     pub fn with_settings(runtime: R, attacher: Attacher, settings: VolumeSettings) -> Self {
         let links = Links::new(runtime.clone());
         let places = Places::new(runtime.clone());
+        let sizes = Sizes::new(runtime.clone());
         let shared = Shared {
             runtime,
             attacher,
             io_timeout: settings.io_timeout,
             places,
+            sizes,
             terms: settings.lease,
             never_hedge: settings.never_hedge,
             links,
@@ -201,6 +205,7 @@ impl<R: Runtime> Shared<R> {
         };
         let session = attach(around, name, &self.attacher).await?;
         self.places.follow(&session);
+        self.sizes.follow(&session);
         Ok(session)
     }
 
@@ -316,7 +321,7 @@ impl<R: Runtime> Exports for VolumeExports<R> {
 
     async fn describe(&self, name: &str) -> Result<ExportInfo, VolumeError> {
         if let Some(session) = self.shared.attached_as(name) {
-            return Ok(info(&session.record));
+            return Ok(ExportInfo { size_bytes: session.size_bytes.get(), ..info(&session.record) });
         }
         let volume = find(&self.shared.runtime, name).await?;
         let key = keys::volume(volume);
@@ -459,7 +464,7 @@ impl<R: Runtime> Drop for AttachedVolume<R> {
 
 impl<R: Runtime> Device for AttachedVolume<R> {
     fn size_bytes(&self) -> u64 {
-        self.session.record.size_bytes
+        self.session.size_bytes.get()
     }
 
     fn read_only(&self) -> bool {

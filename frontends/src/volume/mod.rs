@@ -8,6 +8,7 @@
 //! * `replay`     the records a restarted replica may lack, and the bounds on them (pure)
 //! * `places`     nodes that were replaced by others while volumes are attached
 //! * `resync`     stale replicas are brought back; `resync_told` how far that is; `repair_owner` where nobody is attached
+//! * `sizes`     volumes that grow while they are attached
 //! * `regress`    a metadata store that is older than the replicas
 //! * `retain`     what the shards are told to keep
 //! * `status`     marking replicas stale; `replicas` which are in sync (pure)
@@ -43,6 +44,7 @@ mod resync_told;
 mod retain;
 mod session;
 mod share;
+mod sizes;
 mod status;
 mod wanted;
 mod window;

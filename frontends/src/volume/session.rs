@@ -44,7 +44,9 @@ pub(super) struct Session<R: Runtime> {
     pub reading: Rc<Share>,
     pub writing: Rc<Share>,
     pub hedging: RefCell<Hedging>,
+    /// As it was when it was attached: its size is below.
     pub record: VolumeRecord,
+    pub size_bytes: Cell<u64>,
     /// As it stands in the metadata store, but for a lease that was replaced.
     pub owner: OwnerRecord,
     pub epoch: Epoch,

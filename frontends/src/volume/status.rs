@@ -34,7 +34,7 @@ pub(super) struct StatusKeeper {
     pub changes: Cell<u64>,
     pub told: Cell<u64>,
     /// Of the volume's record.
-    pub volume_revision: Revision,
+    pub volume_revision: Cell<Revision>,
     /// Of the status, if there is one.
     pub status_revision: Cell<Option<Revision>>,
     pub failed: RefCell<BTreeMap<ShardPosition, Loss>>,
@@ -245,7 +245,8 @@ fn lose_in_order(
 
 /// Tries until the outcome is known; false: the session ended.
 async fn store_status<R: Runtime>(session: &Rc<Session<R>>, status: &StatusRecord) -> bool {
-    let (owner, key) = (keys::owner(session.record.id), keys::status(session.record.id));
+    let id = session.record.id;
+    let (owner, key, volume) = (keys::owner(id), keys::status(id), keys::volume(id));
     let changes = session.status.changes.get() + 1;
     let value = encode(&StatusRecord { changes, ..dated(session, status) });
     loop {
@@ -260,11 +261,11 @@ async fn store_status<R: Runtime>(session: &Rc<Session<R>>, status: &StatusRecor
         let transaction = Transaction {
             compares: vec![
                 Compare::CreateRevision(owner.clone(), session.status.owner_revision.get()),
-                Compare::ModRevision(keys::volume(session.record.id), session.status.volume_revision),
+                Compare::ModRevision(volume.clone(), session.status.volume_revision.get()),
                 unchanged,
             ],
             writes: vec![Write::Put { key: key.clone(), value: value.clone(), lease: None }],
-            reads: vec![owner.clone(), key.clone()],
+            reads: vec![owner.clone(), key.clone(), volume.clone()],
         };
         session.counters.status_transactions.add(1);
         match session.runtime.metadata().transact(transaction).await {
@@ -316,7 +317,7 @@ enum Settled {
 
 /// A transaction that was not applied, or whose predecessor's outcome was unknown: look at what is there.
 fn settle<R: Runtime>(session: &Session<R>, value: &[u8], reads: &[Option<Entry>]) -> Settled {
-    let (owner, status) = (&reads[0], &reads[1]);
+    let (owner, status, volume) = (&reads[0], &reads[1], &reads[2]);
     if let Some(status) = status.as_ref().filter(|status| status.value == value) {
         session.status.status_revision.set(Some(status.mod_revision));
         return Settled::Applied;
@@ -334,6 +335,7 @@ fn settle<R: Runtime>(session: &Session<R>, value: &[u8], reads: &[Option<Entry>
             session.end("another writer owns the volume".to_string());
             Settled::Ended
         }
+        Some(_) if volume.as_ref().is_some_and(|volume| session.take_record(volume)) => Settled::Again,
         Some(_) => {
             session.end("the volume's record or status was changed by somebody else".to_string());
             Settled::Ended

@@ -76,7 +76,7 @@ impl<R: Runtime> Session<R> {
 
     pub fn check_range(&self, offset: u64, length: u64) -> Result<(), VolumeError> {
         self.check()?;
-        let size = self.record.size_bytes;
+        let size = self.size_bytes.get();
         match offset.checked_add(length) {
             Some(end) if end <= size => Ok(()),
             _ => Err(VolumeError::OutOfRange { offset, length, size }),
