@@ -309,13 +309,3 @@ const _: () = assert!(NBD_OPTION_BYTES_MAX < NBD_OPTION_DISCARD_BYTES_MAX);
 // The largest request fits beside another one, so that a connection never waits for itself.
 const _: () = assert!(2 * NBD_PAYLOAD_BYTES_MAX <= NBD_OUTSTANDING_BYTES_MAX);
 const _: () = assert!(NBD_PAYLOAD_BYTES_MAX <= NBD_DISCARD_BYTES_MAX);
-
-/// Sockets between the kernel and the process that serves a device of its: 16 are as many as the driver makes use of.
-pub const KERNEL_CONNECTIONS_MAX: u16 = 16;
-pub const KERNEL_CONNECTIONS_DEFAULT_MAX: u16 = 4;
-/// After which the kernel takes a socket for dead and sends its requests again on another, while the first may yet be
-/// carried out: never while we live, and we wait for replicas as long as it takes. Its unit inside is the tick of up to
-/// 1000 Hz, in 31 bits.
-pub const KERNEL_REQUEST_TIMEOUT: Duration = Duration::from_secs(14 * 24 * 3600);
-const _: () = assert!(KERNEL_REQUEST_TIMEOUT.as_secs() * 1000 < 1 << 31);
-const _: () = assert!(KERNEL_CONNECTIONS_DEFAULT_MAX <= KERNEL_CONNECTIONS_MAX);

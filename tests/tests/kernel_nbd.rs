@@ -187,7 +187,7 @@ grep -q -e '--allow-shrink' /run/refused
 torusblk volume resize data 512MiB --allow-shrink
 
 # 512-byte requests, and no writes.
-attach data /dev/nbd2 --block-size 512 --read-only --connections 1
+attach data /dev/nbd2 --block-size 512 --read-only
 test "$(blockdev --getss /dev/nbd2)" = 512
 test "$(blockdev --getro /dev/nbd2)" = 1
 size_is /dev/nbd2 $((512 << 20))

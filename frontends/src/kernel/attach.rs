@@ -37,7 +37,7 @@ use torus_rpc::metadata::any::AnyMetadata;
 use torus_rpc::runtime::glommio::{GlommioRuntime, StartError, run};
 use torus_rpc::runtime::{Clock, Runtime};
 use torus_schema::ids::VolumeId;
-use torus_schema::limits::{KERNEL_CONNECTIONS_DEFAULT_MAX, KERNEL_CONNECTIONS_MAX, LEASE_DRIFT, OWNER_LEASE_TTL};
+use torus_schema::limits::{LEASE_DRIFT, OWNER_LEASE_TTL};
 
 /// linux/prctl.h
 const PR_SET_IO_FLUSHER: nix::libc::c_int = 57;
@@ -61,9 +61,6 @@ pub struct NbdArguments {
     /// Bytes of the device's smallest request
     #[arg(long, value_name = "BYTES", default_value = "4096", value_parser = parse_block_bytes)]
     pub block_size: u64,
-    /// Sockets between the kernel and this process [default: one per core, at most 4]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=KERNEL_CONNECTIONS_MAX as i64))]
-    pub connections: Option<u16>,
     /// The kernel refuses to write to the device
     #[arg(long)]
     pub read_only: bool,
@@ -158,7 +155,6 @@ async fn attached(
             epoch: attached.epoch(),
             index,
             block_bytes: arguments.block_size,
-            connections: usize::from(arguments.connections.unwrap_or_else(connections)),
             read_only: arguments.read_only,
             reconnect_s: arguments.reconnect,
         };
@@ -169,12 +165,6 @@ async fn attached(
     .await;
     exports.release_all().await;
     served
-}
-
-/// One per core, which is more than one executor can make use of, but the kernel spreads its work by them.
-fn connections() -> u16 {
-    let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
-    u16::try_from(cores).unwrap_or(u16::MAX).min(KERNEL_CONNECTIONS_DEFAULT_MAX)
 }
 
 /// Whether everything that was answered through the device is there: see the top of this file.

@@ -17,10 +17,16 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::Duration;
 use torus_schema::ids::{Epoch, VolumeId};
-use torus_schema::limits::KERNEL_REQUEST_TIMEOUT;
 
 /// How often it is looked whether the device is still there, or its users still are.
 pub const LOOK_AGAIN: Duration = Duration::from_millis(500);
+/// With one socket and no timeout the kernel never takes a socket for dead while we live, however long we wait for
+/// replicas. With several, or with a timeout, it would at some time, and send the requests again on another while the
+/// first may yet be carried out, behind a later write of the same block.
+const NO_TIMEOUT: u64 = 0;
+/// How often it looks at each request instead. Only then does it notice that the socket it was sent on is not the present
+/// one, and sends it again.
+const LOOK_AT_REQUESTS: Duration = Duration::from_secs(5);
 /// What the kernel's client makes use of; the rest is for clients that negotiate.
 const FLAGS: u16 = EXPORT_HAS_FLAGS
     | EXPORT_READ_ONLY
@@ -49,7 +55,6 @@ pub struct Order {
     /// `None`: the first free one.
     pub index: Option<u32>,
     pub block_bytes: u64,
-    pub connections: usize,
     pub read_only: bool,
     pub reconnect_s: u64,
 }
@@ -95,49 +100,48 @@ impl Kernel {
         ended
     }
 
-    fn negotiate(&self, count: usize) -> Result<Vec<Negotiated>, KernelError> {
-        let connections = (0..count).map(|_| negotiate(&self.socket, &self.order.name));
-        connections.collect::<std::io::Result<_>>().map_err(io("connecting the kernel to this process"))
+    fn negotiate(&self) -> Result<Negotiated, KernelError> {
+        negotiate(&self.socket, &self.order.name).map_err(io("connecting the kernel to this process"))
     }
 
     fn attach(&mut self) -> Result<u32, KernelError> {
-        let connections = self.negotiate(self.order.connections)?;
-        let (size_bytes, flags) = (connections[0].size_bytes, connections[0].flags & FLAGS);
+        let connection = self.negotiate()?;
+        let (size_bytes, flags) = (connection.size_bytes, connection.flags & FLAGS);
         let writes = EXPORT_SEND_TRIM | EXPORT_SEND_WRITE_ZEROES;
         let flags = if self.order.read_only { (flags & !writes) | EXPORT_READ_ONLY } else { flags };
         let index = self.control.connect(Connect {
             index: self.order.index,
             size_bytes,
             block_bytes: self.order.block_bytes,
-            timeout_s: KERNEL_REQUEST_TIMEOUT.as_secs(),
+            timeout_s: NO_TIMEOUT,
             dead_connection_timeout_s: self.order.reconnect_s,
             server_flags: u64::from(flags),
-            sockets: descriptors(&connections),
+            sockets: vec![connection.socket.as_raw_fd()],
             backend: backend_of(self.order.volume),
         })?;
-        self.note(self.order.connections).write(index)?;
+        if let Err(error) = sysfs::look_at_requests_every(index, LOOK_AT_REQUESTS) {
+            tracing::debug!(%error, "requests under way when this process dies wait up to 30 s for the next");
+        }
+        self.note().write(index)?;
         Ok(index)
     }
 
-    fn note(&self, connections: usize) -> Memo {
+    fn note(&self) -> Memo {
         let Order { volume, name, epoch, .. } = &self.order;
-        Memo { volume: *volume, name: name.clone(), epoch: *epoch, pid: std::process::id(), connections }
+        Memo { volume: *volume, name: name.clone(), epoch: *epoch, pid: std::process::id() }
     }
 
     fn serve_on(&mut self, former: Former) -> Result<u32, KernelError> {
-        let (index, memo) = match (former.keeps_all, former.memo) {
-            (Ok(()), Some(memo)) => (former.index, memo),
-            (kept, _) => {
-                let because = kept.err().unwrap_or_else(|| "nothing is known of it".to_string());
-                return Err(self.fail(former.index, because));
-            }
-        };
-        self.note(memo.connections).write(index)?;
-        let connections = self.negotiate(memo.connections)?;
-        let size_bytes = connections[0].size_bytes;
+        let index = former.index;
+        if let Err(because) = former.keeps_all {
+            return Err(self.fail(index, because));
+        }
+        self.note().write(index)?;
+        let connection = self.negotiate()?;
+        let size_bytes = connection.size_bytes;
         let resized = (sysfs::size_bytes(index) != Some(size_bytes)).then_some(size_bytes);
         let backend = backend_of(self.order.volume);
-        self.control.reconfigure(index, &backend, descriptors(&connections), resized)?;
+        self.control.reconfigure(index, &backend, vec![connection.socket.as_raw_fd()], resized)?;
         Ok(index)
     }
 
@@ -195,10 +199,6 @@ impl Kernel {
             Err(error) => tracing::warn!(device = index, size_bytes, %error, "the device keeps its old size"),
         }
     }
-}
-
-fn descriptors(connections: &[Negotiated]) -> Vec<i32> {
-    connections.iter().map(|connection| connection.socket.as_raw_fd()).collect()
 }
 
 /// Whether it was begun. In a thread of its own: it may wait for replicas, and a second signal does not.

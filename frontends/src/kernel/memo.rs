@@ -22,7 +22,6 @@ pub struct Memo {
     pub epoch: Epoch,
     /// Who serves it.
     pub pid: u32,
-    pub connections: usize,
 }
 
 /// Readable by root alone: the server's socket lies here, too.
@@ -79,7 +78,7 @@ mod tests {
     fn a_note_is_read_as_it_was_written_and_damage_is_none_at_all() {
         let folder = tempfile::tempdir().unwrap();
         let volume = VolumeId(uuid::Uuid::from_u128(7));
-        let memo = Memo { volume, name: "db-1".into(), epoch: Epoch(3), pid: 1, connections: 4 };
+        let memo = Memo { volume, name: "db-1".into(), epoch: Epoch(3), pid: 1 };
         memo.write_in(folder.path(), 2).unwrap();
         assert_eq!(Memo::read_in(folder.path(), 2), Some(memo));
         assert_eq!(Memo::read_in(folder.path(), 1), None);
@@ -90,7 +89,7 @@ mod tests {
     #[test]
     fn a_process_that_is_no_torusblk_serves_nothing() {
         let volume = VolumeId(uuid::Uuid::from_u128(7));
-        let memo = Memo { volume, name: "x".into(), epoch: Epoch(1), pid: std::process::id(), connections: 1 };
+        let memo = Memo { volume, name: "x".into(), epoch: Epoch(1), pid: std::process::id() };
         assert!(!memo.is_served());
     }
 }

@@ -5,6 +5,7 @@ use nix::fcntl::OFlag;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// /sys counts in these whatever the device's blocks are.
 const SECTOR_BYTES: u64 = 512;
@@ -53,6 +54,11 @@ pub fn attached_to(backend_wanted: &str) -> Vec<u32> {
     let mut found: Vec<u32> = names.filter(wanted).collect();
     found.sort_unstable();
     found
+}
+
+/// From now on, for requests that are begun from now on.
+pub fn look_at_requests_every(index: u32, interval: Duration) -> std::io::Result<()> {
+    std::fs::write(format!("/sys/block/nbd{index}/queue/io_timeout"), interval.as_millis().to_string())
 }
 
 /// Nobody can mount it while this is held.
