@@ -90,6 +90,29 @@ fn what_is_stored_is_told_and_holes_are_neither_copied_nor_read() {
 }
 
 #[test]
+fn a_volume_grows_under_its_clients_and_does_not_shrink_under_them() {
+    let mut cluster = with_volume("grows", "64MiB");
+    let mut server = cluster.serve_with(&["--volume=demo"]);
+    let url = server.url("demo");
+    qemu_io_ok(&url, &["write -P 1 0 1M"]);
+    let size = || Outcome::of(process::tool("nbdinfo").args(["--size", &url])).ok();
+    cluster.torusblk(&["volume", "resize", "demo", "96MiB"]).ok();
+    torus_tests::wait::until("the server to hear of it", || {
+        (size().trim() == (96_u64 << 20).to_string()).then_some(())
+    });
+    qemu_io_ok(&url, &["read -P 0 64M 1M", "write -P 2 95M 1M", "read -P 2 95M 1M", "flush"]);
+    let refused = cluster.torusblk(&["volume", "resize", "demo", "32MiB"]).refused();
+    assert!(refused.contains("--allow-shrink"), "{refused}");
+    let refused = cluster.torusblk(&["volume", "resize", "demo", "32MiB", "--allow-shrink"]).refused();
+    assert!(refused.contains("attached by"), "{refused}");
+    assert!(server.process.stop().success());
+    cluster.torusblk(&["volume", "resize", "demo", "32MiB", "--allow-shrink"]).ok();
+    cluster.torusblk(&["volume", "resize", "demo", "96MiB"]).ok();
+    let server = cluster.serve();
+    qemu_io_ok(&server.url("demo"), &["read -P 1 0 1M", "read -P 0 1M 95M"]);
+}
+
+#[test]
 fn over_tls_with_certificates_of_clients_everything_is_as_without() {
     let mut cluster = with_volume("tls", "64MiB");
     let certificates = cluster.folder().join("pki");
