@@ -247,7 +247,7 @@ mod tests {
         let request =
             Request::Reconfigure { index: 3, size_bytes: Some(1 << 32), sockets: vec![7, 9], backend: "ab".into() };
         let bytes = request.encode(0x1d, 5);
-        let expected = "50000000 1d000500 05000000 00000000 03010000 \
+        let expected = "4c000000 1d000500 05000000 00000000 03010000 \
                         08000100 03000000 \
                         0c000200 0000000001000000 \
                         07000a00 61620000 \
