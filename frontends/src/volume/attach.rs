@@ -321,12 +321,13 @@ pub(super) async fn open_and_reconcile<R: Runtime>(session: &Rc<Session<R>>) -> 
     }
     reconcile(session).await?;
     // Those that failed while it was reconciled may have been the only ones that had something.
-    let replicas = session.replicas.borrow();
-    let keeps = |slot| keepers.iter().any(|shard| replicas.is_in_sync(slot, *shard));
-    session.keeps_all.set((0..replicas.slot_count()).all(keeps));
-    drop(replicas);
+    session.keeps_all.set(every_slice_has_one_of(&session.replicas.borrow(), &keepers));
     // Until they hear of it the shards free nothing.
     session.tell_retention().await
+}
+
+fn every_slice_has_one_of(replicas: &Replicas, keepers: &[usize]) -> bool {
+    (0..replicas.slot_count()).all(|slot| keepers.iter().any(|shard| replicas.is_in_sync(slot, *shard)))
 }
 
 pub(super) async fn lose<R: Runtime>(
