@@ -2,12 +2,14 @@
 //!
 //! * `admin`   what `torusadm` and `torusblk volume` do
 //! * `device`  what a protocol server needs of a volume
+//! * `kernel`  `torusblk nbd`: block devices of this host's kernel
 //! * `nbd`     the NBD server
 //! * `serve`   `torusblk serve`
 //! * `volume`  the writer: attach, fan-out, flush, reads
 
 pub mod admin;
 pub mod device;
+pub mod kernel;
 pub mod nbd;
 pub mod serve;
 pub mod volume;

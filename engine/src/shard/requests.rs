@@ -300,14 +300,20 @@ impl State {
         if epoch < volume.epoch || (epoch == volume.epoch && !same_writer) {
             return Err(Refusal::StaleEpoch { replica: volume.epoch });
         }
+        // Its writer opened it in this epoch already, in another incarnation: whether what that lost was replayed by
+        // the time somebody asks is not known here.
+        let restarted = match volume.session {
+            Some(session) => session.epoch == epoch && session.restarted,
+            None => volume.epoch == epoch,
+        };
         let open_in_previous_epoch = match volume.session {
             Some(session) if session.epoch == epoch => session.open_in_previous_epoch,
-            Some(session) => session.epoch.0.checked_add(1) == Some(epoch.0),
+            Some(session) => session.epoch.0.checked_add(1) == Some(epoch.0) && !session.restarted,
             None => false,
         };
         volume.epoch = epoch;
         volume.token = Some(token);
-        Ok(Some(Session { epoch, generation: envelope.generation, open_in_previous_epoch }))
+        Ok(Some(Session { epoch, generation: envelope.generation, open_in_previous_epoch, restarted }))
     }
 }
 

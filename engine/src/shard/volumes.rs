@@ -22,6 +22,8 @@ pub struct Session {
     pub epoch: Epoch,
     pub generation: RingGeneration,
     pub open_in_previous_epoch: bool,
+    /// Within its epoch: this incarnation need not have everything that the writer was answered.
+    pub restarted: bool,
 }
 
 #[derive(Default)]

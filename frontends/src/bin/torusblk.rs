@@ -1,4 +1,5 @@
-//! `torusblk`: volumes and how hosts get at them. `volume` is in `admin/volume.rs`, `serve` in `serve.rs`.
+//! `torusblk`: volumes and how hosts get at them. `volume` is in `admin/volume.rs`, `nbd` in
+//! `kernel/`, `serve` in `serve.rs`.
 
 mod common;
 
@@ -6,6 +7,8 @@ use clap::{Parser, Subcommand};
 use common::{Global, execute, fail, progress};
 use std::process::ExitCode;
 use torus_frontends::admin::volume::{self, VolumeCommand};
+use torus_frontends::kernel::attach::{NbdArguments, run_attached};
+use torus_frontends::kernel::listing;
 use torus_frontends::serve::{ServeArguments, run_server};
 use tracing_subscriber::EnvFilter;
 
@@ -14,10 +17,26 @@ Examples:
   torusblk -C torus://127.0.0.1:7700 volume create db-1 10GiB
   torusblk -C torus://127.0.0.1:7700 serve --listen 127.0.0.1:10809
   nbdinfo nbd://127.0.0.1:10809/db-1
+  modprobe nbd && torusblk -C torus://127.0.0.1:7700 nbd db-1
 
-Set TORUS_METADATA instead of repeating -C. RUST_LOG=debug makes `serve` say more.
+Set TORUS_METADATA instead of repeating -C. RUST_LOG=debug makes `serve` and `nbd` say more.
 
 Exit codes: 0 done, 1 refused or failed (the error says what to do), 2 wrong usage.";
+
+const NBD_HELP: &str = "\
+Prints `attached /dev/nbdN` and serves the device in the foreground. While replicas are away its requests wait; none
+fails. SIGTERM or SIGINT flushes and detaches the device; while it is in use (mounted) that waits until it no longer is.
+A second signal detaches it under its users.
+
+When this process dies, the device's requests wait (--reconnect). Start the same command again: it serves the same device
+on if nothing can have been lost, as is so unless every replica of some part was started anew meanwhile or another host
+had the volume; otherwise it fails the device.
+
+Examples:
+  torusblk nbd db-1                      # the first free device
+  torusblk nbd db-1 /dev/nbd3 --block-size 512
+  torusblk nbd --list
+  torusblk nbd --detach /dev/nbd3";
 
 /// Makes volumes of a Torus cluster, and serves them as block devices
 #[derive(Parser, Debug)]
@@ -36,6 +55,9 @@ enum Command {
     Volume(VolumeCommand),
     /// Serve all volumes over NBD until stopped; each is attached at its first use
     Serve(ServeArguments),
+    /// Attach a volume to this host's kernel as /dev/nbdN, until stopped or detached (as root, with the nbd module)
+    #[command(after_help = NBD_HELP)]
+    Nbd(NbdArguments),
 }
 
 fn main() -> ExitCode {
@@ -45,13 +67,36 @@ fn main() -> ExitCode {
         Command::Volume(command) => execute(&global, command.is_long(), async move |runtime| {
             volume::run(runtime, &command, deadline, progress).await
         }),
+        Command::Nbd(arguments) => nbd(&global, &arguments),
         Command::Serve(arguments) => {
-            let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-            tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+            log();
             match run_server(&global.metadata, deadline, &arguments) {
                 Ok(()) => ExitCode::SUCCESS,
                 Err(error) => fail(&error),
             }
         }
+    }
+}
+
+fn log() {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+}
+
+fn nbd(global: &Global, arguments: &NbdArguments) -> ExitCode {
+    let report = match &arguments.detach {
+        Some(device) => listing::detach(device, arguments.force),
+        None if arguments.list => listing::list(),
+        None => {
+            log();
+            return match run_attached(&global.metadata, global.deadline, arguments) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => fail(&error),
+            };
+        }
+    };
+    match report {
+        Ok(report) => common::show(&report, global.format()),
+        Err(error) => fail(&error),
     }
 }

@@ -183,6 +183,7 @@ async fn build<R: Runtime>(around: Surroundings<R>, owned: Owned) -> Result<Rc<S
         replay: RefCell::new(ReplayBuffer::new(budget, this.clone())),
         short_of_room: Cell::new(0),
         flushing_itself: Cell::new(false),
+        keeps_all: Cell::new(false),
         open,
         waiting: Cell::new(0),
         ended: RefCell::default(),
@@ -305,6 +306,9 @@ pub(super) async fn open_and_reconcile<R: Runtime>(session: &Rc<Session<R>>) -> 
     }
     session.flush_point.set(flush_point);
     check_not_regressed(session, &answers).await?;
+    let kept = |answer: &Result<Opened, Failure>| answer.as_ref().is_ok_and(|opened| opened.open_in_previous_epoch);
+    let keepers = asked.iter().zip(&answers).filter(|(_, answer)| kept(answer));
+    let mut keepers: Vec<_> = keepers.map(|(at, _)| (*at, session.shards[*at].incarnation.get())).collect();
     // Before anything is written by the word of a store that may be wrong.
     for (shard, answer) in asked.iter().zip(&answers) {
         match answer {
@@ -326,8 +330,16 @@ pub(super) async fn open_and_reconcile<R: Runtime>(session: &Rc<Session<R>>) -> 
         }
     }
     reconcile(session).await?;
+    // Those that failed while it was reconciled, or restarted and opened again, may have been the only ones that had something.
+    keepers.retain(|(shard, incarnation)| session.shards[*shard].incarnation.get() == *incarnation);
+    let keepers: Vec<_> = keepers.into_iter().map(|(shard, _)| shard).collect();
+    session.keeps_all.set(every_slice_has_one_of(&session.replicas.borrow(), &keepers));
     // Until they hear of it the shards free nothing.
     session.tell_retention().await
+}
+
+fn every_slice_has_one_of(replicas: &Replicas, keepers: &[usize]) -> bool {
+    (0..replicas.slot_count()).all(|slot| keepers.iter().any(|shard| replicas.is_in_sync(slot, *shard)))
 }
 
 pub(super) async fn lose<R: Runtime>(

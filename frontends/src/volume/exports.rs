@@ -368,6 +368,11 @@ impl<R: Runtime> AttachedVolume<R> {
         &self.session.record.name
     }
 
+    /// Whether everything that was answered in the epoch before is there, flushed or not.
+    pub fn keeps_all(&self) -> bool {
+        self.session.keeps_all.get()
+    }
+
     fn new(shared: Rc<Shared<R>>, session: Rc<Session<R>>, users: Rc<Users>) -> Self {
         users.count.set(users.count.get() + 1);
         Self { shared, session, users }

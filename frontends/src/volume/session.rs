@@ -66,6 +66,9 @@ pub(super) struct Session<R: Runtime> {
     pub short_of_room: Cell<usize>,
     /// A flush of its own accord is under way.
     pub flushing_itself: Cell<bool>,
+    /// For every slice there is a replica in sync that has been up since the attach before this one: everything that was
+    /// answered then is there, flushed or not.
+    pub keeps_all: Cell<bool>,
     /// How each shard is asked to open, at the attach and when it restarted.
     pub open: Open,
     /// Recoveries that wait for a replica which can neither answer nor be done without.

@@ -78,6 +78,20 @@ fn an_open_is_answered_again_to_the_same_writer_and_to_no_other_of_that_epoch() 
     });
 }
 
+/// What its writer was replaying to it when it died may be missing.
+#[test]
+fn who_restarted_within_an_epoch_has_not_been_open_in_it_for_the_next() {
+    simulate(1, |world| async move {
+        let client = opened(&world).await;
+        client.open_in(Epoch(2)).await.unwrap();
+        client.machine.crash_and_start().await;
+        client.open_in(Epoch(2)).await.unwrap();
+        client.open_in(Epoch(2)).await.unwrap();
+        assert!(!client.open_in(Epoch(3)).await.unwrap().open_in_previous_epoch);
+        assert!(client.open_in(Epoch(4)).await.unwrap().open_in_previous_epoch, "it was up all through epoch 3");
+    });
+}
+
 #[test]
 fn what_a_fenced_writer_had_got_in_is_there_when_the_open_of_the_next_is_answered() {
     for seed in 0..40 {

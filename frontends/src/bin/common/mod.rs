@@ -38,7 +38,7 @@ impl Global {
         self.deadline * 9 / 10
     }
 
-    fn format(&self) -> Format {
+    pub fn format(&self) -> Format {
         if self.csv { Format::Csv } else { self.output }
     }
 }
@@ -92,7 +92,7 @@ pub fn progress(awaited: &[String]) {
     eprintln!("waiting for {}", awaited.join(", "));
 }
 
-fn show(report: &Report, format: Format) -> ExitCode {
+pub fn show(report: &Report, format: Format) -> ExitCode {
     for warning in &report.warnings {
         eprintln!("warning: {warning}");
     }
