@@ -24,8 +24,9 @@ const WHOLE_WITHIN: Duration = Duration::from_secs(1500);
 /// A damaged block is taken from a peer when somebody has asked for it.
 const REPAIRED_WITHIN: Duration = Duration::from_secs(120);
 const BLOCK_BYTES: u64 = 4096;
-/// More than when nothing had been done yet: repair owners may look at something just then.
-const TASKS_MORE_PER_NODE: usize = 4;
+/// More than when nothing had been done yet: repair owners may look at something just then, and each that ever attached
+/// anything follows the volumes' records from then on.
+const TASKS_MORE_PER_NODE: usize = 8;
 
 /// What one replica has of a block: version and checksum; `None`: it reads as zeros.
 type Held = Option<(Version, u32)>;
