@@ -1,7 +1,7 @@
 //! The whole system under everything at once, from many seeds; see `torus_tests::simulation::whole`.
 //!
-//! Each run of the test takes the first 300 seeds. It shall take the next 300 with every commit again as soon as seed 110778 is
-//! explained, which goes back behind what was read (tests/README.md). `SIMULATION_SEEDS=first..last` for others, `SIMULATION_THREADS` for how many at once. Seeds that
+//! Each run of the test takes the first 300 seeds. It shall take the next 300 with every commit again as soon as what
+//! seed 110778 found is mended (tests/README.md). `SIMULATION_SEEDS=first..last` for others, `SIMULATION_THREADS` for how many at once. Seeds that
 //! failed once stay in `FOUND`. `SIMULATION_FAILURES`: after how many of them it ends.
 
 use std::ops::Range;
