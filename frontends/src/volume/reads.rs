@@ -62,6 +62,10 @@ impl<R: Runtime> Session<R> {
                 found.extend(read?);
             }
         }
+        // What was found may be of a write that began meanwhile. Until that is answered no flush covers it, and what was read
+        // before a flush has to outlive it.
+        self.locks.passed(touched.clone()).await;
+        self.check()?;
         let skip = offset - touched.start * BLOCK_BYTES;
         Ok(trim(found, skip, length))
     }
