@@ -175,7 +175,7 @@ struct Reply {
 
 struct Opened {
   incarnation @0 :Id;
-  # This incarnation was already open in the epoch before.
+  # This incarnation was open all through the epoch before: false if it restarted within it, replayed or not.
   openInPreviousEpoch @1 :Bool;
   flushPoint @2 :Version;
   # Slices asked for of which the shard holds no instance of this generation.
