@@ -219,6 +219,28 @@ fn tests_await_a_state_and_never_sleep() {
     assert_none("await an observed state, with a deadline (tests/src/wait.rs)", sleeps);
 }
 
+/// What a mutant replaces stands in its file exactly once; whoever changes such lines changes the mutant too.
+#[test]
+fn mutants_fit_the_code() {
+    let mutants = sources(&|path: &Path| path.extension().is_some_and(|extension| extension == "mutant"));
+    assert!(mutants.len() > 30, "{} mutants found", mutants.len());
+    let unfit = |mutant: &Source| {
+        let parts = format!("\n{}", mutant.text);
+        let mut unfit = Vec::new();
+        for part in parts.split("\n=== ").skip(1) {
+            let (file, edit) = part.split_once("\n--- replace\n").expect("a file, then what is replaced");
+            let (old, _) = edit.split_once("\n--- by").expect("what is replaced, then by what");
+            let text = fs::read_to_string(root().join(file)).unwrap_or_default();
+            match text.matches(old).count() {
+                1 => {}
+                count => unfit.push(format!("{}: in {file} {count} times, expected once", mutant.path)),
+            }
+        }
+        unfit
+    };
+    assert_none("lines a mutant replaces", mutants.iter().flat_map(unfit));
+}
+
 #[test]
 fn nothing_mentions_material_that_is_not_in_the_repository() {
     let private = ["/work", "/shared"].concat();
