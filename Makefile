@@ -1,6 +1,6 @@
 # The commands of this repository. Each installs what is missing and says what it needs.
 
-.PHONY: setup build test run bench bench-store bench-fill bench-rejoin
+.PHONY: setup build test run bench bench-store bench-fill bench-rejoin bench-nbd bench-aoe
 
 # Packages, and whether this machine can run a node at all. Does nothing where nothing is missing.
 setup:
@@ -17,10 +17,11 @@ test: setup
 run: setup
 	@scripts/run
 
-# Torus beside the raw disk and qemu-nbd, on this machine, in one run. ARGS="--quick", ARGS=--help; see bench/README.md
+# Torus beside the raw disk, qemu-nbd and nbdkit, on this machine, in one run, as tables, JSON and a page.
+# ARGS="--quick", ARGS=--help, PEERS=ceph; see bench/README.md
 bench: setup
 	cargo build --release --workspace
-	cargo run --release -p torus-bench -- $(ARGS)
+	cargo run --release -p torus-bench -- $(ARGS) $(if $(PEERS),--peers $(PEERS))
 
 # One shard alone beside the raw file: traffic, index, start, cleaning. ARGS="--quick", ARGS="--part start"; see bench/README.md
 bench-store: setup
@@ -36,3 +37,13 @@ bench-fill: setup
 bench-rejoin: setup
 	cargo build --release --workspace
 	cargo run --release -p torus-bench -- rejoin $(ARGS)
+
+# NBD servers beside each other on one disk: qemu-nbd, nbdkit, torusblk serve, torus-engine --nbd. ARGS="--quick", ARGS=--null
+bench-nbd: setup
+	cargo build --release --workspace
+	cargo run --release -p torus-bench -- nbd $(ARGS)
+
+# AoE targets beside each other on virtual Ethernet: vblade and torusblk aoe, in memory, on the disk, replicated. ARGS=--null
+bench-aoe: setup
+	cargo build --release --workspace
+	cargo run --release -p torus-bench -- aoe $(ARGS)

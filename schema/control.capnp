@@ -10,6 +10,8 @@ interface NodeControl {
   damage @2 (limit :UInt32) -> (shards :List(ShardDamage));
   # What the shards hold of a volume (its uuid), or of all (empty).
   instances @3 (volume :Text) -> (shards :List(ShardInstances));
+  # How long the stages of users' operations took: of a volume (its uuid), or of all (empty).
+  stages @4 (volume :Text) -> (shards :List(ShardStages));
 }
 
 struct NodeStatus {
@@ -149,4 +151,35 @@ struct HeldSlices {
   # Nothing of them was lost since they were created.
   valid @1 :Bool;
   slices @2 :List(UInt32);
+}
+
+struct ShardStages {
+  index @0 :UInt16;
+  # Those of which there is something, since the node was started.
+  stages @1 :List(StageHistogram);
+}
+
+enum OperationKind {
+  read @0;
+  write @1;
+  flush @2;
+}
+
+enum Stage {
+  clientQueue @0;
+  wire @1;
+  shardQueue @2;
+  disk @3;
+  reply @4;
+  whole @5;
+}
+
+struct StageHistogram {
+  operation @0 :OperationKind;
+  stage @1 :Stage;
+  # Buckets that are not empty, as schema/src/latency numbers them, and what they count.
+  buckets @2 :List(UInt16);
+  counts @3 :List(UInt64);
+  sumNs @4 :UInt64;
+  maxUs @5 :UInt64;
 }

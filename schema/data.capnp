@@ -171,6 +171,11 @@ struct Reply {
     mapped @13 :List(Run);
     resynced @14 :Resynced;
   }
+
+  # What the shard took for it, in microseconds: until its disk operation began, and from then on until it was answered.
+  # Both are 0 where no disk was to be asked or nobody measures.
+  queueUs @15 :UInt32;
+  serviceUs @16 :UInt32;
 }
 
 struct Opened {

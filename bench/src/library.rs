@@ -1,42 +1,23 @@
 //! A volume through the client library, in this process: what is there without NBD between.
 
+use crate::client::load::{Load, Work, drive};
 use crate::error::{BenchError, Result};
 use crate::machine::Machine;
 use crate::options::Effort;
 use crate::processes::{Watched, cpu_of, own_cpu};
 use crate::report::{table, write_json};
-use crate::spike::{BLOCK, Offsets};
 use crate::stand::{self, REGION_BYTES};
 use crate::statistics::Spread;
 use bytes::Bytes;
-use futures::future::join_all;
 use hdrhistogram::Histogram;
 use serde::Serialize;
-use std::cell::RefCell;
-use std::rc::Rc;
 use std::time::{Duration, Instant};
 use torus_frontends::device::{Device, Exports, VolumeError};
 use torus_frontends::volume::{Attacher, VolumeExports};
 use torus_rpc::metadata::any::AnyMetadata;
-use torus_rpc::runtime::glommio::{GlommioRuntime, run as run_executor};
-use torus_schema::limits::MIB;
+use torus_rpc::runtime::glommio::{GlommioRuntime, Thread, run_on};
+use torus_schema::limits::{BLOCK_BYTES, MIB};
 use torus_tests::process;
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub enum Work {
-    Read,
-    Write,
-    /// On stable storage of every in-sync replica before it is answered.
-    DurableWrite,
-}
-
-#[derive(Clone, Copy, Debug)]
-pub struct Load {
-    pub work: Work,
-    pub depth: usize,
-    pub run: Duration,
-    pub seed: u64,
-}
 
 const CASES: [(Work, usize); 6] = [
     (Work::Read, 1),
@@ -89,7 +70,7 @@ pub fn run(effort: &Effort) -> Result<()> {
         for round in 0..rounds {
             eprintln!("bench: round {} of {rounds}", round + 1);
             for ((work, depth), samples) in CASES.into_iter().zip(&mut samples) {
-                let load = Load { work, depth, run: time, seed: round as u64 };
+                let load = load(work, depth, time, round as u64);
                 samples.push(sample(&device, load, &servers).await?);
             }
         }
@@ -103,8 +84,22 @@ pub fn run(effort: &Effort) -> Result<()> {
     Ok(())
 }
 
-/// Attached as a server attaches it, released at the end.
+/// 4 KiB at random.
+pub fn load(work: Work, depth: usize, run: Duration, seed: u64) -> Load {
+    Load { work, depth, bytes: BLOCK_BYTES, is_sequential: false, region_bytes: REGION_BYTES, run, seed }
+}
+
+/// Attached as a server attaches it, released at the end, by an executor that does not spin.
 pub fn with_volume<T>(
+    url: &str,
+    name: &str,
+    work: impl AsyncFnOnce(<VolumeExports<GlommioRuntime<AnyMetadata>> as Exports>::Device) -> Result<T>,
+) -> Result<T> {
+    with_volume_on(Thread::default(), url, name, work)
+}
+
+pub fn with_volume_on<T>(
+    thread: Thread,
     url: &str,
     name: &str,
     work: impl AsyncFnOnce(<VolumeExports<GlommioRuntime<AnyMetadata>> as Exports>::Device) -> Result<T>,
@@ -120,7 +115,7 @@ pub fn with_volume<T>(
         exports.release_all().await;
         result
     };
-    run_executor("bench", None, task).map_err(BenchError::wrap("an executor"))?
+    run_on("bench", thread, task).map_err(BenchError::wrap("an executor"))?
 }
 
 pub fn volume_error(error: VolumeError) -> BenchError {
@@ -128,47 +123,17 @@ pub fn volume_error(error: VolumeError) -> BenchError {
 }
 
 pub async fn fill<D: Device>(device: &D) -> std::result::Result<(), VolumeError> {
+    fill_region(device, REGION_BYTES).await
+}
+
+pub async fn fill_region<D: Device>(device: &D, bytes: u64) -> std::result::Result<(), VolumeError> {
     let content = Bytes::from(vec![0x5a; MIB as usize]);
-    let all: Vec<u64> = (0..REGION_BYTES / MIB).collect();
+    let all: Vec<u64> = (0..bytes / MIB).collect();
     for together in all.chunks(FILL_DEPTH as usize) {
         let writes = together.iter().map(|index| device.write(index * MIB, content.clone(), false));
         futures::future::try_join_all(writes).await?;
     }
     device.flush().await
-}
-
-/// Keeps `load.depth` operations in flight for `load.run`; latencies in nanoseconds.
-pub async fn drive<D: Device>(device: &D, load: Load) -> Result<Histogram<u64>> {
-    let latencies = Histogram::new_with_bounds(1, 60_000_000_000, 3).map_err(BenchError::wrap("a histogram"))?;
-    let latencies = Rc::new(RefCell::new(latencies));
-    // One allocation for all writes: sharing it is the caller's good right.
-    let content = Bytes::from(vec![0xa5; BLOCK]);
-    let end = Instant::now() + load.run;
-    let task = |index: usize| {
-        let (device, content, latencies) = (device.clone(), content.clone(), latencies.clone());
-        let mut offsets = Offsets::new((load.seed << 32) + ((index as u64) << 16));
-        glommio::spawn_local(async move {
-            loop {
-                let started = Instant::now();
-                if started >= end {
-                    return Ok(());
-                }
-                once(&device, load.work, offsets.next(), &content).await?;
-                latencies.borrow_mut().saturating_record(started.elapsed().as_nanos() as u64);
-            }
-        })
-    };
-    let tasks: Vec<_> = (0..load.depth).map(task).collect();
-    join_all(tasks).await.into_iter().collect::<std::result::Result<(), VolumeError>>().map_err(volume_error)?;
-    Ok(Rc::into_inner(latencies).expect("the tasks have ended").into_inner())
-}
-
-async fn once<D: Device>(device: &D, work: Work, offset: u64, content: &Bytes) -> std::result::Result<(), VolumeError> {
-    match work {
-        Work::Read => device.read(offset, BLOCK as u64).await.map(drop),
-        Work::Write => device.write(offset, content.clone(), false).await,
-        Work::DurableWrite => device.write(offset, content.clone(), true).await,
-    }
 }
 
 async fn sample<D: Device>(device: &D, load: Load, servers: &[Watched]) -> Result<Sample> {

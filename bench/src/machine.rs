@@ -1,11 +1,11 @@
 //! What the figures were taken on: without it they say nothing.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Machine {
     pub processor: String,
     pub cores: usize,
@@ -14,6 +14,8 @@ pub struct Machine {
     pub file_system: String,
     pub fio: String,
     pub commit: String,
+    /// `release`, or what is not worth comparing.
+    pub build: String,
     /// Before the run: work of others makes every figure worse and some ratios wrong.
     pub load_average: String,
 }
@@ -32,10 +34,14 @@ impl Machine {
             file_system: said("stat", &["--file-system", "--format=%T", &folder]),
             fio: said("fio", &["--version"]),
             commit: said("git", &["-C", env!("CARGO_MANIFEST_DIR"), "describe", "--always", "--dirty"]),
-            load_average: fs::read_to_string("/proc/loadavg")
-                .map_or(UNKNOWN.to_string(), |text| text.trim().to_string()),
+            build: if cfg!(debug_assertions) { "debug" } else { "release" }.to_string(),
+            load_average: load_average(),
         }
     }
+}
+
+pub fn load_average() -> String {
+    fs::read_to_string("/proc/loadavg").map_or(UNKNOWN.to_string(), |text| text.trim().to_string())
 }
 
 fn kib(text: &str) -> Option<u64> {

@@ -1,8 +1,11 @@
 //! What a process has used so far, by /proc.
 
 use crate::error::{BenchError, Result};
-use serde::Serialize;
+use nix::sys::resource::{UsageWho, getrusage};
+use serde::{Deserialize, Serialize};
 use std::fs;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 use std::time::Duration;
 
 /// A process of a measured system.
@@ -26,6 +29,9 @@ impl Watched {
             because: because.to_string(),
         };
         let text = fs::read_to_string(&path).map_err(|error| failed(&error.to_string()))?;
+        if is_ended(&text) {
+            return Err(failed("found it ended, expected it to run for as long as it is measured"));
+        }
         let ticks = cpu_ticks(&text).ok_or_else(|| failed("fields 14 and 15 are not there"))?;
         // SAFETY: sysconf reads a constant.
         let per_second = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
@@ -59,6 +65,11 @@ fn cpu_ticks(stat: &str) -> Option<u64> {
     Some(user + system)
 }
 
+/// A child that nobody has waited for is still listed.
+fn is_ended(stat: &str) -> bool {
+    stat.rsplit_once(')').is_some_and(|(_, fields)| fields.trim_start().starts_with('Z'))
+}
+
 fn io_written(io: &str) -> Option<u64> {
     io.lines().find_map(|line| line.strip_prefix("write_bytes: "))?.trim().parse().ok()
 }
@@ -75,8 +86,25 @@ pub fn cpu_of(processes: &[Watched]) -> Result<Vec<Duration>> {
 
 /// Of this process.
 pub fn own_cpu() -> Result<Duration> {
-    use nix::sys::resource::{UsageWho, getrusage};
-    let usage = getrusage(UsageWho::RUSAGE_SELF).map_err(BenchError::wrap("getrusage"))?;
+    cpu_by_usage(UsageWho::RUSAGE_SELF)
+}
+
+/// Of all the threads of all our children that have ended and were waited for.
+pub fn children_cpu() -> Result<Duration> {
+    cpu_by_usage(UsageWho::RUSAGE_CHILDREN)
+}
+
+/// Whatever ends us ends it too.
+pub fn end_with_us(command: &mut Command) {
+    use nix::sys::{prctl, signal::Signal};
+    // SAFETY: between fork and exec only one system call is made, which allocates nothing.
+    unsafe {
+        command.pre_exec(|| prctl::set_pdeathsig(Signal::SIGKILL).map_err(std::io::Error::from));
+    }
+}
+
+fn cpu_by_usage(who: UsageWho) -> Result<Duration> {
+    let usage = getrusage(who).map_err(BenchError::wrap("getrusage"))?;
     let duration = |time: nix::sys::time::TimeVal| {
         use nix::sys::time::TimeValLike;
         Duration::from_micros(u64::try_from(time.num_microseconds()).unwrap_or(0))
@@ -85,7 +113,7 @@ pub fn own_cpu() -> Result<Duration> {
 }
 
 /// What a process costs while nothing is asked of it.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Idle {
     pub process: String,
     pub percent_of_a_core: f64,
@@ -119,6 +147,7 @@ mod tests {
         let line = "7 (a ) b) S 1 7 7 0 -1 4194560 1 2 3 4 250 50 9 9 20 0 3";
         assert_eq!(cpu_ticks(line), Some(300));
         assert_eq!(cpu_ticks("nonsense"), None);
+        assert!(!is_ended(line) && is_ended("7 (a ) S b) Z 1 7 7 0"));
     }
 
     #[test]
@@ -127,5 +156,14 @@ mod tests {
         assert!(own.resident_bytes().unwrap() > 100 * 1024);
         own.written_bytes().unwrap();
         own.cpu().unwrap();
+    }
+
+    #[test]
+    fn a_child_counts_when_it_has_ended() {
+        let before = children_cpu().unwrap();
+        let mut command = Command::new("sh");
+        end_with_us(&mut command);
+        let status = command.args(["-c", "i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done"]).status().unwrap();
+        assert!(status.success() && children_cpu().unwrap() > before);
     }
 }

@@ -20,6 +20,10 @@ const FILLED: &str = "512M";
 const QUICK_FILLED: &str = "64M";
 const IN_SYNC_WITHIN: Duration = Duration::from_secs(600);
 
+/// What the volume's owner says of a replica just before it is in sync.
+const END_OF_RESYNC: &str = "the replica has everything";
+const LINES_SHOWN: usize = 20;
+
 #[derive(Serialize)]
 struct Row {
     volume_gib: u64,
@@ -74,7 +78,8 @@ fn measure(volume_gib: u64, options: &RejoinOptions) -> Result<Row> {
     eprintln!("bench: a volume of {volume_gib} GiB");
     let mut cluster = Cluster::start(ClusterOptions { size: NODE_SIZE, ..ClusterOptions::new("bench-rejoin", 3) });
     cluster.torusblk(&["volume", "create", "demo", &format!("{volume_gib}GiB")]).ok();
-    let server = cluster.serve();
+    // Attached throughout: who repairs a volume that nobody has attached is a storage node, which says nothing here.
+    let server = cluster.serve_with(&["--volume", "demo"]);
     let filled = if options.quick { QUICK_FILLED } else { FILLED };
     write(&server, volume_gib, &["--bs=64k", "--iodepth=16", &format!("--io_size={filled}"), "--randseed=1"]);
     cluster.kill_node(0);
@@ -88,16 +93,8 @@ fn measure(volume_gib: u64, options: &RejoinOptions) -> Result<Row> {
     }
     let seconds = started.elapsed().as_secs_f64();
     let node = Watched::new("node", cluster.node(0).pid());
-    let log = server.process.log();
-    let line = log.lines().rev().find(|line| line.contains("the replica has everything")).unwrap_or_default();
-    let field = |name: &str| -> Result<f64> {
-        let text = plain(line);
-        let value = text.split_whitespace().find_map(|word| word.strip_prefix(&format!("{name}=")).map(str::to_string));
-        value.and_then(|value| value.parse().ok()).ok_or_else(|| BenchError::Failed {
-            what: "the end of the resync in the log".to_string(),
-            because: format!("no {name} in {line:?}"),
-        })
-    };
+    let log = plain(&server.process.log());
+    let field = |name: &str| field(&log, name);
     Ok(Row {
         volume_gib,
         away_s: options.seconds,
@@ -109,6 +106,22 @@ fn measure(volume_gib: u64, options: &RejoinOptions) -> Result<Row> {
         pulled_bytes: field("pulled")? as u64 * BLOCK_BYTES,
         revoked: field("revoked")? as u64,
         disk_bytes: node.written_bytes()?,
+    })
+}
+
+/// Of the last resync that the log tells of.
+fn field(log: &str, name: &str) -> Result<f64> {
+    let line = log.lines().rev().find(|line| line.contains(END_OF_RESYNC)).unwrap_or_default();
+    let value = line.split_whitespace().find_map(|word| word.strip_prefix(&format!("{name}=")));
+    value.and_then(|value| value.parse().ok()).ok_or_else(|| {
+        let last: Vec<&str> = log.lines().rev().take(LINES_SHOWN).collect();
+        let last: Vec<&str> = last.into_iter().rev().collect();
+        let because = format!(
+            "{name}= is expected in its last line with {END_OF_RESYNC:?} and found is {line:?}; has frontends/src/volume/\
+             resync.rs other words for it now, or did a storage node repair the volume? The log ends with:\n{}",
+            last.join("\n")
+        );
+        BenchError::Failed { what: "how long the resync took, from the NBD server's log".to_string(), because }
     })
 }
 
@@ -132,6 +145,15 @@ fn plain(line: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_resync_took_is_in_its_last_line_and_where_it_is_not_the_log_is_shown() {
+        let log = format!("a\n{END_OF_RESYNC} pulled=1 seconds=0.5\n{END_OF_RESYNC} pulled=7 seconds=1.5\nz");
+        assert_eq!(field(&log, "pulled").unwrap(), 7.0);
+        assert_eq!(field(&log, "seconds").unwrap(), 1.5);
+        let missing = field("a\nonly this", "pulled").unwrap_err().to_string();
+        assert!(missing.contains(END_OF_RESYNC) && missing.ends_with("a\nonly this"), "{missing}");
+    }
 
     #[test]
     fn colours_are_taken_out_of_a_line() {

@@ -1,9 +1,9 @@
 //! What is said of several rounds: the middle, and how far the others lay from it.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// A machine that is shared has good and bad seconds; a mean would mix them, a best would hide them.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Spread {
     pub median: f64,
     pub low: f64,

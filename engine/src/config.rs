@@ -1,13 +1,18 @@
 //! The command line of `torus-engine`: parsed and checked before anything is touched, so that a wrong setting costs
 //! nothing but its message.
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use crate::node::serving::{NEED_NBD, NEED_VOLUMES, ServingArguments};
+use clap::{ArgGroup, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+use std::ffi::OsString;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
+use torus_rpc::http::HttpAddress;
+use torus_schema::cpus::CpuList;
 use torus_schema::ids::{BlockIndex, ShardIndex, VolumeId};
 use torus_schema::limits;
+use torus_schema::spin::Spin;
 
 /// Cores at or below which a node has one shard and runs unpinned: the kernel, the clients and the other nodes of a
 /// demo need them too.
@@ -23,6 +28,8 @@ const FEW_CORES: usize = 4;
         torus-engine --metadata torus://127.0.0.1:7900 --data-dir ./node-1 --size 20GiB --listen 127.0.0.1:0\n  \
         torus-engine --metadata etcd://10.0.0.1:2379 --data-dir /var/lib/torus --device /dev/disk/by-id/nvme-A \\\n    \
         --device /dev/disk/by-id/nvme-B --listen 10.0.0.7:7000\n  \
+        torus-engine --metadata etcd://10.0.0.1:2379 --data-dir /var/lib/torus --listen 10.0.0.7:7000 \\\n    \
+        --nbd unix:/run/torus/nbd.sock --export db-1\n  \
         torus-engine metadata --dir ./metadata --listen 127.0.0.1:7900\n\n\
         A cluster is made once by `torusadm init`; a started node joins it by `torusadm peer add`.\n\
         SIGTERM and SIGINT stop a node cleanly; kill -9 loses nothing that was flushed.",
@@ -36,6 +43,29 @@ pub struct CommandLine {
     pub command: Option<Command>,
     #[command(flatten)]
     pub node: Option<NodeArguments>,
+    #[command(flatten, next_help_heading = "Volumes over NBD and AoE")]
+    pub serving: ServingArguments,
+}
+
+impl CommandLine {
+    /// What the derived parser does, with two rules that its attributes cannot say.
+    pub fn read(words: impl IntoIterator<Item = OsString>) -> Result<Self, clap::Error> {
+        let words: Vec<OsString> = words.into_iter().collect();
+        let mut command = Self::command();
+        for option in NEED_NBD {
+            command = command.mut_arg(option, |option| option.requires("nbd"));
+        }
+        command = command.group(ArgGroup::new("volumes").args(["nbd", "aoe"]).multiple(true));
+        for option in NEED_VOLUMES {
+            command = command.mut_arg(option, |option| option.requires("volumes"));
+        }
+        // A node's setting in the environment would count as one of its options beside the subcommand.
+        if words.get(1).is_some_and(|word| command.find_subcommand(word).is_some()) {
+            command = command.mut_arg("metadata", |metadata| metadata.env(None::<&'static str>));
+        }
+        let matches = command.clone().try_get_matches_from(words)?;
+        Self::from_arg_matches(&matches).map_err(|error| error.format(&mut command))
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -174,6 +204,10 @@ pub struct NodeArguments {
     /// unpinned
     #[arg(long, value_name = "LIST")]
     pub cpus: Option<CpuList>,
+    /// So long each shard's executor looks for work before it sleeps; 0: not at all. Saves a client that sends one request
+    /// at a time two wakes for each, and costs CPU time that other programs on these cores could have had
+    #[arg(long, value_name = "MICROSECONDS", default_value_t)]
+    pub spin: Spin,
     /// Failure domain: what stands in one zone falls together
     #[arg(long, default_value = "")]
     pub zone: String,
@@ -190,6 +224,9 @@ pub struct NodeArguments {
     /// Bytes a second that resyncs write to each shard at most; less while clients would wait for them
     #[arg(long, value_name = "SIZE", default_value = "200MiB", value_parser = parse_rate)]
     pub resync_rate: u64,
+    /// Tell counters, latencies and health over HTTP: PORT of this host, or ADDRESS:PORT; /metrics, /health
+    #[arg(long, value_name = "ADDRESS")]
+    pub http: Option<HttpAddress>,
     /// For tests: which disk operations fail now, see `disk::faulty`
     #[arg(long, value_name = "PATH", hide = true)]
     pub fault_file: Option<PathBuf>,
@@ -297,42 +334,17 @@ impl std::fmt::Display for NodeSize {
     }
 }
 
-/// Cores in the order in which shards take them.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CpuList(pub Vec<usize>);
-
-impl FromStr for CpuList {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = |part: &str| format!("found {part:?}, expected cores such as 0,2,4 or 0-3");
-        let mut cpus = Vec::new();
-        for part in text.split(',') {
-            let (first, last) = part.split_once('-').unwrap_or((part, part));
-            let first: usize = first.trim().parse().map_err(|_| wrong(part))?;
-            let last: usize = last.trim().parse().map_err(|_| wrong(part))?;
-            if last < first || last >= limits::CPUS_MAX {
-                return Err(wrong(part));
-            }
-            cpus.extend(first..=last);
-        }
-        let mut sorted = cpus.clone();
-        sorted.sort_unstable();
-        sorted.dedup();
-        if sorted.len() != cpus.len() {
-            return Err(format!("found {text:?}, where a core is named twice; two shards on one core share its time"));
-        }
-        Ok(CpuList(cpus))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn read<'a>(words: impl IntoIterator<Item = &'a &'a str>) -> Result<CommandLine, clap::Error> {
+        CommandLine::read(words.into_iter().map(OsString::from))
+    }
+
     fn node(extra: &[&str]) -> NodeArguments {
         let base = ["torus-engine", "--metadata", "torus://127.0.0.1:1", "--data-dir", "d"];
-        let line = CommandLine::try_parse_from(base.iter().chain(extra)).unwrap();
+        let line = read(base.iter().chain(extra)).unwrap();
         assert!(line.command.is_none());
         line.node.unwrap()
     }
@@ -371,8 +383,6 @@ mod tests {
         assert_eq!(node(&["--cpus", "1"]).pinning(2, 16), None);
         assert_eq!(node(&[]).pinning(2, 4), None);
         assert_eq!(node(&[]).pinning(2, 8), Some(vec![0, 1]));
-        assert_eq!("0-2,7".parse(), Ok(CpuList(vec![0, 1, 2, 7])));
-        assert!("1,1".parse::<CpuList>().is_err());
     }
 
     #[test]
@@ -390,9 +400,52 @@ mod tests {
     }
 
     #[test]
+    fn volumes_that_are_exported_need_an_address_for_their_clients() {
+        let base = ["torus-engine", "--metadata", "torus://127.0.0.1:1", "--data-dir", "d", "--export", "a"];
+        let more = ["--nbd", "unix:/s", "--nbd", "127.0.0.1:0", "--export", "b", "--read-only"];
+        let line = read(base.iter().chain(&more)).unwrap();
+        let ServingArguments { nbd, export, options, .. } = line.serving;
+        assert_eq!((line.node.is_some(), nbd.len(), export.len(), options.read_only), (true, 2, 2, true));
+        let refused = |more: &[&str]| read(base.iter().chain(more)).unwrap().serving.exports().unwrap_err();
+        assert!(refused(&[]).contains("--nbd"));
+        assert!(refused(&["--aoe", "eth1"]).contains("a=SHELF.SLOT"));
+    }
+
+    #[test]
+    fn an_export_with_an_address_is_served_over_aoe() {
+        let base = ["torus-engine", "--metadata", "torus://127.0.0.1:1", "--data-dir", "d"];
+        let line = |more: &[&str]| read(base.iter().chain(more)).unwrap().serving;
+        let both = line(&["--nbd", "unix:/s", "--aoe", "eth1,eth2", "--export", "a", "--export", "b=1.2"]);
+        let (nbd, aoe) = both.exports().unwrap();
+        assert_eq!((nbd, aoe.len(), aoe[0].address.to_string()), (vec!["a".to_string()], 1, "e1.2".to_string()));
+        assert!(line(&["--export", "b=1.2"]).exports().unwrap_err().contains("--aoe"));
+        assert!(line(&["--aoe", "eth1"]).exports().unwrap_err().contains("--export"));
+        assert!(line(&["--aoe", "eth1", "--export", "a=1.2", "--export", "b=1.2"]).exports().is_err());
+    }
+
+    #[test]
+    fn how_nbd_is_served_is_no_question_where_it_is_not() {
+        let base = ["torus-engine", "--metadata", "torus://127.0.0.1:1", "--data-dir", "d"];
+        for words in [
+            &["--tls", "require", "--tls-certificates", "c"][..],
+            &["--tls-clients", "optional"],
+            &["--read-only"],
+            &["--insecure"],
+            &["--io-timeout", "5"],
+            &["--lease-ttl", "20"],
+            &["--clock-drift", "100"],
+            &["--stats", "f"],
+        ] {
+            let error = read(base.iter().chain(words)).expect_err(words[0]).to_string();
+            assert!(error.contains("--nbd"), "{words:?}: {error}");
+            assert!(read(base.iter().chain(&["--nbd", "unix:/s"]).chain(words)).is_ok(), "{words:?}");
+        }
+    }
+
+    #[test]
     fn the_metadata_store_is_a_command_of_its_own() {
-        let line = CommandLine::try_parse_from(["torus-engine", "metadata", "--dir", "m"]).unwrap();
+        let line = read(&["torus-engine", "metadata", "--dir", "m"]).unwrap();
         assert!(matches!(line.command, Some(Command::Metadata(_))));
-        assert!(CommandLine::try_parse_from(["torus-engine", "--data-dir", "d"]).is_err());
+        assert!(read(&["torus-engine", "--data-dir", "d"]).is_err());
     }
 }

@@ -11,7 +11,7 @@ use std::pin::Pin;
 use std::rc::Rc;
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::compat::{TokioAsyncReadCompatExt, TokioAsyncWriteCompatExt};
-use torus_rpc::control::{self, ScrubOrder, ScrubStatus, ShardDamage, ShardInstances};
+use torus_rpc::control::{self, ScrubOrder, ScrubStatus, ShardDamage, ShardInstances, ShardStages};
 use torus_schema::control_capnp::node_control;
 use torus_schema::ids::{ShardIndex, VolumeId};
 use torus_schema::limits;
@@ -61,6 +61,8 @@ pub trait Reporter: 'static {
     fn damage(&self, limit: u32) -> Answered<Vec<ShardDamage>>;
     /// Of one volume, or of all.
     fn instances(&self, only: Option<VolumeId>) -> Answered<Vec<ShardInstances>>;
+    /// Of one volume, or of all.
+    fn stages(&self, only: Option<VolumeId>) -> Answered<Vec<ShardStages>>;
 }
 
 pub type Answered<T> = Pin<Box<dyn Future<Output = Result<T, String>>>>;
@@ -192,21 +194,38 @@ impl node_control::Server for Control {
         params: node_control::InstancesParams,
         mut results: node_control::InstancesResults,
     ) -> Result<(), capnp::Error> {
-        let wanted = params.get()?.get_volume()?.to_string()?;
-        let volume = match wanted.as_str() {
-            "" => None,
-            text => {
-                let found = text.parse::<VolumeId>();
-                let failed = |_| capnp::Error::failed(format!("found {text:?}, expected the uuid of a volume"));
-                Some(found.map_err(failed)?)
-            }
-        };
+        let volume = read_volume(params.get()?.get_volume()?)?;
         let held = self.reporter.instances(volume).await.map_err(capnp::Error::failed)?;
         let mut shards = results.get().init_shards(u32::try_from(held.len()).unwrap_or(0));
         for (position, shard) in (0u32..).zip(&held) {
             control::set_instances(shards.reborrow().get(position), shard);
         }
         Ok(())
+    }
+
+    async fn stages(
+        self: Rc<Self>,
+        params: node_control::StagesParams,
+        mut results: node_control::StagesResults,
+    ) -> Result<(), capnp::Error> {
+        let volume = read_volume(params.get()?.get_volume()?)?;
+        let stages = self.reporter.stages(volume).await.map_err(capnp::Error::failed)?;
+        let mut shards = results.get().init_shards(u32::try_from(stages.len()).unwrap_or(0));
+        for (position, shard) in (0u32..).zip(&stages) {
+            control::set_stages(shards.reborrow().get(position), shard);
+        }
+        Ok(())
+    }
+}
+
+/// One volume, or (empty) all.
+fn read_volume(wanted: capnp::text::Reader<'_>) -> Result<Option<VolumeId>, capnp::Error> {
+    match wanted.to_str()? {
+        "" => Ok(None),
+        text => {
+            let failed = |_| capnp::Error::failed(format!("found {text:?}, expected the uuid of a volume"));
+            text.parse().map(Some).map_err(failed)
+        }
     }
 }
 
@@ -288,6 +307,10 @@ mod tests {
         }
 
         fn instances(&self, _only: Option<VolumeId>) -> Answered<Vec<ShardInstances>> {
+            Box::pin(async { Ok(Vec::new()) })
+        }
+
+        fn stages(&self, _only: Option<VolumeId>) -> Answered<Vec<ShardStages>> {
             Box::pin(async { Ok(Vec::new()) })
         }
     }

@@ -1,14 +1,16 @@
 //! `torus-engine`: a storage node, the metadata store of one machine, or a look at the disks of a stopped node.
 
-use clap::Parser;
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 use torus_engine::config::{Command, CommandLine, MetadataArguments};
 use torus_engine::{inspect, node};
 use torus_rpc::metadata::embedded_server::EmbeddedServer;
 
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> ExitCode {
-    let line = CommandLine::parse();
+    let line = CommandLine::read(std::env::args_os()).unwrap_or_else(|error| error.exit());
     let result = match (line.command, line.node) {
         (Some(Command::Metadata(arguments)), _) => start_log(&arguments.log).and_then(|()| serve_metadata(&arguments)),
         (Some(Command::Inspect(arguments)), _) => arguments
@@ -16,7 +18,8 @@ fn main() -> ExitCode {
             .and_then(|()| start_log(&arguments.log))
             .and_then(|()| inspect::run(&arguments).map_err(|error| error.to_string())),
         (None, Some(arguments)) => {
-            start_log(&arguments.log).and_then(|()| node::run(arguments).map_err(|error| error.to_string()))
+            let run = || node::run(arguments.clone(), &line.serving).map_err(|error| error.to_string());
+            start_log(&arguments.log).and_then(|()| run())
         }
         (None, None) => Err("nothing was asked for; see --help".to_string()),
     };

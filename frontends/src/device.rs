@@ -2,6 +2,7 @@
 //! be measured and tested on memory.
 
 use bytes::Bytes;
+use smallvec::SmallVec;
 use std::future::Future;
 use thiserror::Error;
 
@@ -12,6 +13,9 @@ pub enum Piece {
     /// That many bytes of zeros which no replica stores.
     Zeros(u64),
 }
+
+/// What a read found; small ones are of one piece.
+pub type Pieces = SmallVec<[Piece; 1]>;
 
 /// Part of a range: stored, or a hole that reads as zeros and needs room when it is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,9 +30,14 @@ pub struct Run {
 pub trait Device: Clone + 'static {
     fn size_bytes(&self) -> u64;
     fn read_only(&self) -> bool;
-    fn read(&self, offset: u64, length: u64) -> impl Future<Output = Result<Vec<Piece>, VolumeError>>;
+    fn read(&self, offset: u64, length: u64) -> impl Future<Output = Result<Pieces, VolumeError>>;
     /// `durable`: on stable storage of every in-sync replica before it is answered.
     fn write(&self, offset: u64, data: Bytes, durable: bool) -> impl Future<Output = Result<(), VolumeError>>;
+    /// `write`, for who waits until it has ended, whatever becomes of others: a future that is dropped may leave the write
+    /// half way.
+    fn write_to_end(&self, offset: u64, data: Bytes, durable: bool) -> impl Future<Output = Result<(), VolumeError>> {
+        self.write(offset, data, durable)
+    }
     /// The range reads as zeros. `advisory` (trim) may leave partial blocks at the edges as they are.
     fn clear(
         &self,
@@ -40,8 +49,16 @@ pub trait Device: Clone + 'static {
     /// What of a range is stored, from its beginning: at least one run if the range is not empty, at most
     /// `VOLUME_MAP_RUNS_MAX` of them. It may end before the range does, since what is looked up at once is bounded.
     fn map(&self, offset: u64, length: u64) -> impl Future<Output = Result<Vec<Run>, VolumeError>>;
+    /// The executor on which it can be used without handing anything over, if that is not this one.
+    fn home(&self) -> Option<usize> {
+        None
+    }
     /// Why every further request will fail; waits until that is so.
     fn ended(&self) -> impl Future<Output = String> {
+        std::future::pending()
+    }
+    /// Waits until the size is another than the one that was seen, and gives it.
+    fn resized(&self, _seen_bytes: u64) -> impl Future<Output = u64> {
         std::future::pending()
     }
     /// Everything that was answered before the call is on stable storage of every in-sync replica after it.

@@ -1,22 +1,25 @@
 //! A pipelined connection to one shard, on glommio: one task sends, one receives, and a third watches as long as
 //! something is outstanding (an idle connection costs nothing).
 
+use crate::answers::{Answers, Waiting};
 use crate::error::LinkError;
 use crate::frame::{decode_reply, encode_request};
+use crate::local::{self, Via};
 use crate::message::{Answer, Envelope, Operation, PROTOCOL, Reply};
-use crate::outbox::Outbox;
+use crate::outbox::{COPY_BYTES_MAX, Outbox};
 use crate::receive::ReceiveBuffer;
-use crate::runtime::glommio::stay_awake;
 use crate::runtime::{Connect, Link, Peer};
 use bytes::Bytes;
 use futures::AsyncWriteExt;
-use futures::channel::oneshot;
 use glommio::net::TcpStream;
 use std::cell::{Cell, RefCell};
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::rc::Rc;
-use torus_schema::hash::Map;
+use std::time::Duration;
 use torus_schema::limits::{LINK_DEAD_AFTER, LINK_PROBE_AFTER, REQUEST_DEADLINE};
+
+/// A shard of this host that has not greeted by then is tried by TCP.
+const LOCAL_HELLO_WITHIN: Duration = Duration::from_millis(500);
 
 #[derive(Clone)]
 pub struct TcpLink {
@@ -39,27 +42,14 @@ struct Connection {
     /// To shut it down whoever is at work on it.
     socket: OwnedFd,
     outbox: Outbox,
-    state: RefCell<State>,
+    answers: Rc<Answers>,
+    /// Why no answer will come any more.
+    failed: RefCell<Option<LinkError>>,
     /// Ticks of the watch so far; a tick is `LINK_PROBE_AFTER`.
     ticks: Cell<u32>,
     watching: Cell<bool>,
     /// Something was received since the last tick.
     heard: Cell<bool>,
-}
-
-#[derive(Default)]
-struct State {
-    next_id: u64,
-    outstanding: Map<u64, Outstanding>,
-    /// Why no answer will come any more.
-    failed: Option<LinkError>,
-}
-
-type Answered = Result<(Reply, Bytes), LinkError>;
-
-struct Outstanding {
-    answer: oneshot::Sender<Answered>,
-    since_tick: u32,
 }
 
 impl Link for TcpLink {
@@ -69,9 +59,7 @@ impl Link for TcpLink {
         operation: &Operation,
         payload: &Bytes,
     ) -> Result<(Reply, Bytes), LinkError> {
-        let connection = &self.handle.connection;
-        let answer = connection.submit(envelope, operation, payload)?;
-        answer.await.unwrap_or_else(|_| Err(connection.closed("the connection was dropped")))
+        self.handle.connection.submit(envelope, operation, payload)?.await
     }
 }
 
@@ -82,29 +70,45 @@ impl Connect for TcpConnect {
     type Link = TcpLink;
 
     async fn connect(&self, peer: &Peer) -> Result<TcpLink, LinkError> {
-        let address = peer.address.clone();
-        let silent = || LinkError::Silent { address: address.clone(), silent_ms: LINK_DEAD_AFTER.as_millis() as u64 };
-        let stream = match TcpStream::connect_timeout(&*peer.address, LINK_DEAD_AFTER).await {
-            Ok(stream) => stream,
-            Err(error) => return Err(connect_error(address, error)),
-        };
-        let link = TcpLink::start(stream, peer.address.clone())?;
-        let hello = Operation::Hello { protocol: PROTOCOL, cluster: peer.cluster, node: peer.node, shard: peer.shard };
-        let nothing = Bytes::new();
-        let answer = link.call(&Envelope::NONE, &hello, &nothing);
-        let deadline = glommio::timer::sleep(LINK_DEAD_AFTER);
-        futures::pin_mut!(answer, deadline);
-        match futures::future::select(answer, deadline).await {
-            futures::future::Either::Right(_) => Err(silent()),
-            futures::future::Either::Left((answer, _)) => match answer?.0.answer {
-                Answer::Hello { protocol: PROTOCOL } => Ok(link.clone()),
-                Answer::Refused(refusal) => Err(LinkError::Hello { address: peer.address.clone(), refusal }),
-                other => Err(LinkError::Protocol {
-                    address: peer.address.clone(),
-                    because: format!("the hello was answered by {other:?}, expected protocol {PROTOCOL}"),
-                }),
-            },
+        let address = &peer.address;
+        if let Some(socket) = local::connect_to(address) {
+            // SAFETY: a stream socket that was made for this, and is owned by nobody else.
+            let stream = unsafe { TcpStream::from_raw_fd(socket.into_raw_fd()) };
+            match greet(stream, Via::Unix, peer, LOCAL_HELLO_WITHIN).await {
+                // A node that is gone and whose socket is not yet, or one that says it is where it is not: who answers
+                // at the address itself counts.
+                Err(error) => tracing::debug!(address, %error, "not greeted within the host; connecting by TCP"),
+                link => return link,
+            }
         }
+        match TcpStream::connect_timeout(&**address, LINK_DEAD_AFTER).await {
+            Ok(stream) => greet(stream, Via::Tcp, peer, LINK_DEAD_AFTER).await,
+            Err(error) => Err(connect_error(address.clone(), error)),
+        }
+    }
+}
+
+/// Says hello, and hears it.
+async fn greet(stream: TcpStream, via: Via, peer: &Peer, within: Duration) -> Result<TcpLink, LinkError> {
+    let address = &peer.address;
+    let link = TcpLink::start(stream, via, address.clone())?;
+    let hello = Operation::Hello { protocol: PROTOCOL, cluster: peer.cluster, node: peer.node, shard: peer.shard };
+    let nothing = Bytes::new();
+    let answer = link.call(&Envelope::NONE, &hello, &nothing);
+    let deadline = glommio::timer::sleep(within);
+    futures::pin_mut!(answer, deadline);
+    match futures::future::select(answer, deadline).await {
+        futures::future::Either::Right(_) => {
+            Err(LinkError::Silent { address: address.clone(), silent_ms: within.as_millis() as u64 })
+        }
+        futures::future::Either::Left((answer, _)) => match answer?.0.answer {
+            Answer::Hello { protocol: PROTOCOL } => Ok(link.clone()),
+            Answer::Refused(refusal) => Err(LinkError::Hello { address: address.clone(), refusal }),
+            other => Err(LinkError::Protocol {
+                address: address.clone(),
+                because: format!("the hello was answered by {other:?}, expected protocol {PROTOCOL}"),
+            }),
+        },
     }
 }
 
@@ -143,7 +147,7 @@ fn is_local(error: &std::io::Error) -> bool {
 }
 
 impl TcpLink {
-    fn start(stream: TcpStream, address: String) -> Result<TcpLink, LinkError> {
+    fn start(stream: TcpStream, via: Via, address: String) -> Result<TcpLink, LinkError> {
         let closed = |error: std::io::Error| {
             let (address, because) = (address.clone(), error.to_string());
             if is_local(&error) {
@@ -152,13 +156,16 @@ impl TcpLink {
                 LinkError::Closed { address, because }
             }
         };
-        stream.set_nodelay(true).map_err(|error| closed(error.into()))?;
+        if via == Via::Tcp {
+            stream.set_nodelay(true).map_err(|error| closed(error.into()))?;
+        }
         let receiving = duplicate(&stream).map_err(closed)?;
         let connection = Rc::new(Connection {
             socket: duplicate_descriptor(&stream).map_err(closed)?,
             address,
             outbox: Outbox::default(),
-            state: RefCell::default(),
+            answers: Rc::default(),
+            failed: RefCell::default(),
             ticks: Cell::new(0),
             watching: Cell::new(false),
             heard: Cell::new(false),
@@ -188,76 +195,56 @@ impl Connection {
         envelope: &Envelope,
         operation: &Operation,
         payload: &Bytes,
-    ) -> Result<oneshot::Receiver<Answered>, LinkError> {
-        let mut state = self.state.borrow_mut();
-        if let Some(error) = &state.failed {
+    ) -> Result<Waiting, LinkError> {
+        if let Some(error) = &*self.failed.borrow() {
             return Err(error.clone());
         }
-        let (answer, answered) = oneshot::channel();
-        let id = state.next_id;
-        state.next_id += 1;
-        state.outstanding.insert(id, Outstanding { answer, since_tick: self.ticks.get() });
-        drop(state);
-        self.outbox.push(
-            |out| encode_request(out, id, envelope, operation, payload.len()),
-            (!payload.is_empty()).then(|| payload.clone()),
-        );
-        stay_awake();
+        let id = self.answers.expect(self.ticks.get());
+        // One that is copied anyway is not shared first, which takes memory.
+        let is_copied = payload.len() < COPY_BYTES_MAX;
+        let encode = |out: &mut Vec<u8>| {
+            encode_request(out, id, envelope, operation, payload.len());
+            out.extend_from_slice(if is_copied { payload } else { &[] });
+        };
+        self.outbox.push(encode, (!is_copied).then(|| payload.clone()));
         if !self.watching.replace(true) {
             // Its silence counts from this request on.
             self.heard.set(false);
             glommio::spawn_local(watch(self.clone())).detach();
         }
-        Ok(answered)
+        Ok(self.answers.wait(id))
     }
 
     /// The first failure counts; everybody who waits hears of it.
     fn fail(&self, error: LinkError) {
-        let outstanding = {
-            let mut state = self.state.borrow_mut();
-            if state.failed.is_some() {
-                return;
-            }
-            state.failed = Some(error.clone());
-            std::mem::take(&mut state.outstanding)
-        };
-        tracing::debug!(address = %self.address, %error, outstanding = outstanding.len(), "link failed");
+        if self.failed.borrow().is_some() {
+            return;
+        }
+        *self.failed.borrow_mut() = Some(error.clone());
+        tracing::debug!(address = %self.address, %error, outstanding = self.answers.outstanding(), "link failed");
         self.outbox.close();
         // Ends a send that the peer does not take, and the receiver, which has its own descriptor.
         let _ = nix::sys::socket::shutdown(self.socket.as_raw_fd(), nix::sys::socket::Shutdown::Both);
-        for (_, waiting) in outstanding {
-            // Whoever does not wait any more need not hear.
-            let _ = waiting.answer.send(Err(error.clone()));
-        }
+        self.answers.fail_all(&error);
     }
 
     fn end_overdue(&self, tick: u32) {
         let deadline_ticks = REQUEST_DEADLINE.as_millis().div_ceil(LINK_PROBE_AFTER.as_millis()) as u32;
-        let mut state = self.state.borrow_mut();
-        let is_overdue = |_: &u64, waiting: &mut Outstanding| tick - waiting.since_tick > deadline_ticks;
-        let overdue: Vec<_> = state.outstanding.extract_if(is_overdue).collect();
-        drop(state);
-        for (_, waiting) in overdue {
-            let waited_ms = u64::from(tick - waiting.since_tick) * LINK_PROBE_AFTER.as_millis() as u64;
-            let _ = waiting.answer.send(Err(LinkError::Overdue { address: self.address.clone(), waited_ms }));
-        }
+        self.answers.fail_overdue(tick, deadline_ticks, |ticks| {
+            let waited_ms = u64::from(ticks) * LINK_PROBE_AFTER.as_millis() as u64;
+            LinkError::Overdue { address: self.address.clone(), waited_ms }
+        });
     }
 
     fn closed(&self, because: &str) -> LinkError {
         LinkError::Closed { address: self.address.clone(), because: because.to_string() }
     }
-
-    fn answered(&self, id: u64, reply: Reply, payload: Bytes) {
-        let waiting = self.state.borrow_mut().outstanding.remove(&id);
-        if let Some(waiting) = waiting {
-            let _ = waiting.answer.send(Ok((reply, payload)));
-        }
-    }
 }
 
 async fn send(connection: Rc<Connection>, mut stream: TcpStream) {
-    while let Some(chunks) = connection.outbox.take().await {
-        for chunk in chunks {
+    let mut chunks = Vec::new();
+    while connection.outbox.take(&mut chunks).await {
+        for chunk in chunks.drain(..) {
             if let Err(error) = stream.write_all(chunk.bytes()).await {
                 return connection.fail(connection.closed(&error.to_string()));
             }
@@ -281,7 +268,9 @@ async fn receive(connection: Rc<Connection>, mut stream: TcpStream) {
                 frame.map(|frame| Ok((decode_reply(&frame.prefix, &frame.header)?, frame))).transpose()
             });
             match decoded {
-                Ok(Some((reply, frame))) => connection.answered(frame.prefix.request_id, reply, frame.payload),
+                Ok(Some((reply, frame))) => {
+                    connection.answers.answer(frame.prefix.request_id, Ok((reply, frame.payload)))
+                }
                 Ok(None) => break,
                 Err(error) => {
                     let address = connection.address.clone();
@@ -302,7 +291,7 @@ async fn watch(connection: Rc<Connection>) {
         let tick = connection.ticks.get() + 1;
         connection.ticks.set(tick);
         connection.end_overdue(tick);
-        if connection.state.borrow().outstanding.is_empty() {
+        if connection.answers.outstanding() == 0 {
             connection.watching.set(false);
             return;
         }

@@ -1,7 +1,16 @@
 //! What is asked of a shard and what it answers, as Rust types; `frame` turns them into bytes and back.
 
+use smallvec::SmallVec;
+use std::time::Duration;
 use torus_schema::ids::{BlockIndex, ClusterId, Epoch, Incarnation, NodeId, RingGeneration, ShardIndex, SliceId};
 use torus_schema::ids::{Version, VolumeId};
+use torus_schema::latency::OperationKind;
+
+/// A list that is usually of one, which then stands in place: an operation of one block takes no memory for it.
+pub type Few<T> = SmallVec<[T; 1]>;
+
+/// CRC32C of each block, in place up to 16 KiB of data.
+pub type Checksums = SmallVec<[u32; 4]>;
 
 /// Version of the data plane; the hello compares it.
 pub const PROTOCOL: u32 = 2;
@@ -63,7 +72,7 @@ pub enum Operation {
         first: BlockIndex,
         version: Version,
         durable: bool,
-        checksums: Vec<u32>,
+        checksums: Checksums,
     },
     /// All blocks of the range that lie in the slice, over any number of extents, read as zeros.
     Clear {
@@ -104,6 +113,18 @@ pub enum Operation {
     },
     /// To a stale replica, which takes from the source what it lacks (protocol rule 11).
     Resync(Resync),
+}
+
+impl Operation {
+    /// As what latencies of users' operations are told; `None`: no user asked for it.
+    pub fn kind(&self) -> Option<OperationKind> {
+        match self {
+            Operation::Read { .. } => Some(OperationKind::Read),
+            Operation::Write { .. } | Operation::Clear { .. } => Some(OperationKind::Write),
+            Operation::Flush => Some(OperationKind::Flush),
+            _ => None,
+        }
+    }
 }
 
 /// One step of a resync: the envelope is the target's.
@@ -177,7 +198,31 @@ impl std::fmt::Debug for Token {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Reply {
     pub full: bool,
+    pub took: Took,
     pub answer: Answer,
+}
+
+impl Reply {
+    /// Of a shard that takes new data, at once.
+    pub fn of(answer: Answer) -> Self {
+        Self { full: false, took: Took::default(), answer }
+    }
+}
+
+/// How long the shard had the request, in microseconds; at most an hour and eleven minutes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Took {
+    /// From its arrival until its disk operation began.
+    pub queue_us: u32,
+    /// From then on until it was answered.
+    pub service_us: u32,
+}
+
+impl Took {
+    pub fn new(queue: Duration, service: Duration) -> Self {
+        let us = |time: Duration| u32::try_from(time.as_micros()).unwrap_or(u32::MAX);
+        Self { queue_us: us(queue), service_us: us(service) }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -190,8 +235,8 @@ pub enum Answer {
     Opened(Opened),
     /// The payload holds the blocks of the runs with data, in order, one checksum each.
     Read {
-        runs: Vec<Run>,
-        checksums: Vec<u32>,
+        runs: Few<Run>,
+        checksums: Checksums,
     },
     Written,
     Cleared,
@@ -203,7 +248,7 @@ pub enum Answer {
     Retained,
     Revoked,
     Mapped {
-        runs: Vec<Run>,
+        runs: Few<Run>,
     },
     Resynced(Resynced),
     Refused(Refusal),

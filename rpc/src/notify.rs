@@ -17,9 +17,13 @@ pub struct Notify {
 impl Notify {
     pub fn notify(&self) {
         self.changes.set(self.changes.get() + 1);
-        let wakers: Vec<_> = self.waiting.borrow_mut().iter_mut().filter_map(Option::take).collect();
-        for waker in wakers {
-            waker.wake();
+        // One after the other, and not borrowed while one is woken: a list of them would be made with every change.
+        let places = self.waiting.borrow().len();
+        for place in 0..places {
+            let waker = self.waiting.borrow_mut()[place].take();
+            if let Some(waker) = waker {
+                waker.wake();
+            }
         }
     }
 

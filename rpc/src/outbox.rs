@@ -87,18 +87,21 @@ impl<P: Deref<Target = [u8]>> Outbox<P> {
         }
     }
 
-    /// Everything that has gathered, once there is something; `None` after `close`.
-    pub async fn take(&self) -> Option<Vec<Chunk<P>>> {
+    /// Everything that has gathered, once there is something; false after `close`. `into` is empty, and is what is
+    /// gathered in next: the two lists are used in turn.
+    pub async fn take(&self, into: &mut Vec<Chunk<P>>) -> bool {
         std::future::poll_fn(|context| {
             if self.closed.get() {
-                return Poll::Ready(None);
+                return Poll::Ready(false);
             }
             let mut waiting = self.waiting.borrow_mut();
             if waiting.is_empty() {
                 *self.sender.borrow_mut() = Some(context.waker().clone());
                 return Poll::Pending;
             }
-            Poll::Ready(Some(std::mem::take(&mut *waiting)))
+            assert!(into.is_empty(), "{} chunks were not sent", into.len());
+            std::mem::swap(&mut *waiting, into);
+            Poll::Ready(true)
         })
         .await
     }
@@ -144,16 +147,22 @@ mod tests {
     use super::*;
     use futures::FutureExt;
 
+    /// `None`: it would wait.
+    fn take(outbox: &Outbox) -> Option<Vec<Chunk<Bytes>>> {
+        let mut chunks = Vec::new();
+        outbox.take(&mut chunks).now_or_never().map(|is_open| if is_open { chunks } else { Vec::new() })
+    }
+
     #[test]
     fn small_frames_gather_into_one_send_and_large_payloads_stand_alone() {
         let outbox = Outbox::<Bytes>::default();
         outbox.push(|out| out.extend_from_slice(b"a"), [Bytes::from_static(b"1")]);
         outbox.push(|out| out.extend_from_slice(b"b"), [Bytes::from(vec![2; COPY_BYTES_MAX])]);
         outbox.push(|out| out.extend_from_slice(b"c"), []);
-        let chunks = outbox.take().now_or_never().unwrap().unwrap();
+        let chunks = take(&outbox).unwrap();
         let lengths: Vec<_> = chunks.iter().map(|chunk| chunk.bytes().len()).collect();
         assert_eq!(lengths, [3, COPY_BYTES_MAX, 1]);
-        assert!(outbox.take().now_or_never().is_none());
+        assert!(take(&outbox).is_none());
     }
 
     #[test]
@@ -162,7 +171,7 @@ mod tests {
         outbox.push(|out| out.extend_from_slice(&[0; 100]), [Bytes::from(vec![1; COPY_BYTES_MAX])]);
         let mut drained = Box::pin(outbox.at_most(100));
         assert!(drained.as_mut().now_or_never().is_none());
-        let chunks = outbox.take().now_or_never().unwrap().unwrap();
+        let chunks = take(&outbox).unwrap();
         assert!(drained.as_mut().now_or_never().is_none(), "being sent is not sent");
         for chunk in chunks {
             outbox.sent(chunk);
@@ -175,6 +184,6 @@ mod tests {
         let outbox = Outbox::<Bytes>::default();
         outbox.push(|out| out.push(1), []);
         outbox.close();
-        assert!(outbox.take().now_or_never().unwrap().is_none());
+        assert!(take(&outbox).unwrap().is_empty());
     }
 }

@@ -64,8 +64,12 @@ mod tests {
 
     fn two_frames() -> Vec<u8> {
         let mut bytes = Vec::new();
-        let write =
-            Operation::Write { first: BlockIndex(1), version: Version::ZERO, durable: false, checksums: vec![1] };
+        let write = Operation::Write {
+            first: BlockIndex(1),
+            version: Version::ZERO,
+            durable: false,
+            checksums: [1].as_slice().into(),
+        };
         encode_request(&mut bytes, 1, &Envelope::NONE, &write, 4096);
         bytes.extend_from_slice(&[7; 4096]);
         encode_request(&mut bytes, 2, &Envelope::NONE, &Operation::Ping, 0);

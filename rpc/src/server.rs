@@ -4,28 +4,31 @@
 //! A client that floods is not read from until its requests are answered; one that sends garbage is disconnected;
 //! neither touches another connection.
 
+use crate::admission::{Admission, Admitted, Entrance, cost};
 use crate::client::duplicate;
 use crate::error::FrameError;
 use crate::frame::{decode_request, encode_reply};
-use crate::message::{Answer, Envelope, Operation, PROTOCOL, Refusal, Reply};
-use crate::notify::Notify;
+use crate::local::{self, Via};
+use crate::message::{Answer, Envelope, Few, Operation, PROTOCOL, Refusal, Reply};
 use crate::outbox::Outbox;
-use crate::receive::{Frame, ReceiveBuffer};
-use crate::runtime::glommio::stay_awake;
+use crate::receive::ReceiveBuffer;
+use crate::runtime::Instant;
+use crate::runtime::glommio::now;
 use bytes::Bytes;
 use futures::AsyncWriteExt;
 use glommio::net::{TcpListener, TcpStream};
 use std::cell::{Cell, RefCell};
 use std::future::Future;
+use std::net::SocketAddr;
 use std::ops::Deref;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
 use std::rc::Rc;
-use std::task::{Poll, Waker};
+use std::time::Duration;
 use thiserror::Error;
-use torus_schema::ids::{ClusterId, NodeId, ShardIndex};
-use torus_schema::limits::{
-    BLOCK_BYTES, BLOCKS_PER_FRAME_MAX, CONNECTION_BYTES_MAX, CONNECTION_REQUESTS_MAX, LINK_DEAD_AFTER,
-    SHARD_OUTSTANDING_BYTES_MAX, SHARD_REQUESTS_MAX,
-};
+use torus_schema::ids::{ClusterId, NodeId, ShardIndex, VolumeId};
+use torus_schema::latency::OperationKind;
+use torus_schema::limits::{CONNECTION_BYTES_MAX, LINK_DEAD_AFTER};
 
 /// Who answers on this port; a hello that looks for another is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,12 +42,40 @@ pub struct Identity {
 pub trait Handler: Clone + 'static {
     type Chunk: Deref<Target = [u8]> + 'static;
 
-    fn handle(
-        self,
-        envelope: Envelope,
-        operation: Operation,
-        payload: Bytes,
-    ) -> impl Future<Output = (Reply, Vec<Self::Chunk>)> + 'static;
+    fn handle(&self, request: &mut Request) -> impl Future<Output = Handled<Self::Chunk>>;
+
+    /// The answer was handed to the socket, so long after the disk was done with it.
+    fn sent(&self, _what: Finished, _after: Duration) {}
+}
+
+/// It stays in one place until it is answered, so that no future that works on it has to hold it too. Who carries it out
+/// takes from it what it keeps.
+pub struct Request {
+    pub arrived: Instant,
+    pub envelope: Envelope,
+    pub operation: Operation,
+    pub payload: Bytes,
+}
+
+pub struct Handled<C> {
+    pub reply: Reply,
+    pub chunks: Few<C>,
+    /// What `sent` is to be told of.
+    pub finished: Option<Finished>,
+}
+
+impl<C> From<Reply> for Handled<C> {
+    fn from(reply: Reply) -> Self {
+        Self { reply, chunks: Few::new(), finished: None }
+    }
+}
+
+/// A user's operation, with which the disk is done.
+#[derive(Clone, Copy, Debug)]
+pub struct Finished {
+    pub volume: VolumeId,
+    pub kind: OperationKind,
+    pub at: Instant,
 }
 
 /// How many connections there are and were, for the node's status.
@@ -54,52 +85,64 @@ pub struct ConnectionCounts {
     pub refused: Cell<u64>,
 }
 
-/// What all connections of a shard have under way, reads and the rest apart.
-#[derive(Default)]
-struct ShardLoad {
-    lanes: [LaneLoad; 2],
+/// Where a shard is reached: by TCP, and within its host also by a unix socket.
+pub struct Listener {
+    tcp: std::net::TcpListener,
+    unix: Option<UnixListener>,
 }
 
-#[derive(Default)]
-struct LaneLoad {
-    requests: Cell<usize>,
-    bytes: Cell<usize>,
-    released: Notify,
-}
-
-impl ShardLoad {
-    fn lane(&self, operation: &Operation) -> &LaneLoad {
-        &self.lanes[usize::from(matches!(operation, Operation::Read { .. } | Operation::Map { .. }))]
-    }
-}
-
-impl LaneLoad {
-    fn has_room(&self, bytes: usize) -> bool {
-        self.requests.get() < SHARD_REQUESTS_MAX && self.bytes.get() + bytes <= SHARD_OUTSTANDING_BYTES_MAX as usize
+impl Listener {
+    pub fn new(tcp: std::net::TcpListener) -> Self {
+        Self { tcp, unix: None }
     }
 
-    fn add(&self, bytes: usize) {
-        self.requests.set(self.requests.get() + 1);
-        self.bytes.set(self.bytes.get() + bytes);
+    pub fn local_addr(&self) -> std::io::Result<SocketAddr> {
+        self.tcp.local_addr()
     }
 
-    fn release(&self, bytes: usize) {
-        self.requests.set(self.requests.get() - 1);
-        self.bytes.set(self.bytes.get() - bytes);
-        self.released.notify();
+    /// `address`: what clients are told. Without a unix socket all come by TCP. Waits for its name until then.
+    pub fn advertised_as(self, address: &str, until: std::time::Instant) -> Self {
+        let unix = local::listen(address, until).inspect_err(|error| {
+            tracing::warn!(address, %error, "no unix socket for who is on this host; it connects by TCP");
+        });
+        Self { unix: unix.ok(), ..self }
     }
 }
 
 /// Accepts until dropped.
-pub async fn serve<H: Handler>(listener: TcpListener, identity: Identity, handler: H, counts: Rc<ConnectionCounts>) {
-    let shard = Rc::new(ShardLoad::default());
+pub async fn serve<H: Handler>(
+    listener: Listener,
+    identity: Identity,
+    handler: H,
+    shared: (Rc<ConnectionCounts>, Rc<Admission>),
+) {
+    let accepting = |socket: OwnedFd, via| {
+        // SAFETY: the descriptor is a listening stream socket that nobody else holds. It was bound elsewhere because
+        // glommio binds with SO_REUSEPORT: two nodes on one port would then share its connections unnoticed.
+        let listener = unsafe { TcpListener::from_raw_fd(socket.into_raw_fd()) };
+        accept((listener, via), identity, handler.clone(), shared.clone())
+    };
+    let tcp = accepting(listener.tcp.into(), Via::Tcp);
+    match listener.unix {
+        Some(unix) => futures::future::join(tcp, accepting(unix.into(), Via::Unix)).await.0,
+        None => tcp.await,
+    }
+}
+
+async fn accept<H: Handler>(
+    (listener, via): (TcpListener, Via),
+    identity: Identity,
+    handler: H,
+    (counts, admission): (Rc<ConnectionCounts>, Rc<Admission>),
+) {
     loop {
         match listener.accept().await {
             Ok(stream) => {
-                let (handler, counts, shard) = (handler.clone(), counts.clone(), shard.clone());
+                let (handler, counts) = (handler.clone(), counts.clone());
+                let entrance = Entrance::new(admission.clone());
                 glommio::spawn_local(async move {
                     counts.open.set(counts.open.get() + 1);
-                    serve_connection(stream, identity, handler, &counts, shard).await;
+                    serve_connection((stream, via), identity, handler, &counts, entrance).await;
                     counts.open.set(counts.open.get() - 1);
                 })
                 .detach();
@@ -124,20 +167,23 @@ enum ConnectionError {
 }
 
 async fn serve_connection<H: Handler>(
-    stream: TcpStream,
+    (stream, via): (TcpStream, Via),
     identity: Identity,
     handler: H,
     counts: &ConnectionCounts,
-    shard: Rc<ShardLoad>,
+    entrance: Rc<Entrance>,
 ) {
-    let peer = stream.peer_addr().map(|address| address.to_string()).unwrap_or_default();
-    let connection = Rc::new(Connection { outbox: Outbox::default(), load: Load::default(), shard });
-    let receiving = stream.set_nodelay(true).map_err(std::io::Error::from).and_then(|()| duplicate(&stream));
+    let peer = match via {
+        Via::Tcp => stream.peer_addr().map(|address| address.to_string()).unwrap_or_default(),
+        Via::Unix => "this host".to_string(),
+    };
+    let connection = Rc::new(Connection { outbox: Outbox::default(), unsent: RefCell::default(), entrance });
+    let receiving = prepare(&stream, via).and_then(|()| duplicate(&stream));
     let receiving = match receiving {
         Ok(receiving) => receiving,
         Err(error) => return tracing::warn!(peer, %error, "cannot set up a connection"),
     };
-    glommio::spawn_local(send(connection.clone(), stream)).detach();
+    glommio::spawn_local(send(connection.clone(), stream, handler.clone())).detach();
     match receive(&connection, receiving, identity, handler).await {
         Ok(()) => tracing::debug!(peer, "connection closed"),
         Err(error) => {
@@ -146,28 +192,27 @@ async fn serve_connection<H: Handler>(
         }
     }
     // What was accepted is carried out; its answers go nowhere, unless all are ready already.
-    connection.load.idle().await;
+    connection.entrance.idle().await;
     let sent = std::pin::pin!(connection.outbox.at_most(0));
     let too_long = std::pin::pin!(glommio::timer::sleep(LINK_DEAD_AFTER));
     futures::future::select(sent, too_long).await;
     connection.outbox.close();
 }
 
-struct Connection<P> {
-    outbox: Outbox<P>,
-    load: Load,
-    shard: Rc<ShardLoad>,
+fn prepare(stream: &TcpStream, via: Via) -> std::io::Result<()> {
+    match via {
+        Via::Tcp => stream.set_nodelay(true)?,
+        // SAFETY: the stream owns the descriptor for longer than this borrow of it.
+        Via::Unix => local::set_buffer(&unsafe { BorrowedFd::borrow_raw(stream.as_raw_fd()) }),
+    }
+    Ok(())
 }
 
-impl<P> Connection<P> {
-    /// A connection with nothing else under way may always have one: it cannot be kept out by others.
-    async fn enter_shard(&self, operation: &Operation, bytes: usize) {
-        let lane = self.shard.lane(operation);
-        if !lane.has_room(bytes) {
-            lane.released.until(|| (lane.has_room(bytes) || self.load.requests.get() <= 1).then_some(())).await;
-        }
-        lane.add(bytes);
-    }
+struct Connection<P> {
+    outbox: Outbox<P>,
+    /// Whose answers wait in the outbox.
+    unsent: RefCell<Vec<Finished>>,
+    entrance: Rc<Entrance>,
 }
 
 async fn receive<H: Handler>(
@@ -182,7 +227,8 @@ async fn receive<H: Handler>(
         if buffer.fill(&mut stream).await? == 0 {
             return Ok(());
         }
-        stay_awake();
+        // Also of what waits to be let in: those are in the shard's queue.
+        let arrived = now();
         while let Some(frame) = buffer.next_frame()? {
             let (envelope, operation) = decode_request(&frame.prefix, &frame.header)?;
             // Who does not take the answers gets no more of them; pings are no exception.
@@ -193,7 +239,7 @@ async fn receive<H: Handler>(
                     Answer::Refused(refusal) => Some(refusal.clone()),
                     _ => None,
                 };
-                let reply = Reply { full: false, answer };
+                let reply = Reply::of(answer);
                 connection.outbox.push(|out| encode_reply(out, frame.prefix.request_id, &reply, 0), []);
                 if let Some(refusal) = refused {
                     return Err(ConnectionError::Hello(refusal));
@@ -201,10 +247,9 @@ async fn receive<H: Handler>(
                 greeted = true;
                 continue;
             }
-            let cost = cost(&frame, &operation);
-            connection.load.admit(cost).await;
-            connection.enter_shard(&operation, cost).await;
-            start(connection.clone(), handler.clone(), envelope, operation, frame, cost);
+            let admitted = connection.entrance.enter(&operation, cost(frame.prefix.frame_bytes(), &operation)).await;
+            let request = Request { arrived, envelope, operation, payload: frame.payload };
+            start(connection.clone(), handler.clone(), frame.prefix.request_id, request, admitted);
         }
     }
 }
@@ -228,38 +273,29 @@ fn greet(identity: Identity, operation: &Operation, greeted: bool) -> Answer {
     }
 }
 
-/// Bytes of memory the request may take until it is answered.
-fn cost(frame: &Frame, operation: &Operation) -> usize {
-    let answered_blocks = match operation {
-        Operation::Read { count, .. } => u64::from(*count).min(BLOCKS_PER_FRAME_MAX),
-        _ => 0,
-    };
-    frame.prefix.frame_bytes() + (answered_blocks * BLOCK_BYTES) as usize
-}
-
 fn start<H: Handler>(
     connection: Rc<Connection<H::Chunk>>,
     handler: H,
-    envelope: Envelope,
-    operation: Operation,
-    frame: Frame,
-    cost: usize,
+    id: u64,
+    mut request: Request,
+    admitted: Admitted,
 ) {
-    let reads = matches!(operation, Operation::Read { .. } | Operation::Map { .. });
-    let work = handler.handle(envelope, operation, frame.payload);
     glommio::spawn_local(async move {
-        let (reply, payload) = work.await;
-        let payload_bytes = payload.iter().map(|chunk| chunk.len()).sum();
-        connection.outbox.push(|out| encode_reply(out, frame.prefix.request_id, &reply, payload_bytes), payload);
-        connection.load.release(cost);
-        connection.shard.lanes[usize::from(reads)].release(cost);
+        let Handled { reply, chunks, finished } = handler.handle(&mut request).await;
+        let payload_bytes = chunks.iter().map(|chunk| chunk.len()).sum();
+        connection.unsent.borrow_mut().extend(finished);
+        connection.outbox.push(|out| encode_reply(out, id, &reply, payload_bytes), chunks);
+        drop(admitted);
     })
     .detach();
 }
 
-async fn send<P: Deref<Target = [u8]>>(connection: Rc<Connection<P>>, mut stream: TcpStream) {
-    while let Some(chunks) = connection.outbox.take().await {
-        for chunk in chunks {
+async fn send<H: Handler>(connection: Rc<Connection<H::Chunk>>, mut stream: TcpStream, handler: H) {
+    let (mut sending, mut chunks) = (Vec::new(), Vec::new());
+    while connection.outbox.take(&mut chunks).await {
+        // Just those whose answers were taken. The two lists are used in turn.
+        std::mem::swap(&mut sending, &mut *connection.unsent.borrow_mut());
+        for chunk in chunks.drain(..) {
             if let Err(error) = stream.write_all(chunk.bytes()).await {
                 tracing::debug!(%error, "cannot send an answer");
                 connection.outbox.close();
@@ -267,52 +303,11 @@ async fn send<P: Deref<Target = [u8]>>(connection: Rc<Connection<P>>, mut stream
             }
             connection.outbox.sent(chunk);
         }
+        if !sending.is_empty() {
+            let now = now();
+            sending.drain(..).for_each(|finished: Finished| handler.sent(finished, now.since(finished.at)));
+        }
     }
     // The receiver has its own descriptor of the socket and ends by this.
     let _ = stream.shutdown(std::net::Shutdown::Both).await;
-}
-
-/// What one connection has under way.
-#[derive(Default)]
-struct Load {
-    requests: Cell<usize>,
-    bytes: Cell<usize>,
-    waiting: RefCell<Option<Waker>>,
-}
-
-impl Load {
-    /// Waits until there is room, which is always so when nothing is under way.
-    async fn admit(&self, bytes: usize) {
-        self.wait(|load| {
-            load.requests.get() == 0
-                || load.requests.get() < CONNECTION_REQUESTS_MAX
-                    && load.bytes.get() + bytes <= CONNECTION_BYTES_MAX as usize
-        })
-        .await;
-        self.requests.set(self.requests.get() + 1);
-        self.bytes.set(self.bytes.get() + bytes);
-    }
-
-    async fn idle(&self) {
-        self.wait(|load| load.requests.get() == 0).await;
-    }
-
-    async fn wait(&self, until: impl Fn(&Load) -> bool) {
-        std::future::poll_fn(|context| {
-            if until(self) {
-                return Poll::Ready(());
-            }
-            *self.waiting.borrow_mut() = Some(context.waker().clone());
-            Poll::Pending
-        })
-        .await;
-    }
-
-    fn release(&self, bytes: usize) {
-        self.requests.set(self.requests.get() - 1);
-        self.bytes.set(self.bytes.get() - bytes);
-        if let Some(waker) = self.waiting.take() {
-            waker.wake();
-        }
-    }
 }

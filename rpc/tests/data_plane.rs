@@ -1,13 +1,13 @@
-//! A client and a server of the data plane over loopback TCP, on glommio as in production.
+//! A client and a server of the data plane, over loopback TCP and within the host, on glommio as in production.
 
 use bytes::Bytes;
 use futures::{AsyncReadExt, AsyncWriteExt};
-use std::rc::Rc;
 use torus_rpc::client::TcpConnect;
 use torus_rpc::error::LinkError;
-use torus_rpc::message::{Answer, Envelope, Operation, Refusal, Reply, Run};
+use torus_rpc::local::{self, patience};
+use torus_rpc::message::{Answer, Envelope, Few, Operation, Refusal, Reply, Run};
 use torus_rpc::runtime::{Connect, Link, Peer};
-use torus_rpc::server::{ConnectionCounts, Handler, Identity, serve};
+use torus_rpc::server::{Handled, Handler, Identity, Listener, Request, serve};
 use torus_schema::ids::{BlockIndex, ClusterId, NodeId, ShardIndex, Version};
 
 /// Answers a read with its block number in every byte, later requests first.
@@ -17,27 +17,36 @@ struct Echo;
 impl Handler for Echo {
     type Chunk = Bytes;
 
-    async fn handle(self, _envelope: Envelope, operation: Operation, payload: Bytes) -> (Reply, Vec<Bytes>) {
-        let (answer, chunks) = match operation {
+    async fn handle(&self, request: &mut Request) -> Handled<Bytes> {
+        let Request { operation, payload, .. } = request;
+        let (answer, chunks) = match *operation {
             Operation::Read { first, count } => {
                 glommio::timer::sleep(std::time::Duration::from_millis(20 - first.0)).await;
                 let run = Run { count, version: Version::ZERO, data: true };
                 let bytes = vec![first.0 as u8; 4096 * count as usize];
-                (Answer::Read { runs: vec![run], checksums: vec![] }, vec![Bytes::from(bytes)])
+                (Answer::Read { runs: [run].into(), checksums: Default::default() }, [Bytes::from(bytes)].into())
             }
-            Operation::Write { .. } if payload.iter().all(|byte| *byte == 9) => (Answer::Written, vec![]),
-            _ => (Answer::Refused(Refusal::NotOpen), vec![]),
+            Operation::Write { .. } if payload.iter().all(|byte| *byte == 9) => (Answer::Written, Few::new()),
+            _ => (Answer::Refused(Refusal::NotOpen), Few::new()),
         };
-        (Reply { full: false, answer }, chunks)
+        Handled { reply: Reply::of(answer), chunks, finished: None }
     }
 }
 
-fn with_server<F: Future<Output = ()>>(test: impl FnOnce(Peer) -> F) {
+/// Over TCP, then within the host.
+fn with_server<F: Future<Output = ()>>(test: impl Fn(Peer) -> F) {
+    for is_local in [false, true] {
+        with_one_server(is_local, &test);
+    }
+}
+
+fn with_one_server<F: Future<Output = ()>>(is_local: bool, test: impl FnOnce(Peer) -> F) {
     torus_rpc::runtime::glommio::run("test", None, async {
         let identity = Identity { cluster: ClusterId::random(), node: NodeId::random(), shard: ShardIndex(0) };
-        let listener = glommio::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let listener = Listener::new(std::net::TcpListener::bind("127.0.0.1:0").unwrap());
         let address = listener.local_addr().unwrap().to_string();
-        let server = glommio::spawn_local(serve(listener, identity, Echo, Rc::new(ConnectionCounts::default())));
+        let listener = if is_local { listener.advertised_as(&address, patience()) } else { listener };
+        let server = glommio::spawn_local(serve(listener, identity, Echo, Default::default()));
         test(Peer { cluster: identity.cluster, node: identity.node, shard: identity.shard, address }).await;
         server.cancel().await;
     })
@@ -45,7 +54,7 @@ fn with_server<F: Future<Output = ()>>(test: impl FnOnce(Peer) -> F) {
 }
 
 fn write(blocks: usize) -> Operation {
-    let checksums = vec![0; blocks];
+    let checksums = vec![0; blocks].into();
     Operation::Write { first: BlockIndex(0), version: Version::ZERO, durable: false, checksums }
 }
 
@@ -76,6 +85,37 @@ fn a_payload_of_the_largest_size_arrives_whole() {
             let (reply, _) = link.call(&Envelope::NONE, &write(blocks), &payload).await.unwrap();
             assert_eq!(reply.answer, Answer::Written);
         }
+    });
+}
+
+#[test]
+fn who_is_on_the_host_needs_no_network() {
+    torus_rpc::runtime::glommio::run("test", None, async {
+        let identity = Identity { cluster: ClusterId::random(), node: NodeId::random(), shard: ShardIndex(0) };
+        // Nobody can tell where that is.
+        let address = format!("nowhere.invalid:{}", std::process::id());
+        let listener =
+            Listener::new(std::net::TcpListener::bind("127.0.0.1:0").unwrap()).advertised_as(&address, patience());
+        let server = glommio::spawn_local(serve(listener, identity, Echo, Default::default()));
+        let peer = Peer { cluster: identity.cluster, node: identity.node, shard: identity.shard, address };
+        let link = TcpConnect.connect(&peer).await.unwrap();
+        let payload = Bytes::from(vec![9; 1 << 20]);
+        let (reply, _) = link.call(&Envelope::NONE, &write(256), &payload).await.unwrap();
+        assert_eq!(reply.answer, Answer::Written);
+        server.cancel().await;
+    })
+    .unwrap();
+}
+
+#[test]
+fn who_does_not_greet_within_the_host_is_looked_for_where_the_address_says() {
+    with_one_server(false, |peer| async move {
+        // As of a node that was killed: the kernel has its socket still, and nobody accepts.
+        let dead = local::listen(&peer.address, patience()).unwrap();
+        let link = TcpConnect.connect(&peer).await.unwrap();
+        let payload = Bytes::from(vec![9; 4096]);
+        assert_eq!(link.call(&Envelope::NONE, &write(1), &payload).await.unwrap().0.answer, Answer::Written);
+        drop(dead);
     });
 }
 

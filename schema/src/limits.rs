@@ -52,8 +52,26 @@ pub const DEVICE_PROBE_BYTES: u64 = MIB;
 pub const SHARDS_PER_NODE_MAX: u16 = 256;
 /// Cores that `--cpus` can name: what a kernel's CPU set holds.
 pub const CPUS_MAX: usize = 1024;
+/// How long an executor looks for work before it sleeps, unless told otherwise: about what a sleep and a wake cost. It
+/// stops by itself where that does not pay, and while others want the core (`vendor/glommio`, `executor/spin.rs`).
+pub const EXECUTOR_SPIN_DEFAULT: Duration = Duration::from_micros(50);
+/// The most that may be asked for: an idle executor wakes a few times a second, so this costs it less than 1 % of a core.
+pub const EXECUTOR_SPIN_MAX: Duration = Duration::from_millis(1);
 /// Appends in flight per shard; later writes gather meanwhile.
 pub const BATCHES_IN_FLIGHT_MAX: usize = 4;
+/// Volumes of which a shard keeps how long their stages took, each apart, at 55 KiB each; and how long one of them has not
+/// been used when it makes room for another.
+pub const STAGES_VOLUMES_MAX: usize = 64;
+pub const STAGES_KEPT_AT_LEAST: Duration = Duration::from_secs(60);
+/// Of `--http`: connections at once (a few who watch; more are closed), how long a client may take to ask and all in all,
+/// and bytes of what it asks.
+pub const HTTP_CONNECTIONS_MAX: usize = 16;
+pub const HTTP_HEAD_TIME: Duration = Duration::from_secs(5);
+pub const HTTP_CONNECTION_TIME: Duration = Duration::from_secs(15);
+pub const HTTP_HEAD_BYTES_MAX: usize = 16 * 1024;
+/// How long the process may take for the answer: longer, and it is not well.
+pub const HTTP_ANSWER_TIME: Duration = Duration::from_secs(5);
+const _: () = assert!(HTTP_HEAD_TIME.as_secs() + HTTP_ANSWER_TIME.as_secs() < HTTP_CONNECTION_TIME.as_secs());
 /// Share of a shard kept for cleaning, tombstones and resync, in percent.
 pub const RESERVE_PERCENT: u64 = 7;
 
@@ -234,8 +252,9 @@ pub const LOCAL_READ_ADVANTAGE: u64 = 4;
 pub const LINK_PROBE_AFTER: Duration = Duration::from_millis(500);
 /// A link silent this long though probed, or not reconnected within it, is dead.
 pub const LINK_DEAD_AFTER: Duration = Duration::from_secs(2);
-/// When a shard's link is dead, the node's other shards get so long to answer: what they do with a live link is a matter
-/// of milliseconds, and I/O stands still meanwhile (3 s at most, with what it took to notice).
+/// When a shard's link is dead, the node's other shards get so long to answer, and those that stay to flush what they hold:
+/// what they do with a live link is a matter of milliseconds, and I/O stands still meanwhile (3 s at most, with what it
+/// took to notice).
 pub const SIBLING_ANSWERS_WITHIN: Duration = Duration::from_millis(250);
 /// A request unanswered this long on a live link makes its replica stale.
 pub const REQUEST_DEADLINE: Duration = Duration::from_secs(5);
@@ -262,11 +281,59 @@ pub const NBD_NAME_BYTES_MAX: usize = 4096;
 pub const NBD_MESSAGE_BYTES_MAX: usize = NBD_NAME_BYTES_MAX;
 /// NBD: time from the connection to the transmission phase; enough for a human who types the options.
 pub const NBD_HANDSHAKE_DEADLINE: Duration = Duration::from_secs(60);
-/// NBD: connections of one listener and executor; each may hold NBD_OUTSTANDING_BYTES_MAX.
+/// NBD: executors of a server that is not told how many. Each keeps rings and 10 MiB of I/O memory, and wakes some times
+/// a second when it is idle; and all of them share REPLAY_BYTES_PER_PROCESS_MAX.
+pub const NBD_EXECUTORS_DEFAULT_MAX: usize = 8;
+/// NBD: looks at VOLUME_MAP_EXTENTS_MAX extents for one request for block status: 32 GiB, in some tens of milliseconds.
+pub const NBD_STATUS_LOOKS_MAX: u64 = 64;
+/// NBD: with so many runs to tell, no further look is taken.
+pub const NBD_STATUS_RUNS_ENOUGH: usize = 1024;
+/// NBD: connections of one executor; each may hold NBD_OUTSTANDING_BYTES_MAX.
 pub const NBD_CONNECTIONS_MAX: usize = 1024;
 /// NBD: what a stopping server waits for requests in flight and for clients to take their replies.
 pub const NBD_STOP_GRACE: Duration = Duration::from_secs(10);
 
+/// AoE: how long a frame can be under way in a segment: what IEEE 802.1D lets eight bridges hold it by its recommended
+/// maximum of a second each, or two at the absolute one. So long it is remembered which write came last.
+pub const AOE_FRAME_LIFETIME: Duration = Duration::from_secs(8);
+/// AoE: writes of one source that are remembered for that, about 200 bytes each; beyond them everything older is refused.
+pub const AOE_WRITES_REMEMBERED_MAX: usize = 16 * 1024;
+/// AoE: sources of one target whose writes are remembered at the same time.
+pub const AOE_SOURCES_MAX: usize = 64;
+/// AoE: what a target says it can take at once. Linux keeps no more than 64 frames outstanding at an address, and with less
+/// than two it does not work at all.
+pub const AOE_BUFFERS: u16 = 64;
+/// AoE: ATA commands of one source that are not answered yet; further ones are dropped, and sent again. Copies of
+/// unanswered ones count too.
+pub const AOE_OUTSTANDING_PER_SOURCE_MAX: usize = 4 * AOE_BUFFERS as usize;
+/// AoE: those of all sources of one target.
+pub const AOE_OUTSTANDING_MAX: usize = 1024;
+/// AoE: frames received, or sent, with one system call.
+pub const AOE_BATCH_FRAMES: usize = 64;
+/// AoE: answers that wait for an interface; only one that takes nothing has so many.
+pub const AOE_OUTBOX_FRAMES_MAX: usize = 4 * AOE_OUTSTANDING_MAX;
+/// AoE: what a stopping target waits for requests in flight.
+pub const AOE_STOP_GRACE: Duration = Duration::from_secs(10);
+/// AoE: bytes that a socket keeps in the kernel for each direction; a few hundred jumbo frames with what the kernel counts
+/// for them.
+pub const AOE_SOCKET_BUFFER_BYTES: usize = 4 * MIB as usize;
+/// AoE: sectors of one command, by the width of its field.
+pub const AOE_SECTORS_MAX: u8 = 255;
+/// AoE: addresses of a mask list, as the specification bounds it, and of a reserve list, by the width of its count.
+pub const AOE_MASKS_MAX: usize = 255;
+pub const AOE_RESERVATIONS_MAX: usize = 255;
+/// AoE: blocks of the device that waiting writes are merged into at most: one record of the data plane.
+pub const AOE_MERGED_BLOCKS_MAX: u64 = 32;
+/// AoE: volumes of one process; the filter in the kernel compares each address, by a byte's worth of jump.
+pub const AOE_EXPORTS_MAX: usize = 64;
+
+// Ticks of 16 bits at 1000 a second tell 32.767 s apart: what is remembered, and a frame that came late by as much.
+const _: () = assert!(2 * AOE_FRAME_LIFETIME.as_millis() < 32_767);
+const _: () = assert!(AOE_BUFFERS >= 2 && AOE_OUTSTANDING_MAX >= AOE_OUTSTANDING_PER_SOURCE_MAX);
+const _: () = assert!(AOE_MERGED_BLOCKS_MAX <= BLOCKS_PER_FRAME_MAX);
+// A merged write is a list, a frame a command: each fits.
+const _: () = assert!(AOE_SECTORS_MAX as u64 * 512 <= AOE_MERGED_BLOCKS_MAX * BLOCK_BYTES);
+const _: () = assert!(AOE_MASKS_MAX <= u8::MAX as usize && AOE_RESERVATIONS_MAX <= u8::MAX as usize);
 const _: () = assert!(RESYNC_READ_BLOCKS as u64 <= BLOCKS_PER_FRAME_MAX);
 // A request to resync waits, asks its source in vain, and is answered in time all the same.
 const _: () = assert!(
@@ -315,4 +382,5 @@ const _: () = assert!(BLOCKS_PER_EXTENT * 40 + KIB < HEADER_BYTES_MAX);
 const _: () = assert!(NBD_OPTION_BYTES_MAX < NBD_OPTION_DISCARD_BYTES_MAX);
 // The largest request fits beside another one, so that a connection never waits for itself.
 const _: () = assert!(2 * NBD_PAYLOAD_BYTES_MAX <= NBD_OUTSTANDING_BYTES_MAX);
+const _: () = assert!(REPLAY_BYTES_PER_PROCESS_MAX / NBD_EXECUTORS_DEFAULT_MAX as u64 >= REPLAY_BYTES_PER_VOLUME_MAX);
 const _: () = assert!(NBD_PAYLOAD_BYTES_MAX <= NBD_DISCARD_BYTES_MAX);

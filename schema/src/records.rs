@@ -15,6 +15,7 @@
 //! | `/torus/v1/resyncs/<uuid>`   | [`ResyncRecord`]  | the volume's writer, while it resyncs | writer |
 //! | `/torus/v1/deleting/<uuid>`  | [`DeletingRecord`]| `volume delete`, then the nodes |       |
 //! | `/torus/v1/placements`       | [`PlacementsRecord`]| `volume create`               |       |
+//! | `/torus/v1/aoe/<shelf>.<slot>`| [`AoeRecord`]    | `torusblk aoe`, and its clients |       |
 //!
 //! Volume ids are never reused and keys are only ever deleted one by one: the original deleted by prefix, and
 //! deleting volume 2 wiped 20 to 2f. Numbers that can pass 2^53 are strings, since JSON readers round them.
@@ -99,6 +100,12 @@ pub mod keys {
     }
     pub fn deleting(volume: VolumeId) -> String {
         format!("{PREFIX}deleting/{volume}")
+    }
+    pub fn aoes() -> String {
+        format!("{PREFIX}aoe/")
+    }
+    pub fn aoe(shelf: u16, slot: u8) -> String {
+        format!("{PREFIX}aoe/{shelf}.{slot}")
     }
 }
 
@@ -319,6 +326,21 @@ pub struct OwnerRecord {
     /// A storage node that only brings stale replicas up to date: it lets go as soon as anybody wants the volume.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub repair: bool,
+}
+
+/// Which volume an AoE address stands for, and what its target keeps for its clients.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AoeRecord {
+    pub volume: VolumeId,
+    /// The config string, in hexadecimal: its bytes are any.
+    #[serde(default)]
+    pub config: String,
+    /// MAC addresses that are heard; none: all.
+    #[serde(default)]
+    pub masks: Vec<String>,
+    /// MAC addresses that have the target to themselves; none: it is everybody's.
+    #[serde(default)]
+    pub reserved: Vec<String>,
 }
 
 /// Somebody waits to attach a volume that is owned only for repair.

@@ -13,7 +13,7 @@ use std::time::Duration;
 use tempfile::TempDir;
 use torus_engine::datadir::Identity;
 use torus_rpc::metadata::any::AnyMetadata;
-use torus_rpc::metadata::{Metadata, Transaction, Write};
+use torus_rpc::metadata::{Entry, Metadata, Transaction, Write};
 use torus_schema::ids::NodeId;
 use torus_schema::records::{self, HeartbeatRecord, NodeRecord, StatusRecord, keys};
 
@@ -43,7 +43,12 @@ pub struct ClusterOptions {
 
 /// Where the test itself and its commands are.
 pub const TEST_HOST: Host = 0;
-pub const STORE_HOST: Host = 1;
+const STORE_HOST: Host = 1;
+
+/// Of each member of the metadata store.
+pub fn store_hosts(nodes: usize) -> [Host; 3] {
+    [STORE_HOST, 3 + nodes, 4 + nodes]
+}
 
 pub fn node_host(node: usize) -> Host {
     2 + node
@@ -56,7 +61,7 @@ pub fn client_host(nodes: usize) -> Host {
 
 /// Hosts that a cluster of so many nodes needs.
 pub fn hosts_for(nodes: usize) -> usize {
-    3 + nodes
+    5 + nodes
 }
 
 impl ClusterOptions {
@@ -82,7 +87,8 @@ impl Cluster {
         if let Some(network) = &options.network {
             network.enter(TEST_HOST);
         }
-        let place = options.network.clone().map(|network| (network, STORE_HOST));
+        let hosts = store_hosts(options.nodes);
+        let place = options.network.clone().map(|network| (network, &hosts[..]));
         let store = Store::start_at(options.store, folder.path(), place);
         let nodes = (0..options.nodes).map(|_| None).collect();
         let mut cluster = Self { options, store, nodes, servers: 0, folder };
@@ -155,16 +161,20 @@ impl Cluster {
         self.await_node(node);
     }
 
-    /// Its wall clock is off by so many seconds. Without libfaketime it starts as always, which is said.
+    /// Its wall clock is off by so many seconds, and its time since boot is as many ahead as that has without a sign.
+    /// Where the kernel has no time namespaces, or libfaketime is missing, that clock stays as it is, which is said.
     pub fn start_node_shifted(&mut self, node: usize, seconds: i64) {
         assert!(self.nodes[node].is_none(), "node {node} runs already");
         let mut command = self.node_command(node);
+        if !process::shift_time_since_boot(&mut command, seconds.unsigned_abs()) {
+            eprintln!("SKIPPED: no time namespaces here, the time since boot stays as it is");
+        }
         match FAKETIME.iter().find(|path| Path::new(path).exists()) {
             Some(library) => {
                 command.env("LD_PRELOAD", library).env("FAKETIME", format!("{seconds:+}s"));
                 command.env("FAKETIME_DONT_FAKE_MONOTONIC", "1");
             }
-            None => eprintln!("SKIPPED: no libfaketime here, the clock stays as it is"),
+            None => eprintln!("SKIPPED: no libfaketime here, the wall clock stays as it is"),
         }
         self.nodes[node] = Some(Process::spawn(&format!("node-{}", node + 1), &mut command, self.folder.path()));
         self.await_node(node);
@@ -225,6 +235,11 @@ impl Cluster {
         block_on(metadata.transact(Transaction { writes, ..Default::default() })).expect("the store answers");
     }
 
+    /// What stands in the store of every volume's replicas, and when it was written.
+    pub fn statuses(&self) -> Vec<Entry> {
+        block_on(self.metadata().range(&keys::statuses())).expect("the store answers").entries
+    }
+
     /// Whether every replica of every volume is in sync within `deadline`, without anybody's help.
     pub fn await_in_sync(&self, deadline: Duration) -> bool {
         let metadata = self.metadata();
@@ -249,6 +264,16 @@ impl Cluster {
     /// An NBD server for all volumes. It ends with the cluster's test, or when it is dropped.
     pub fn serve(&mut self) -> NbdServer {
         self.serve_with(&[])
+    }
+
+    /// `torusblk aoe` on that host of the network, with `arguments` behind it.
+    pub fn aoe_on(&mut self, host: Host, arguments: &[&str]) -> Process {
+        self.servers += 1;
+        let mut command = process::program("torusblk");
+        let network = self.options.network.as_ref().expect("a cluster with AoE has a network");
+        network.place(host, &mut command);
+        command.args(["--metadata", &self.url(), "aoe"]).args(arguments);
+        Process::spawn(&format!("aoe-{}", self.servers), &mut command, self.folder.path())
     }
 
     pub fn serve_with(&mut self, arguments: &[&str]) -> NbdServer {

@@ -5,10 +5,14 @@
 //! Emulated, since a test must not depend on /dev/kvm: it boots in seconds and runs several times slower than the machine. For
 //! correctness, not for figures. Its one process dies with the test, and with it everything in it.
 //!
+//! Or it boots from a root file system on an AoE volume, with a console to log in at.
+//!
 //! `tests/vm/kernel` prepares what is booted, `tests/vm/init` is the guest's side.
 
-use crate::network::Network;
+use crate::network::{self, Network};
 use crate::process::{self, Outcome, Process};
+use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -20,6 +24,13 @@ const STATUS: &str = "status";
 /// Memory that holds what the script writes below `/`, too.
 const MEMORY: &str = "1536M";
 const PROCESSORS: &str = "2";
+
+/// What a script begins with that uses the programs that were built, on the cluster of this metadata store.
+pub fn prelude(metadata: &str) -> String {
+    let programs = process::programs();
+    let environment = format!("export TORUS_METADATA={metadata} PATH={}:$PATH\n", programs.display());
+    environment + include_str!("../vm/prelude")
+}
 
 /// What a script did.
 #[derive(Debug)]
@@ -58,6 +69,8 @@ impl Ran {
 pub struct Guest {
     pub process: Process,
     folder: PathBuf,
+    /// What is typed at the console of one that booted from a volume.
+    keyboard: Option<UnixStream>,
 }
 
 impl Guest {
@@ -68,18 +81,64 @@ impl Guest {
         let folder = folder.join(name);
         std::fs::create_dir_all(&folder).expect("the test's folder can be written");
         std::fs::write(folder.join("script"), script).expect("the test's folder can be written");
-        let port = match network.guest_port() {
-            Ok(port) => port,
-            Err(because) => {
-                eprintln!("SKIPPED: no tap device can be had here: {because}");
-                return None;
-            }
-        };
-        let mut command = machine(&kernel, network, &folder);
-        command.arg("-netdev").arg(format!("tap,id=net,ifname={port},script=no,downscript=no"));
-        let mtu = network.mtu();
-        command.args(["-device", &format!("virtio-net-pci,netdev=net,host_mtu={mtu},romfile=")]);
-        Some(Self { process: Process::spawn(name, &mut command, &folder), folder })
+        let script = folder.join("script").canonicalize().expect("it was just written");
+        let modules = kernel.join("modules").canonicalize().expect("it was prepared");
+        let asked = format!("torus.script={} torus.modules={}", script.display(), modules.display());
+        let mut command = machine(&kernel, network, &asked)?;
+        command.arg("-serial").arg(format!("file:{}", folder.join("console").display()));
+        command.args(["-fsdev", "local,id=root,path=/,security_model=none,readonly=on,multidevs=remap"]);
+        command.args(["-device", "virtio-9p-pci,fsdev=root,mount_tag=root", "-device", "virtio-serial-pci"]);
+        for port in [OUTPUT, KERNEL, STATUS] {
+            command.arg("-chardev").arg(format!("file,id={port},path={}", folder.join(port).display()));
+            command.args(["-device", &format!("virtserialport,chardev={port},name={port}")]);
+        }
+        Some(Self { process: Process::spawn(name, &mut command, &folder), folder, keyboard: None })
+    }
+
+    /// Boots from the root file system on the AoE device `e<shelf>.<slot>`, with nothing else of this machine's.
+    pub fn boot_from_aoe(name: &str, network: &Network, folder: &Path, device: &str) -> Option<Self> {
+        let kernel = kernel()?;
+        let folder = folder.join(name);
+        std::fs::create_dir_all(&folder).expect("the test's folder can be written");
+        let mut command = machine(&kernel, network, &format!("torus.root={device}"))?;
+        let (socket, log) = (folder.join("keyboard"), folder.join("console"));
+        let (socket_path, log) = (socket.display(), log.display());
+        command.arg("-chardev").arg(format!("socket,id=tty,path={socket_path},server=on,wait=off,logfile={log}"));
+        // The emulated serial port loses interrupts of what is typed.
+        command.args(["-device", "virtio-serial-pci", "-device", "virtconsole,chardev=tty"]);
+        command.arg("-serial").arg(format!("file:{}", folder.join("boot").display()));
+        let mut process = Process::spawn(name, &mut command, &folder);
+        let keyboard = crate::wait::until("the guest's console", || {
+            assert!(process.is_running(), "the machine ended:\n{}", process.log());
+            UnixStream::connect(&socket).ok()
+        });
+        Some(Self { process, folder, keyboard: Some(keyboard) })
+    }
+
+    /// Whether its console shows `words` within `deadline`.
+    #[track_caller]
+    pub fn await_console(&mut self, words: &str, deadline: Duration) {
+        let found = crate::wait::within(deadline, || {
+            let is_there = self.ran().console.contains(words);
+            (is_there || !self.process.is_running()).then_some(is_there)
+        });
+        if found != Some(true) {
+            panic!("the console did not show {words:?} within {deadline:?}: {}", self.ran().told());
+        }
+    }
+
+    /// At the console.
+    pub fn type_line(&mut self, line: &str) {
+        let keyboard = self.keyboard.as_mut().expect("it booted from a volume");
+        keyboard.write_all(format!("{line}\n").as_bytes()).expect("the guest runs");
+    }
+
+    /// It has switched itself off within `deadline`.
+    #[track_caller]
+    pub fn await_end(&mut self, deadline: Duration) {
+        if self.process.ends_within(deadline).is_none() {
+            panic!("the guest still ran after {deadline:?}: {}", self.ran().told());
+        }
     }
 
     /// What it printed so far.
@@ -103,9 +162,7 @@ impl Guest {
     /// Waits for the script's end.
     #[track_caller]
     pub fn finish(mut self, deadline: Duration) -> Ran {
-        if self.process.ends_within(deadline).is_none() {
-            panic!("the guest still ran after {deadline:?}: {}", self.ran().told());
-        }
+        self.await_end(deadline);
         self.ran()
     }
 
@@ -128,7 +185,10 @@ fn kernel() -> Option<PathBuf> {
         return None;
     }
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("vm/kernel");
-    let prepared = Outcome::of(Command::new(script).arg(&folder));
+    let mut command = Command::new(script);
+    // It may have to be downloaded.
+    network::place_outside(&mut command);
+    let prepared = Outcome::of(command.arg(&folder));
     if !prepared.status.success() {
         eprintln!("SKIPPED: {}", prepared.stderr.trim());
         return None;
@@ -136,7 +196,16 @@ fn kernel() -> Option<PathBuf> {
     Some(folder)
 }
 
-fn machine(kernel: &Path, network: &Network, folder: &Path) -> Command {
+/// With one port on the network's segment. `asked` is for `tests/vm/init`. `None`, with the reason printed, where there
+/// can be no such port.
+fn machine(kernel: &Path, network: &Network, asked: &str) -> Option<Command> {
+    let port = match network.guest_port() {
+        Ok(port) => port,
+        Err(because) => {
+            eprintln!("SKIPPED: no tap device can be had here: {because}");
+            return None;
+        }
+    };
     let mut command = process::tool("qemu-system-x86_64");
     network.place_on_switch(&mut command);
     command.args(["-machine", "q35", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max"]);
@@ -152,26 +221,17 @@ fn machine(kernel: &Path, network: &Network, folder: &Path) -> Command {
         "-no-reboot",
     ]);
     command.arg("-kernel").arg(kernel.join("vmlinux")).arg("-initrd").arg(kernel.join("initrd"));
-    let script = folder.join("script").canonicalize().expect("it was just written");
-    let asked = format!(
-        "torus.script={} torus.modules={} torus.address={}/24 torus.mtu={}",
-        script.display(),
-        kernel.join("modules").canonicalize().expect("it was prepared").display(),
-        network.guest_address(),
-        network.mtu(),
-    );
+    let (address, mtu) = (network.guest_address(), network.mtu());
     // No watchdogs and no clock that has to be measured: emulated processors stand still when the machine is busy.
     let quick = "tsc=reliable clocksource=tsc no_timer_check nowatchdog nokaslr mitigations=off audit=0 \
                  random.trust_cpu=on cryptomgr.notests rcupdate.rcu_expedited=1";
-    let line = format!("console=ttyS0 quiet loglevel=4 panic=-1 oops=panic rdinit=/init {quick} {asked}");
+    let line = format!(
+        "console=ttyS0 quiet loglevel=4 panic=-1 oops=panic rdinit=/init {quick} {asked} \
+         torus.address={address}/24 torus.mtu={mtu}"
+    );
     command.args(["-append", &line]);
-    command.arg("-serial").arg(format!("file:{}", folder.join("console").display()));
     command.args(["-device", "virtio-rng-pci"]);
-    command.args(["-fsdev", "local,id=root,path=/,security_model=none,readonly=on,multidevs=remap"]);
-    command.args(["-device", "virtio-9p-pci,fsdev=root,mount_tag=root", "-device", "virtio-serial-pci"]);
-    for port in [OUTPUT, KERNEL, STATUS] {
-        command.arg("-chardev").arg(format!("file,id={port},path={}", folder.join(port).display()));
-        command.args(["-device", &format!("virtserialport,chardev={port},name={port}")]);
-    }
-    command
+    command.arg("-netdev").arg(format!("tap,id=net,ifname={port},script=no,downscript=no"));
+    command.args(["-device", &format!("virtio-net-pci,netdev=net,host_mtu={mtu},romfile=")]);
+    Some(command)
 }

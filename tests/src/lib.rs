@@ -1,6 +1,9 @@
 //! What integration tests share: real processes on this machine, and ways to await what they do.
 //!
+//! * `aoe`      an AoE initiator that sends what it is told to
 //! * `wait`     await a state, with a deadline
+//! * `ether`    raw Ethernet frames
+//! * `hub`      an Ethernet hub for AoE frames that loses, repeats and delays them
 //! * `guest`    a virtual machine with a stock kernel that has the block drivers this machine's may lack
 //! * `loops`    loop devices, and file systems on them that can be cut off
 //! * `network`  hosts with addresses of their own, which can be cut off from each other
@@ -12,8 +15,11 @@
 //! * `witness`  load that knows what it was promised
 //! * `cluster`  a store, nodes and the commands to administer them
 
+pub mod aoe;
 pub mod cluster;
+pub mod ether;
 pub mod guest;
+pub mod hub;
 pub mod loops;
 pub mod nbd;
 pub mod network;

@@ -2,6 +2,7 @@
 //! none says so and tests nothing.
 
 use crate::process::{self, Outcome};
+use crate::wait;
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
@@ -82,7 +83,11 @@ impl Mounted {
 
     /// The disk is plugged in again: with what was durable.
     pub fn mount_again(&self) {
-        Outcome::of(process::tool("umount").arg(&self.path)).ok();
+        // A process that was killed holds its files until the kernel has taken its rings apart; a loop device on one of
+        // them goes after that.
+        wait::until("the file system to be left by all", || {
+            Outcome::of(process::tool("umount").arg(&self.path)).status.success().then_some(())
+        });
         Outcome::of(process::tool("mount").arg(&self.device.path).arg(&self.path)).ok();
     }
 }

@@ -11,8 +11,10 @@ use std::fs::File;
 use std::io::Write;
 use std::net::Ipv4Addr;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::rc::Rc;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Drops what comes from whoever is in the set.
@@ -34,10 +36,15 @@ impl std::fmt::Debug for Network {
     }
 }
 
+/// Where `ip` keeps the names of namespaces.
+const NAMESPACES: &str = "/run/netns";
 /// What Ethernet carries, unless a test wants more.
 const MTU: u32 = 1500;
 /// Of a virtual machine on the segment, beyond any host's.
 const GUEST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 254);
+
+/// Where the process was before it made any network: the first is made by somebody who has entered none.
+static OUTSIDE: OnceLock<File> = OnceLock::new();
 
 struct Inner {
     /// Part of every namespace's name, so that tests beside each other do not meet.
@@ -58,7 +65,11 @@ impl Network {
         static NETWORKS: AtomicUsize = AtomicUsize::new(0);
         assert!(hosts < 250);
         let number = NETWORKS.fetch_add(1, Ordering::Relaxed);
+        OUTSIDE.get_or_init(|| File::open("/proc/thread-self/ns/net").expect("a thread is in a namespace"));
         let prefix = format!("torus-{}-{number}", std::process::id());
+        for left in process::left_behind(Path::new(NAMESPACES), "torus") {
+            delete(&left);
+        }
         let tried = Outcome::of(process::tool("ip").args(["netns", "add", &format!("{prefix}-switch")]));
         if !tried.status.success() {
             eprintln!("SKIPPED: no network namespace can be had here: {}", tried.stderr.trim());
@@ -118,6 +129,30 @@ impl Network {
         setns(self.0.open(host), CloneFlags::CLONE_NEWNET).expect("the namespace is ours");
     }
 
+    /// The switch forwards no such frames any more (`hub` does).
+    pub fn bridge_drops(&self, ethertype: u16) {
+        let chain = format!("type filter hook forward priority 0;\nether type {ethertype:#06x} drop\n");
+        let rules = format!("table bridge torus {{\nchain forward {{\n{chain}}}\n}}\n");
+        assert!(self.0.rules(&self.0.switch(), &rules), "nft refused:\n{rules}");
+    }
+
+    /// It forwards all of them again.
+    pub fn bridge_forwards(&self) {
+        assert!(self.0.rules(&self.0.switch(), "delete table bridge torus\n"), "nft refused");
+    }
+
+    pub fn switch_namespace(&self) -> String {
+        self.0.switch()
+    }
+
+    /// Of the switch: each host's, and the guest's if there is one.
+    pub fn ports(&self) -> Vec<String> {
+        let listed =
+            Outcome::of(process::tool("ip").args(["-n", &self.0.switch(), "-o", "link", "show", "master", "bridge"]));
+        let name = |line: &str| line.split(": ").nth(1)?.split('@').next().map(str::to_string);
+        listed.ok().lines().filter_map(name).collect()
+    }
+
     /// Nothing that `from` sends arrives at `to`.
     pub fn cut(&self, from: Host, to: Host) {
         if self.0.cut.borrow_mut().insert((from, to)) {
@@ -146,12 +181,29 @@ fn enter_before_it_runs(namespace: File, command: &mut Command) {
     }
 }
 
+/// The command's process will be where this one was before it made any network: on this machine, with its addresses.
+pub fn place_outside(command: &mut Command) {
+    if let Some(outside) = OUTSIDE.get() {
+        enter_before_it_runs(outside.try_clone().expect("there are descriptors left"), command);
+    }
+}
+
+/// For this thread.
+pub fn enter_namespace(name: &str) {
+    setns(open(name), CloneFlags::CLONE_NEWNET).expect("the namespace is ours");
+}
+
 fn address(host: Host) -> Ipv4Addr {
     Ipv4Addr::new(10, 77, 0, 1 + u8::try_from(host).expect("fewer than 250 hosts"))
 }
 
+fn delete(namespace: &str) {
+    // It may be gone already, or never have been.
+    let _ = process::tool("ip").args(["netns", "delete", namespace]).stderr(Stdio::null()).status();
+}
+
 fn open(namespace: &str) -> File {
-    File::open(format!("/run/netns/{namespace}")).expect("the namespace was made by us")
+    File::open(Path::new(NAMESPACES).join(namespace)).expect("the namespace was made by us")
 }
 
 #[track_caller]
@@ -209,8 +261,6 @@ impl Inner {
 impl Drop for Inner {
     fn drop(&mut self) {
         // Whoever still runs in one keeps it until he ends; its name is gone.
-        for name in (0..self.hosts).map(|host| self.name(host)).chain([self.switch()]) {
-            let _ = process::tool("ip").args(["netns", "delete", &name]).status();
-        }
+        (0..self.hosts).map(|host| self.name(host)).chain([self.switch()]).for_each(|name| delete(&name));
     }
 }

@@ -1,9 +1,11 @@
 //! A program that ends with its test, and what it said.
 
 use crate::wait;
+use nix::sched::CloneFlags;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::fs::{File, OpenOptions};
+use std::io::Write;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
@@ -39,7 +41,43 @@ pub fn tool(name: &str) -> Command {
 pub fn temporary_dir(name: &str) -> tempfile::TempDir {
     let parent = programs().join("tmp");
     std::fs::create_dir_all(&parent).expect("the build folder can be written");
-    tempfile::Builder::new().prefix(&format!("{name}-")).tempdir_in(parent).expect("the build folder can be written")
+    for left in left_behind(&parent, "pid") {
+        // Another test may be at it too.
+        let _ = std::fs::remove_dir_all(parent.join(left));
+    }
+    let prefix = format!("pid-{}-{name}-", std::process::id());
+    tempfile::Builder::new().prefix(&prefix).tempdir_in(parent).expect("the build folder can be written")
+}
+
+/// What a test that was killed could not clean up: names in `folder` that begin with `prefix`, a dash and the pid of a
+/// process that is gone.
+pub fn left_behind(folder: &Path, prefix: &str) -> Vec<String> {
+    let Ok(entries) = std::fs::read_dir(folder) else { return vec![] };
+    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let is_left = |name: &String| {
+        let rest = name.strip_prefix(prefix).and_then(|rest| rest.strip_prefix('-'));
+        let pid = rest.and_then(|rest| rest.split('-').next()?.parse::<u32>().ok());
+        pid.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists())
+    };
+    names.filter(is_left).collect()
+}
+
+/// The clocks that leases and timers go by (CLOCK_BOOTTIME, CLOCK_MONOTONIC) are ahead in the command's process. False
+/// where the kernel cannot do that.
+pub fn shift_time_since_boot(command: &mut Command, seconds: u64) -> bool {
+    if !Path::new("/proc/self/ns/time").exists() {
+        return false;
+    }
+    let offsets = format!("monotonic {seconds} 0\nboottime {seconds} 0\n");
+    // SAFETY: between fork and exec only system calls are made, and a path of this length is copied to the stack.
+    unsafe {
+        command.pre_exec(move || {
+            nix::sched::unshare(CloneFlags::from_bits_retain(nix::libc::CLONE_NEWTIME))?;
+            // Whoever unshares stays where he was, until he executes a program.
+            OpenOptions::new().write(true).open("/proc/self/timens_offsets")?.write_all(offsets.as_bytes())
+        });
+    }
+    true
 }
 
 /// How a command ended.
@@ -175,5 +213,35 @@ impl Drop for Process {
             let tail = &lines[lines.len().saturating_sub(40)..];
             eprintln!("---- the last that {} said:\n{}", self.name, tail.join("\n"));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_dead_process_left_is_told_from_what_a_live_one_uses() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut gone = Command::new("true").spawn().expect("every machine has it");
+        let pid = gone.id();
+        gone.wait().expect("our own child");
+        let own = std::process::id();
+        for name in [format!("pid-{pid}-a"), format!("pid-{own}-b"), format!("other-{pid}-c"), "pid-x".to_string()] {
+            std::fs::create_dir(folder.path().join(name)).expect("an empty folder takes one");
+        }
+        assert_eq!(left_behind(folder.path(), "pid"), [format!("pid-{pid}-a")]);
+    }
+
+    #[test]
+    fn the_time_since_boot_can_be_shifted() {
+        let uptime = || {
+            let mut command = Command::new("cat");
+            let is_shifted = shift_time_since_boot(&mut command, 1_000_000);
+            let told = Outcome::of(command.arg("/proc/uptime"));
+            (is_shifted && told.status.success()).then(|| told.ok().split('.').next()?.parse::<u64>().ok()).flatten()
+        };
+        let Some(uptime) = uptime() else { return eprintln!("SKIPPED: no time namespaces here, or not root") };
+        assert!(uptime > 1_000_000, "{uptime}");
     }
 }

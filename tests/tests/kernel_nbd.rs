@@ -5,28 +5,22 @@
 //! troubles longer.
 
 use std::net::TcpListener;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 use torus_tests::cluster::{TEST_HOST, hosts_for};
-use torus_tests::guest::Guest;
+use torus_tests::guest::{self, Guest};
 use torus_tests::network::Network;
-use torus_tests::{Cluster, ClusterOptions, process};
+use torus_tests::process::{self, Outcome};
+use torus_tests::{Cluster, ClusterOptions};
 
 const NODES: usize = 3;
-/// On the test's own host, which the test is on: the network is nobody else's.
+/// The first port that is rung on the test's own host, which the test is on: the network is nobody else's.
 const BELL: u16 = 7;
 const DEADLINE: Duration = Duration::from_secs(900);
 
-/// What every script begins with. `attach` sets SERVER, its pid; the device is in its output's last line.
+/// What every script here begins with, after what all do. `attach` sets SERVER, its pid; the device is in its output's
+/// last line.
 const PRELUDE: &str = r#"
-set -eu -o pipefail
-trap 'echo "failed in line $LINENO"; tail -n 30 /run/nbd.log 2>/dev/null' ERR
-await() {  # seconds, command…
-    local end=$((SECONDS + $1)); shift
-    until "$@" >/dev/null 2>&1; do
-        if [ $SECONDS -ge $end ]; then echo "waited in vain for: $*"; return 1; fi
-        sleep 0.2
-    done
-}
 attach() {
     : >/run/nbd.out
     torusblk nbd "$@" >/run/nbd.out 2>>/run/nbd.log &
@@ -36,18 +30,8 @@ attach() {
 }
 detach() { kill "$SERVER"; wait "$SERVER"; }
 attached() { test -e "/sys/block/$1/pid"; }
-bell() { await 120 bash -c 'exec 3<>/dev/tcp/10.77.0.1/7'; }
-size_is() { test "$(blockdev --getsize64 "$1")" = "$2"; }
+bell() { await 120 bash -c "exec 3<>/dev/tcp/10.77.0.1/$1"; }
 free_again() { ! attached "$1"; }
-no_io_errors() {
-    ! dmesg | grep -iE 'I/O error|EXT4-fs error|XFS.*(error|shutdown)|F2FS-fs.*error|Buffer I/O|Aborting journal'
-}
-used() {  # bytes on all nodes
-    torusadm --output json status | python3 -c 'import json,sys; print(json.load(sys.stdin)["used_bytes"])'
-}
-used_below() { [ "$(used)" -lt "$1" ]; }
-is_healthy() { torusadm status | head -n 1 | grep -q HEALTHY; }
-is_degraded() { torusadm status | head -n 1 | grep -q DEGRADED; }
 "#;
 
 struct Bed {
@@ -68,17 +52,42 @@ impl Bed {
         self.cluster.torusblk(&["volume", "create", name, size]).ok();
     }
 
-    /// The guest's `bell` returns.
-    fn ring(&self) -> TcpListener {
-        TcpListener::bind((self.network.address(TEST_HOST), BELL)).expect("the test's host has no other ports")
+    /// The guest's `bell PORT` returns.
+    fn ring(&self, port: u16) -> TcpListener {
+        TcpListener::bind((self.network.address(TEST_HOST), port)).expect("the test's host has no other ports")
+    }
+
+    fn picture(&self, node: usize) -> PathBuf {
+        self.cluster.data_dir(node).with_extension("picture")
+    }
+
+    /// Of every node's disks, while nobody writes to them and all is flushed.
+    fn take_pictures(&self) {
+        (0..NODES).for_each(|node| copy(&self.cluster.data_dir(node), &self.picture(node)));
+    }
+
+    /// As if the power had failed: the disks, of nodes that do not run, lose what came after the flush.
+    fn back_to_pictures(&self) {
+        (0..NODES).for_each(|node| copy(&self.picture(node), &self.cluster.data_dir(node)));
+    }
+
+    fn replicas_are_alike(&self, volume: &str) {
+        assert!(self.cluster.await_in_sync(DEADLINE), "{}", self.cluster.torusadm(&["status"]).stdout);
+        let compared = self.cluster.torusadm(&["volume", "compare", volume]).ok();
+        println!("{compared}");
+        assert!(compared.contains(" 0 differ") && !compared.contains(" 0 with data"), "{compared}");
+        assert!(!compared.contains("not compared"), "{compared}");
     }
 
     fn guest(&self, script: &str) -> Option<Guest> {
-        let (programs, url) = (process::programs(), self.cluster.url());
-        let environment = format!("export TORUS_METADATA={url} PATH={}:$PATH\n", programs.display());
-        let script = [&environment, PRELUDE, script].concat();
+        let script = [&guest::prelude(&self.cluster.url()), PRELUDE, script].concat();
         Guest::start("guest", &self.network, self.cluster.folder(), &script)
     }
+}
+
+fn copy(from: &Path, to: &Path) {
+    let _ = std::fs::remove_dir_all(to);
+    Outcome::of(process::tool("cp").args(["-a", "--sparse=always"]).arg(from).arg(to)).ok();
 }
 
 const FILE_SYSTEMS: &str = r#"
@@ -99,25 +108,6 @@ torusblk nbd --list | grep nbd0 | grep data
 # Twice is refused, and says where it is.
 torusblk nbd data 2>/run/again && exit 1
 grep -q 'serves this volume as /dev/nbd0' /run/again
-
-files() {  # folder: many small files, each on disk before the next, and some large ones
-    python3 - "$1" <<'PYTHON'
-import os, sys, random
-random.seed(7)
-for number in range(1200):
-    folder = '%s/%02d' % (sys.argv[1], number % 50)
-    os.makedirs(folder, exist_ok=True)
-    with open('%s/%d' % (folder, number), 'wb') as file:
-        file.write(random.randbytes(random.randrange(20000)))
-        if number % 4 == 0:
-            file.flush()
-            os.fsync(file.fileno())
-for number in range(4):
-    with open('%s/large%d' % (sys.argv[1], number), 'wb') as file:
-        for _ in range(8):
-            file.write(random.randbytes(1 << 20))
-PYTHON
-}
 
 mkdir -p /mnt/t
 for FS in ext4 xfs f2fs; do
@@ -288,39 +278,198 @@ fn a_node_and_the_serving_process_are_killed_under_load_and_the_kernel_sees_no_e
     assert!(output.ends_with("all is well\n"), "{output}");
 }
 
-const LOSSES: &str = r#"
+/// The node that falls silent with the process that serves the device stays away until all of it is over.
+const ABSENT: &str = r#"
 modprobe nbd nbds_max=4
 attach data
-dd if=/dev/urandom of=/dev/nbd0 bs=4k count=64 oflag=direct status=none
-kill -9 "$SERVER"
-wait "$SERVER" || true
-echo 'restart the nodes'
-bell
-# A successor may not serve it on: what was answered and not flushed may be gone.
-torusblk nbd data >/run/nbd.out 2>/run/second && exit 1
-cat /run/second
-grep -q 'was failed' /run/second
-grep -q 'started anew' /run/second
-free_again nbd0
-# Attached anew it is as good as ever.
-attach data
-dd if=/dev/nbd0 of=/dev/null bs=4k count=64 iflag=direct status=none
+D=/dev/nbd0
+mkfs.ext4 -q -F $D
+mkdir -p /mnt/t
+mount $D /mnt/t
+fio --name=verified --directory=/mnt/t --direct=1 --ioengine=libaio --rw=randwrite --bs=4k --iodepth=32 --size=32M \
+    --fsync=64 --time_based --runtime=30 --verify=crc32c --verify_fatal=1 --do_verify=1 --verify_backlog=256 \
+    --output-format=terse >/run/fio 2>/run/fio.errors &
+LOAD=$!
+# Files that come and are replaced until it is enough, each fourth on disk before the next.
+python3 - <<'PYTHON' &
+import hashlib, os, random
+folder, sums, number = '/mnt/t/files', {}, 0
+os.mkdir(folder)
+while not os.path.exists('/run/enough'):
+    data = random.randbytes(random.randrange(20000))
+    with open('%s/%d' % (folder, number % 400), 'wb') as file:
+        file.write(data)
+        if number % 4 == 0:
+            file.flush()
+            os.fsync(file.fileno())
+    sums[number % 400] = hashlib.sha256(data).hexdigest()
+    number += 1
+with open('/run/sums', 'w') as file:
+    file.writelines('%s  %d\n' % (sums[name], name) for name in sums)
+print(number, 'files written')
+PYTHON
+FILES=$!
+# The device works: something new is on disk.
+works() { dd if=/dev/urandom of=/mnt/t/works bs=4k count=16 conv=fsync status=none; }
+next() {
+    kill -9 "$SERVER"
+    wait "$SERVER" || true
+    attached nbd0
+    attach data
+    grep -q nbd0 /run/nbd.out
+    works
+}
+await 30 test -e /mnt/t/files/20
+echo 'kill a node with the process'
+next
+is_degraded
+echo 'served on without the node'
+# It is marked stale by now. Of the two that are in sync one has been there all the time, which is enough.
+echo 'restart another with the process'
+next
+is_degraded
+echo 'the node may come back'
+await 60 is_healthy
+echo 'all in sync'
+works
+touch /run/enough
+if ! wait $LOAD; then cat /run/fio /run/fio.errors; exit 1; fi
+cat /run/fio.errors
+wait $FILES
+umount /mnt/t
+e2fsck -fn $D
+# What was read before must not come from memory.
+blockdev --flushbufs $D
+mount $D /mnt/t
+(cd /mnt/t/files && sha256sum --quiet -c /run/sums)
+umount /mnt/t
 detach
+free_again nbd0
+no_io_errors
 echo 'all is well'
 "#;
 
 #[test]
-fn a_device_whose_unflushed_writes_may_be_gone_is_failed_by_the_next_process() {
-    let Some(mut bed) = Bed::new("kernel-losses") else { return };
-    bed.volume("data", "64MiB");
-    let Some(mut guest) = bed.guest(LOSSES) else { return };
-    guest.await_line("restart the nodes", DEADLINE);
-    (0..NODES).for_each(|node| bed.cluster.kill_node(node));
-    bed.cluster.start_nodes(&[0, 1, 2]);
-    let _bell = bed.ring();
+fn the_process_dies_while_a_node_is_away_and_stays_away_and_the_kernel_sees_no_error() {
+    let Some(mut bed) = Bed::new("kernel-absent") else { return };
+    bed.volume("data", "256MiB");
+    let Some(mut guest) = bed.guest(ABSENT) else { return };
+    guest.await_line("kill a node with the process", DEADLINE);
+    bed.cluster.kill_node(0);
+    guest.await_line("restart another with the process", DEADLINE);
+    bed.cluster.kill_node(1);
+    bed.cluster.start_node(1);
+    guest.await_line("the node may come back", DEADLINE);
+    bed.cluster.start_node(0);
     let output = guest.finish(DEADLINE).ok();
     println!("{output}");
     assert!(output.ends_with("all is well\n"), "{output}");
+    bed.replicas_are_alike("data");
+}
+
+const LOSSES: &str = r#"
+modprobe nbd nbds_max=4
+# Keeps the device open, as a file system does. What it wrote last is answered and not flushed as the power fails.
+user() {
+    python3 - <<'PYTHON'
+import errno, mmap, os, time
+def tell(what):
+    open('/run/' + what, 'w').close()
+def hear(what):
+    while not os.path.exists('/run/' + what):
+        time.sleep(0.05)
+def attempt(what, call):
+    try:
+        call()
+        print(what, 'succeeded', flush=True)
+    except OSError as error:
+        print(what, errno.errorcode[error.errno], flush=True)
+device = os.open('/dev/nbd0', os.O_RDWR | os.O_DIRECT)
+page = mmap.mmap(-1, 4096)
+def write(letter):
+    page[:] = letter * 4096
+    for block in range(64):
+        os.pwrite(device, page, block * 4096)
+write(b'f')
+os.fsync(device)
+tell('flushed')
+hear('pictured')
+write(b'u')
+tell('answered')
+hear('dead')
+attempt('flush', lambda: os.fsync(device))
+attempt('read', lambda: os.preadv(device, [page], 0))
+attempt('write', lambda: os.pwrite(device, page, 0))
+hear('over')
+PYTHON
+}
+refused() { # to the next process: the device
+    timeout -s KILL 60 torusblk nbd data >/run/nbd.out 2>/run/refusal || true
+    cat /run/refusal /run/nbd.out
+    # Nor did it serve it until its time was over. Whoever has the device open tells what became of his requests.
+    test ! -s /run/nbd.out || { cat /run/user; return 1; }
+}
+lose() { # how the round is called, two ports
+    rm -f /run/{flushed,pictured,answered,dead,over}
+    attach data
+    user >/run/user &
+    USER_OF_IT=$!
+    await 60 test -e /run/flushed
+    echo "all is flushed, round $1"
+    bell "$2"
+    touch /run/pictured
+    await 60 test -e /run/answered
+    kill -9 "$SERVER"
+    wait "$SERVER" || true
+    touch /run/dead
+    echo "the power fails, round $1"
+    bell "$3"
+    # Its flush waits for the next process. That may not serve the device on: the flush would succeed.
+    test ! -s /run/user
+    refused
+    grep -q 'was failed' /run/refusal
+    grep -q 'started anew' /run/refusal
+    await 30 grep -q write /run/user
+    cat /run/user
+    diff <(printf '%s EIO\n' flush read write) /run/user
+    # As long as somebody has it open nobody gets him a device that works again.
+    refused
+    touch /run/over
+    wait "$USER_OF_IT"
+    await 10 free_again nbd0
+    # Attached anew it is as good as ever: what was flushed is there. What was not is lost.
+    attach data
+    dd if=/dev/nbd0 of=/run/found bs=4k count=64 iflag=direct status=none
+    test "$(tr -d f </run/found | wc -c)" = 0
+    detach
+}
+lose 'all come back' 7 8
+lose 'one stays away' 9 10
+dmesg | grep -q 'I/O error'
+echo 'all is well'
+"#;
+
+#[test]
+fn a_device_whose_unflushed_writes_are_gone_is_failed_by_the_next_process_under_its_user() {
+    let Some(mut bed) = Bed::new("kernel-losses") else { return };
+    bed.volume("data", "64MiB");
+    let Some(mut guest) = bed.guest(LOSSES) else { return };
+    let mut bells = vec![];
+    for (round, back) in [("all come back", vec![0, 1, 2]), ("one stays away", vec![1, 2])] {
+        guest.await_line(&format!("all is flushed, round {round}"), DEADLINE);
+        bed.take_pictures();
+        bells.push(bed.ring(BELL + bells.len() as u16));
+        guest.await_line(&format!("the power fails, round {round}"), DEADLINE);
+        (0..NODES).for_each(|node| bed.cluster.kill_node(node));
+        bed.back_to_pictures();
+        bed.cluster.start_nodes(&back);
+        bells.push(bed.ring(BELL + bells.len() as u16));
+    }
+    let output = guest.finish(DEADLINE).ok();
+    println!("{output}");
+    assert!(output.ends_with("all is well\n"), "{output}");
+    bed.cluster.start_node(0);
+    bed.replicas_are_alike("data");
 }
 
 const NBD_CLIENT: &str = r#"

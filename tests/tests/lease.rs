@@ -50,7 +50,9 @@ fn a_fenced_writer_that_nobody_uses_says_so_and_ends() {
     assert_eq!(ended.and_then(|status| status.code()), Some(1), "{}", first.process.log());
     let log = first.process.log();
     assert!(log.contains("session ended") && log.contains("another writer"), "{log}");
-    assert!(log.contains("connection closed") && log.contains("no longer served here"), "{log}");
+    // The connection may be on another executor than the volume: it ends by either, whichever gets there first.
+    let by_volume = log.contains("connection closed") && log.contains("no longer served here");
+    assert!(by_volume || log.contains("stopping NBD"), "{log}");
     assert!(idle.call(Command::Write, 0, &block(2)).is_err(), "the connection outlived the session");
     let stats = std::fs::read_to_string(stats).expect("written every second");
     assert!(stats.contains("torus_volumes_attached"), "{stats}");

@@ -6,9 +6,12 @@ use futures::future::{Either, select};
 use std::cell::Cell;
 use std::rc::Rc;
 use std::time::Duration;
+use torus_engine::disk::simulated::Damage;
 use torus_frontends::device::{Device, Exports, Piece, VolumeError};
 use torus_frontends::volume::AttachedVolume;
+use torus_rpc::metadata::{LeaseId, Metadata};
 use torus_rpc::runtime::simulated::World;
+use torus_schema::records::{OwnerRecord, decode, keys};
 use torus_tests::simulation::cluster::{Client, Cluster, Runtime};
 
 const BLOCK: u64 = 4096;
@@ -56,9 +59,19 @@ async fn attach_in_turn(world: &World, client: &Client) -> Volume {
 /// writes to node 1 alone. W0 still reaches node 0, which never heard of W1.
 #[test]
 fn a_writer_that_was_fenced_unnoticed_reads_nothing_old() {
-    simulate(async |world| {
+    succeeded_unnoticed(false);
+}
+
+/// The same by force: W1 must not serve as long as W0 may read by its clock, who does not know that it lost its key.
+#[test]
+fn a_writer_that_was_forced_out_unnoticed_reads_nothing_old() {
+    succeeded_unnoticed(true);
+}
+
+fn succeeded_unnoticed(force: bool) {
+    simulate(move |world: World| async move {
         let cluster = cluster(&world, 1).await;
-        let (old, new) = (cluster.client("w0", false), cluster.client("w1", false));
+        let (old, new) = (cluster.client("w0", false), cluster.client("w1", force));
         let first = old.exports.attach(NAME).await.expect("nobody else is there");
         write(&first, 1).await.expect("all is well");
         first.flush().await.expect("all is well");
@@ -98,6 +111,56 @@ fn a_writer_that_was_fenced_unnoticed_reads_nothing_old() {
         };
         futures::future::join(reader, writer).await;
     });
+}
+
+/// Interleaving 13: W0 marks node 1 stale, writes, flushes and is gone while W1 attaches. What W1 knows of the replicas
+/// has to be as it is when W1 owns the volume. W0 does not let go: it would write the flush point beside the epoch,
+/// and W1 would begin again whatever it had read before.
+#[test]
+fn who_attaches_knows_the_replicas_as_the_last_writer_left_them() {
+    let alone = gone_after_a_mark(None);
+    for step in 0..60 {
+        // W1 begins at some time in the third of a second that ends when W0 is gone.
+        gone_after_a_mark(Some(alone.saturating_sub(Duration::from_millis(5 * step))));
+    }
+}
+
+/// After how long W0 is gone. W1 begins to attach after `begin`.
+fn gone_after_a_mark(begin: Option<Duration>) -> Duration {
+    let world = World::new(1);
+    let here = world.clone();
+    world.block_on(async move {
+        let cluster = Cluster::start(&here, 2).await;
+        let volume = cluster.create_volume(NAME, 16 << 20, 2, 1).await;
+        let (old, new) = (cluster.client("w0", false), cluster.client("w1", false));
+        let first = old.exports.attach(NAME).await.expect("nobody else is there");
+        write(&first, 1).await.expect("all is well");
+        first.flush().await.expect("all is well");
+        let key = keys::owner(volume);
+        let owner = cluster.store.get(&key).await.expect("it is up").expect("W0 owns it");
+        let owner: OwnerRecord = decode(&key, &owner.value).expect("W0 wrote it");
+        let began = here.now();
+        here.cut(old.process, cluster.nodes[1].process.get().expect("it runs"));
+        let last = async {
+            // The second flush tells node 0 how far the first got, which is what W1 takes for durable everywhere.
+            for _ in 0..2 {
+                write(&first, 2).await.expect("one replica is enough here");
+                first.flush().await.expect("one replica is enough here");
+            }
+            here.kill(old.process);
+            cluster.store.revoke_lease(LeaseId(owner.lease.parse().expect("a number"))).await.expect("it is up");
+            here.now().since(began)
+        };
+        let next = async {
+            let Some(begin) = begin else { return };
+            here.sleep(begin).await;
+            let second = attach_in_turn(&here, &new).await;
+            for _ in 0..20 {
+                assert_eq!(read(&second).await.expect("attached"), 2, "W1 began after {begin:?}");
+            }
+        };
+        futures::future::join(last, next).await.0
+    })
 }
 
 /// Rule 2: a takeover by force ends the old session, which may neither write nor read on, and nothing is lost.
@@ -206,4 +269,51 @@ fn what_a_new_writer_adopted_survives_its_flush_and_the_power_failing() {
         let volume = attach_in_turn(&world, &cluster.client("w2", false)).await;
         assert_eq!(read(&volume).await.expect("attached"), 1, "seed {}: it was read, then flushed", world.seed());
     });
+}
+
+/// Of what W0 left unflushed only node 0 still has two blocks, one of them damaged. Before node 0 goes stale for that one,
+/// the other is brought to node 1 and 2.
+#[test]
+fn what_is_whole_is_brought_to_the_others_before_one_with_a_damaged_block_goes() {
+    let mut alone = 0;
+    for seed in 0..40 {
+        let world = World::new(seed);
+        let here = world.clone();
+        alone += world.block_on(async move {
+            let cluster = Cluster::start(&here, 3).await;
+            cluster.create_volume(NAME, 16 << 20, 3, 1).await;
+            let (old, new) = (cluster.client("w0", false), cluster.client("w1", false));
+            let write = async |volume: &Volume, block: u64, value: u8| {
+                volume
+                    .write(block * BLOCK, Bytes::from(vec![value; BLOCK as usize]), false)
+                    .await
+                    .expect("all is well");
+            };
+            let first = old.exports.attach(NAME).await.expect("nobody else is there");
+            write(&first, 0, 1).await;
+            write(&first, 1, 1).await;
+            first.flush().await.expect("all is well");
+            write(&first, 0, 7).await;
+            write(&first, 1, 8).await;
+            here.kill(old.process);
+            for node in [1, 2] {
+                cluster.fail_power(node);
+                cluster.start_node(node).await;
+            }
+            let disk = cluster.nodes[0].shards[0].disk.borrow().clone();
+            let page =
+                (0..).map(|page| page * BLOCK).find(|page| disk.peek(*page, BLOCK as usize) == [7; BLOCK as usize]);
+            assert!(disk.damage_at(Damage::Rot, page.expect("node 0 has it")));
+            let second = attach_in_turn(&here, &new).await;
+            let value = async |block: u64| match &second.read(block * BLOCK, BLOCK).await.expect("attached")[..] {
+                [Piece::Data(data)] => data[0],
+                _ => 0,
+            };
+            for _ in 0..10 {
+                assert_eq!(value(1).await, 8, "seed {seed}: it was answered, and node 0 had it whole");
+            }
+            usize::from(value(0).await == 1)
+        });
+    }
+    assert!(alone > 0, "node 0 never was the only one that had the damaged block: nothing was shown");
 }

@@ -3,6 +3,8 @@
 //! one tries, and nothing answered is lost. Method: scripted in the simulated cluster, and load with the checker.
 
 use bytes::Bytes;
+use futures::future::{Either, select};
+use std::pin::pin;
 use std::rc::Rc;
 use std::time::Duration;
 use torus_frontends::admin::volume_promote::{PromoteArguments, promote};
@@ -11,6 +13,7 @@ use torus_frontends::device::{Device, Exports, Piece, VolumeError};
 use torus_frontends::volume::AttachedVolume;
 use torus_rpc::runtime::simulated::World;
 use torus_schema::limits::OWNER_LEASE_TTL;
+use torus_schema::records::keys;
 use torus_tests::simulation::cluster::{Client, Cluster, Runtime};
 use torus_tests::simulation::scenario::{Run, simulate};
 
@@ -123,6 +126,33 @@ fn a_live_writer_goes_on_over_a_restored_store_and_acknowledges_nothing_by_it() 
         cluster.start_node(1).await;
         cluster.start_node(2).await;
         is_refused_for_good(&world, &cluster).await;
+    });
+}
+
+/// Nobody looks at the owner key of a volume that is only being attached, but the attach itself.
+#[test]
+fn an_attach_under_way_as_the_store_goes_back_ends() {
+    script(async |world, cluster| {
+        let backup = cluster.store.backup();
+        // Waited for, and then to be marked, which the restored store refuses: it knows no owner.
+        cluster.kill_node(2);
+        let client = cluster.client("w0", false);
+        let owned = async {
+            while cluster.store.backup().keys.keys().all(|key| !key.starts_with(&keys::owners())) {
+                world.sleep(Duration::from_millis(10)).await;
+            }
+            cluster.store.restore(backup);
+            world.sleep(Duration::from_secs(60)).await;
+        };
+        let attach = client.exports.attach(NAME);
+        match select(pin!(attach), pin!(owned)).await {
+            Either::Left((Err(error), _)) => {
+                let says = error.to_string();
+                assert!(says.contains("restored from an older backup") || says.contains("epoch is gone"), "{says}");
+            }
+            Either::Left((Ok(_), _)) => panic!("seed {}: attached by a store that knows nothing of it", world.seed()),
+            Either::Right(_) => panic!("seed {}: still attaching after a minute", world.seed()),
+        }
     });
 }
 

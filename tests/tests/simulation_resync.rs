@@ -12,6 +12,7 @@ use std::time::Duration;
 use torus_frontends::device::{Device, Exports, Piece, VolumeError};
 use torus_frontends::volume::AttachedVolume;
 use torus_rpc::runtime::simulated::{Faults, World};
+use torus_schema::limits::RESYNC_SOURCE_DEADLINE;
 use torus_tests::simulation::cluster::{Client, Cluster, Runtime};
 use torus_tests::simulation::scenario::{AREA_BLOCKS, AREAS, Run, VOLUME, simulate};
 
@@ -222,6 +223,57 @@ fn a_write_that_only_the_stale_replica_got_is_taken_back() {
         let volume = script.attach(&script.cluster.client("w2", false)).await;
         for (block, value) in values {
             assert_eq!(read(&volume, block).await, value, "seed {}: block {block}", script.world.seed());
+        }
+    });
+}
+
+/// A resync that loses its source between taking a write back and looking for what it hid goes on later, and finds
+/// nothing to take back any more. What was hidden, older than anything the resync then asks for, is still there only
+/// since the replica heard of no F above it.
+#[test]
+fn what_a_write_hid_that_is_taken_back_outlives_a_source_that_fails() {
+    script(2, async |script| {
+        let blocks = || (0..16).map(|at| at * 200);
+        let client = script.cluster.client("w0", false);
+        let volume = script.attach(&client).await;
+        // The second flush tells how far the first got: the replica is stale since then.
+        for _ in 0..2 {
+            join_all(blocks().map(|block| write(&volume, block, 1))).await;
+            volume.flush().await.expect("all is well");
+        }
+        client.store.set_available(false);
+        script.world.cut(client.process, script.process(1));
+        let ghosts = join_all(blocks().map(|block| write(&volume, block, 7)));
+        let patience = pin!(script.world.sleep(Duration::from_millis(300)));
+        assert!(matches!(select(ghosts, patience).await, Either::Right(_)));
+        script.world.kill(client.process);
+        script.cluster.kill_node(0);
+        let client = script.cluster.client("w1", false);
+        let volume = script.attach(&client).await;
+        script.cluster.start_node(0).await;
+        let between = async {
+            script.resync_begins(0).await;
+            let (target, source) = (script.process(0), script.process(1));
+            // The replica has time to hear of F before it can compare anything.
+            script.world.cut(target, source);
+            script.world.sleep(RESYNC_SOURCE_DEADLINE / 2).await;
+            script.world.heal(target, source);
+            script.pause(40).await;
+            script.world.cut(target, source);
+            script.world.sleep(2 * RESYNC_SOURCE_DEADLINE).await;
+            script.world.heal(target, source);
+        };
+        let beside = async {
+            while !script.cluster.status(VOLUME).await.stale.is_empty() {
+                write(&volume, 1, 2).await;
+                script.pause(20).await;
+            }
+        };
+        join(between, beside).await;
+        script.whole().await;
+        script.leave_only(0);
+        for block in blocks() {
+            assert_eq!(read(&volume, block).await, 1, "seed {}: block {block} was flushed", script.world.seed());
         }
     });
 }

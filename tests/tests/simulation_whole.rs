@@ -1,8 +1,7 @@
 //! The whole system under everything at once, from many seeds; see `torus_tests::simulation::whole`.
 //!
-//! Each run of the test takes the first 300 seeds. It shall take the next 300 with every commit again as soon as seed
-//! 111299 is mended (tests/README.md). `SIMULATION_SEEDS=first..last` for others, `SIMULATION_THREADS` for how many at
-//! once. Seeds that failed once stay in `FOUND`. `SIMULATION_FAILURES`: after how many of them it ends.
+//! Each run of the test takes 300 seeds, the next ones with every commit. `SIMULATION_SEEDS=first..last` for others,
+//! `SIMULATION_THREADS` for how many at once. Seeds that failed once stay in `FOUND`. `SIMULATION_FAILURES`: after how many of them it ends.
 
 use std::ops::Range;
 use std::process::Command;
@@ -12,7 +11,10 @@ use std::time::Duration;
 use torus_tests::simulation::whole::{Failure, Figures, run_seed, two_courses};
 
 /// Seeds that once found something.
-const FOUND: [u64; 1] = [110778];
+const FOUND: [u64; 22] = [
+    110778, 111299, 200265, 201147, 202231, 203624, 206500, 206514, 207984, 209226, 215052, 318506, 324108, 335461,
+    404898, 408218, 408248, 118646, 619787, 625360, 634339, 699626,
+];
 const SEEDS_PER_RUN: u64 = 300;
 /// So many of them are run twice, and those that once went more than one way.
 const SEEDS_TWICE: u64 = 20;
@@ -29,7 +31,8 @@ fn commits() -> u64 {
 
 fn seeds() -> Range<u64> {
     let Ok(text) = std::env::var("SIMULATION_SEEDS") else {
-        return 0..SEEDS_PER_RUN;
+        let first = commits() * SEEDS_PER_RUN;
+        return first..first + SEEDS_PER_RUN;
     };
     let bounds = text.split_once("..").and_then(|(first, last)| Some((first.parse().ok()?, last.parse().ok()?)));
     let (first, last) = bounds.expect("SIMULATION_SEEDS=first..last");

@@ -14,9 +14,11 @@ const GLOMMIO: &[&str] = &[
     "engine/src/disk/direct.rs",
     "engine/src/node/executor.rs",
     "frontends/examples/",
+    "frontends/src/aoe/socket.rs",
     "frontends/src/bin/",
     "frontends/src/nbd/connection.rs",
     "frontends/src/nbd/listener.rs",
+    "frontends/src/nbd/reception.rs",
     "frontends/src/nbd/server.rs",
     "frontends/src/nbd/stream.rs",
     "frontends/tests/",
@@ -29,6 +31,7 @@ const TOKIO: &[&str] = &[
     "engine/src/control.rs",
     "engine/src/node/",
     "rpc/src/control/client.rs",
+    "rpc/src/http.rs",
     "rpc/src/metadata/e",
     "rpc/src/metadata/remote.rs",
     "rpc/tests/",
@@ -71,7 +74,7 @@ fn collect(folder: &Path, wanted: &dyn Fn(&Path) -> bool, found: &mut Vec<Source
         let path = entry.unwrap().path();
         let name = path.file_name().unwrap().to_string_lossy().into_owned();
         if path.is_dir() {
-            if !matches!(name.as_str(), "target" | ".git" | "run" | "out") {
+            if !matches!(name.as_str(), "target" | ".git" | "run" | "out" | "vendor") {
                 collect(&path, wanted, found);
             }
         } else if wanted(&path) {
@@ -182,11 +185,11 @@ fn the_etcd_client_stays_behind_its_one_file() {
 
 #[test]
 fn engine_and_frontends_do_not_know_each_other() {
-    // A storage node repairs volumes as a client that serves nobody.
-    const REPAIRS: &str = "engine/src/node/repairing.rs";
+    // A storage node repairs volumes as a client that serves nobody, and serves them as one that lives in it.
+    const CLIENTS: [&str; 2] = ["engine/src/node/repairing.rs", "engine/src/node/serving"];
     let crossing = |folder: &str, other: &str| {
         let sources = rust();
-        let inside = sources.iter().filter(|source| source.path.starts_with(folder) && source.path != REPAIRS);
+        let inside = sources.iter().filter(|source| source.path.starts_with(folder) && !source.is_in(&CLIENTS));
         inside.flat_map(|source| source.lines_with(other)).collect::<Vec<_>>()
     };
     assert_none("the engine knows no frontend", crossing("engine/src/", "torus_frontends"));
@@ -239,6 +242,27 @@ fn mutants_fit_the_code() {
         unfit
     };
     assert_none("lines a mutant replaces", mutants.iter().flat_map(unfit));
+}
+
+/// What the tables of tests/README.md name, as proof of something, exists: tests, files of tests, mutants.
+#[test]
+fn tests_that_a_table_names_exist() {
+    let readme = fs::read_to_string(root().join("tests/README.md")).expect("the tests have a README");
+    let rows = readme.lines().filter(|line| line.starts_with('|'));
+    let is_name = |word: &&str| {
+        word.contains('_')
+            && word.chars().all(|letter| letter.is_ascii_lowercase() || letter.is_ascii_digit() || letter == '_')
+    };
+    let named: Vec<&str> = rows.flat_map(|row| row.split('`').skip(1).step_by(2)).filter(is_name).collect();
+    assert!(named.len() > 50, "{} names found", named.len());
+    let of_code = sources(&|path| path.extension().is_some_and(|extension| extension == "rs" || extension == "mutant"));
+    let exists = |name: &str| {
+        let function = format!("fn {name}(");
+        let is_file = |source: &Source| Path::new(&source.path).file_stem().is_some_and(|stem| stem == name);
+        of_code.iter().any(|source| is_file(source) || source.text.contains(&function))
+    };
+    let missing = named.iter().filter(|name| !exists(name)).map(|name| name.to_string());
+    assert_none("tests/README.md names these, and there are none", missing);
 }
 
 #[test]

@@ -12,7 +12,7 @@ use std::rc::Rc;
 use torus_engine::disk::direct::DirectDisk;
 use torus_engine::node::no_metadata::NoMetadata;
 use torus_engine::shard::{Shard, ShardIdentity, ShardStatistics};
-use torus_rpc::message::{Answer, Envelope, Operation, Refusal, Retention};
+use torus_rpc::message::{Answer, Checksums, Envelope, Operation, Refusal, Retention};
 use torus_rpc::runtime::glommio::GlommioRuntime;
 use torus_rpc::token::ClusterKey;
 use torus_schema::ids::{BlockIndex, ClusterId, Epoch, NodeId, RingGeneration, ShardIndex, SliceId, Version, VolumeId};
@@ -87,7 +87,7 @@ pub struct Writer {
 #[derive(Clone)]
 pub struct Content {
     pub payload: Bytes,
-    pub checksums: Vec<u32>,
+    pub checksums: Checksums,
 }
 
 impl Content {

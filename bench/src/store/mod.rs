@@ -8,7 +8,7 @@
 //! * `reads`     what a reader feels of the cleaner
 
 mod analytic;
-mod bed;
+pub mod bed;
 mod cleaning;
 mod indexing;
 mod reads;

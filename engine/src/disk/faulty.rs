@@ -42,8 +42,9 @@ impl<D: Disk> FaultyDisk<D> {
     }
 
     fn check(&self, operation: &'static str, offset: u64, bytes: usize) -> Result<(), DiskError> {
-        let place = "the disk under --fault-file".to_string();
-        self.faults.check(operation).map_err(|because| DiskError { place, operation, offset, bytes, because })
+        let place = "the disk under --fault-file";
+        let failed = |because| DiskError { place: place.to_string(), operation, offset, bytes, because };
+        self.faults.check(operation).map_err(failed)
     }
 }
 

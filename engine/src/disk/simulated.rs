@@ -321,6 +321,9 @@ impl<C: Clock> Disk for SimulatedDisk<C> {
             } else if state.volatile.get(&number).is_some_and(|write| !write.doomed) {
                 let write = state.volatile.remove(&number).expect("just looked at");
                 state.durable.put(write.offset, &write.bytes, |_, _| {});
+                let first = write.offset / PAGE_BYTES as u64;
+                let pages = first..first + (write.bytes.len() / PAGE_BYTES) as u64;
+                state.fault.became_durable(number, pages, state.next_write);
                 // What a durable write replaced cannot come back.
                 state.volatile.retain(|older, other| *older > number || !other.overlaps(&write));
             }

@@ -18,7 +18,7 @@ use crate::log::Position;
 use cleared::ClearedExtents;
 use page::InExtent;
 use table::PageTable;
-use torus_rpc::message::Descriptor;
+use torus_rpc::message::{Descriptor, Few};
 use torus_schema::hash::Map;
 use torus_schema::ids::{BlockIndex, ExtentIndex, SliceId, Version, VolumeId};
 use torus_schema::limits::BLOCKS_PER_EXTENT;
@@ -146,13 +146,14 @@ impl Index {
     }
 
     /// `count` blocks within one extent.
-    pub fn find_range(&self, first: Place, count: u32) -> Vec<Found> {
-        let Some(volume) = self.volumes.get(&first.volume) else { return vec![Found::Never; count as usize] };
+    pub fn find_range(&self, first: Place, count: u32) -> Few<Found> {
+        let all = |found| Few::from_elem(found, count as usize);
+        let Some(volume) = self.volumes.get(&first.volume) else { return all(Found::Never) };
         let nothing = match volume.cleared_version(first.slice, first.block.extent()) {
             Version::ZERO => Found::Never,
             version => Found::Cleared(version),
         };
-        let Some(page) = volume.pages.get(first.block.extent()) else { return vec![nothing; count as usize] };
+        let Some(page) = volume.pages.get(first.block.extent()) else { return all(nothing) };
         let start = in_extent(first.block);
         let found = (start..start + count as InExtent).map(|block| page.get(block));
         found.map(|found| if found == Found::Never { nothing } else { found }).collect()

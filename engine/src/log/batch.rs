@@ -20,11 +20,12 @@
 //!
 //! The payload is covered by the checksums in the records.
 
-use super::bytes::{Reader, check_seal, put_u32, put_u64, seal};
+use super::bytes::{Reader, check_seal, put_u32, put_u64};
 use super::record::{Record, decode_all};
 use super::{BLOCK, BatchNumber, FormatError, Position, SegmentIdentity, SegmentIndex};
 
 pub const FIXED_BYTES: usize = 80;
+const RECORDS_CHECKSUM_AT: usize = 64;
 const MAGIC: &[u8; 8] = b"TORUSBAT";
 const WHAT: &str = "batch header";
 
@@ -39,6 +40,16 @@ pub struct BatchHeader {
     pub records: Vec<Record>,
 }
 
+/// What a header says beside its records.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Heading {
+    pub identity: SegmentIdentity,
+    pub number: BatchNumber,
+    pub durable: BatchNumber,
+    pub first_batch: BatchNumber,
+    pub position: Position,
+}
+
 pub fn header_blocks(record_bytes: usize) -> u32 {
     (FIXED_BYTES + record_bytes).div_ceil(BLOCK) as u32
 }
@@ -46,27 +57,41 @@ pub fn header_blocks(record_bytes: usize) -> u32 {
 impl BatchHeader {
     /// Whole blocks.
     pub fn encode(&self) -> Vec<u8> {
-        let mut records = Vec::new();
-        self.records.iter().for_each(|record| record.encode(&mut records));
-        let mut out = Vec::with_capacity(header_blocks(records.len()) as usize * BLOCK);
-        out.extend_from_slice(MAGIC);
-        put_u32(&mut out, super::FORMAT_VERSION);
-        put_u32(&mut out, self.identity.segment.0);
-        put_u64(&mut out, self.identity.nonce);
-        put_u64(&mut out, self.identity.sequence);
-        put_u64(&mut out, self.number.0);
-        put_u64(&mut out, self.durable.0);
-        put_u32(&mut out, self.position.0);
-        put_u32(&mut out, self.records.len() as u32);
-        put_u32(&mut out, records.len() as u32);
-        put_u32(&mut out, self.records.iter().map(Record::payload_blocks).sum());
-        put_u32(&mut out, crc32c::crc32c(&records));
-        put_u64(&mut out, self.first_batch.0);
-        seal(&mut out);
-        assert_eq!(out.len(), FIXED_BYTES);
-        out.extend_from_slice(&records);
-        out.resize(header_blocks(records.len()) as usize * BLOCK, 0);
+        let Self { identity, number, durable, first_batch, position, ref records } = *self;
+        let mut out = Vec::new();
+        Heading { identity, number, durable, first_batch, position }.encode(records.iter(), &mut out);
         out
+    }
+}
+
+impl Heading {
+    /// The whole header, in whole blocks, instead of what is in `out`.
+    pub fn encode<'a>(&self, records: impl Iterator<Item = &'a Record> + Clone, out: &mut Vec<u8>) {
+        let record_bytes = records.clone().map(Record::bytes).sum::<usize>();
+        out.clear();
+        out.reserve(header_blocks(record_bytes) as usize * BLOCK);
+        out.extend_from_slice(MAGIC);
+        put_u32(out, super::FORMAT_VERSION);
+        put_u32(out, self.identity.segment.0);
+        put_u64(out, self.identity.nonce);
+        put_u64(out, self.identity.sequence);
+        put_u64(out, self.number.0);
+        put_u64(out, self.durable.0);
+        put_u32(out, self.position.0);
+        put_u32(out, records.clone().count() as u32);
+        put_u32(out, record_bytes as u32);
+        put_u32(out, records.clone().map(Record::payload_blocks).sum());
+        // The two checksums, known when the records stand behind them.
+        put_u32(out, 0);
+        put_u64(out, self.first_batch.0);
+        put_u32(out, 0);
+        assert_eq!(out.len(), FIXED_BYTES);
+        records.for_each(|record| record.encode(out));
+        let of_records = crc32c::crc32c(&out[FIXED_BYTES..]);
+        out[RECORDS_CHECKSUM_AT..][..4].copy_from_slice(&of_records.to_le_bytes());
+        let of_fixed = crc32c::crc32c(&out[..FIXED_BYTES - 4]);
+        out[FIXED_BYTES - 4..FIXED_BYTES].copy_from_slice(&of_fixed.to_le_bytes());
+        out.resize(header_blocks(record_bytes) as usize * BLOCK, 0);
     }
 }
 

@@ -62,7 +62,7 @@
 use super::bytes::{Reader, put_u32, put_u64};
 use super::footer::is_in_a_volume;
 use super::{BatchNumber, FormatError, Position};
-use torus_rpc::message::{Retention, Revoked, Token};
+use torus_rpc::message::{Checksums, Retention, Revoked, Token};
 use torus_schema::ids::{BlockIndex, Epoch, RingGeneration, SliceId, Version, VolumeId};
 use torus_schema::limits::{SEQUENCE_MAX, SLICES_MAX};
 
@@ -84,7 +84,7 @@ pub struct Data {
     pub flush_point: Version,
     pub position: Position,
     /// One for each block.
-    pub checksums: Vec<u32>,
+    pub checksums: Checksums,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -308,7 +308,7 @@ fn decode_data(volume: VolumeId, reader: &mut Reader) -> Result<Data, FormatErro
     let first = BlockIndex(reader.u64()?);
     let (version, flush_point) = (version(reader)?, version(reader)?);
     let position = Position(reader.u32()?);
-    let checksums = u32s(reader)?;
+    let checksums: Checksums = u32s(reader)?;
     let inside = is_in_a_volume(first, checksums.len() as u64);
     reader.expect("block outside of any volume", u64::from(!inside), 0)?;
     Ok(Data { volume, first, version, flush_point, position, checksums })
@@ -322,7 +322,7 @@ fn decode_instances(volume: VolumeId, reader: &mut Reader) -> Result<Instances, 
     let fits = width.is_power_of_two() && ring_slices.is_power_of_two() && width <= ring_slices;
     let fits = fits && ring_slices <= SLICES_MAX;
     reader.expect("width and slices that do not fit", u64::from(!fits), 0)?;
-    let slices = u32s(reader)?.into_iter().map(SliceId).collect();
+    let slices = u32s::<Vec<u32>>(reader)?.into_iter().map(SliceId).collect();
     Ok(Instances { volume, placement, generation, created, width, ring_slices, slices })
 }
 
@@ -357,7 +357,7 @@ fn counted<T>(
 }
 
 /// A count, then as many numbers.
-fn u32s(reader: &mut Reader) -> Result<Vec<u32>, FormatError> {
+fn u32s<L: FromIterator<u32>>(reader: &mut Reader) -> Result<L, FormatError> {
     let count = reader.u32()? as usize;
     let bytes = reader.take(count.saturating_mul(4))?;
     Ok(bytes.chunks_exact(4).map(|four| u32::from_le_bytes(four.try_into().expect("chunks of four"))).collect())
@@ -371,7 +371,7 @@ pub mod tests {
         let volume = VolumeId::from_bytes([9; 16]);
         let (version, flush_point) = (Version::new(Epoch(2), 7), Version::new(Epoch(1), 6));
         let first = BlockIndex(0x1122);
-        let (position, checksums) = (Position(77), vec![0xaabbccdd, 5]);
+        let (position, checksums) = (Position(77), vec![0xaabbccdd, 5].into());
         vec![
             Record::Data(Data { volume, first, version, flush_point, position, checksums }),
             Record::Clear(Clear { volume, first, version, flush_point, slice: SliceId(3), count: 1 << 40 }),

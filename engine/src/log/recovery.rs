@@ -142,6 +142,9 @@ pub async fn scan<D: Disk>(disk: &D, geometry: Geometry) -> Result<Scan, DiskErr
     for opening in opened {
         let identity = opening.identity;
         let found = search(disk, geometry, identity.segment, |other| *other == identity).await;
+        let batches =
+            found.batches.iter().map(|batch| (batch.header.number.0, batch.header.durable.0, batch.damaged.len()));
+        tracing::debug!(?identity, batches = ?batches.collect::<Vec<_>>(), "searched an unsealed segment");
         scan.hear_search(identity, &found, &mut begins);
         searched.push((opening, found));
     }
@@ -149,6 +152,8 @@ pub async fn scan<D: Disk>(disk: &D, geometry: Geometry) -> Result<Scan, DiskErr
     scan.decide(searched, &begins);
     scan.segments.sort_by_key(|found| found.identity.sequence);
     scan.look_for_what_is_nowhere(newest);
+    let (segments, durable, next, lost) = (scan.segments.len(), scan.durable.0, scan.next_batch.0, scan.lost);
+    tracing::debug!(segments, durable, next, lost, "looked at all segments");
     Ok(scan)
 }
 

@@ -8,6 +8,7 @@ use crate::disk::area::BlockArea;
 use crate::disk::faulty::FaultFile;
 use crate::node::executor::{self, ShardOptions};
 use crate::shard::ShardIdentity;
+use torus_rpc::runtime::glommio::Thread;
 use torus_schema::ids::{ClusterId, NodeId, ShardIndex};
 use torus_schema::records::ClusterRecord;
 
@@ -103,7 +104,10 @@ impl Disks<'_> {
             identity: ShardIdentity { cluster: identity.cluster, node: identity.node, shard },
             area,
             faults: FaultFile::new(self.arguments.fault_file.as_deref()),
-            cpu: pinning.as_ref().map(|cpus| cpus[usize::from(shard.0)]),
+            thread: Thread {
+                cpu: pinning.as_ref().map(|cpus| cpus[usize::from(shard.0)]),
+                spin: self.arguments.spin.0,
+            },
             resync_bytes_s: self.arguments.resync_rate,
         };
         (0..identity.shards).map(ShardIndex).zip(areas).map(option).collect()

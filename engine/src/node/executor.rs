@@ -9,22 +9,24 @@ use crate::disk::faulty::{FaultFile, FaultyDisk};
 use crate::node::no_metadata::NoMetadata;
 use crate::shard::supervisor::{Health, Media, Supervisor};
 use crate::shard::{Chunk, DamageReport, PeerTable, ScrubPass, ScrubReport, Shard, ShardIdentity};
-use bytes::Bytes;
 use futures::StreamExt;
 use futures::channel::{mpsc, oneshot};
+use futures::future::LocalBoxFuture;
 use std::cell::Cell;
-use std::net::TcpListener;
-use std::os::fd::{FromRawFd, IntoRawFd};
+use std::future::Future;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 use thiserror::Error;
-use torus_rpc::control::{HeldVolume, ShardInstances};
-use torus_rpc::message::{Envelope, Operation, Reply};
+use torus_rpc::admission::Admission;
+use torus_rpc::control::{HeldVolume, ShardInstances, ShardStages};
 use torus_rpc::runtime::Disk;
+use torus_rpc::runtime::ends_process::EndsTheProcess;
 use torus_rpc::runtime::glommio::{self as executor, GlommioRuntime};
-use torus_rpc::server::{self, ConnectionCounts};
+use torus_rpc::server::{self, ConnectionCounts, Finished, Handled, Listener, Request};
 use torus_rpc::token::ClusterKey;
 use torus_schema::ids::{ShardIndex, VolumeId};
+use torus_schema::latency::StageCounts;
 use torus_schema::limits::SEGMENT_BYTES;
 
 type ShardDisk = FaultyDisk<DirectDisk>;
@@ -37,7 +39,7 @@ pub struct ShardOptions {
     pub area: BlockArea,
     /// For tests.
     pub faults: FaultFile,
-    pub cpu: Option<usize>,
+    pub thread: executor::Thread,
     /// Written by resyncs at most.
     pub resync_bytes_s: u64,
 }
@@ -97,7 +99,7 @@ where
             let runtime = ShardRuntime::new(NoMetadata);
             task(&options, &runtime).await
         };
-        let result = executor::run(&options.thread_name(), options.cpu, task);
+        let result = executor::run_on(&options.thread_name(), options.thread, task);
         // Nobody waits any more only if the node is being stopped.
         let _ = answer.send(result.map_err(|error| error.to_string()).and_then(|inner| inner));
     };
@@ -117,6 +119,17 @@ pub struct Numbers {
     pub connections: u32,
 }
 
+/// What runs on the executor of a shard beside it, and may call it.
+pub type Beside = Box<dyn FnOnce(ShardHere) -> LocalBoxFuture<'static, ()> + Send>;
+
+/// A shard, to who is on its executor.
+pub struct ShardHere {
+    pub handler: ShardHandler,
+    pub identity: server::Identity,
+    /// Which it shares with the connections.
+    pub admission: Rc<Admission>,
+}
+
 enum Command {
     Numbers(oneshot::Sender<Numbers>),
     DropVolume(VolumeId, oneshot::Sender<Result<(), String>>),
@@ -125,6 +138,8 @@ enum Command {
     StopScrub(oneshot::Sender<Option<ScrubPass>>),
     Damage { limit: usize, answer: oneshot::Sender<DamageReport> },
     Held(Option<VolumeId>, oneshot::Sender<Result<Vec<HeldVolume>, String>>),
+    Stages(Option<VolumeId>, oneshot::Sender<StageCounts>),
+    Run(Beside),
     Close(oneshot::Sender<()>),
 }
 
@@ -136,11 +151,7 @@ pub struct ShardThread {
 
 impl ShardThread {
     /// Opens the shard and serves it on `listener`.
-    pub async fn start(
-        options: ShardOptions,
-        key: ClusterKey,
-        listener: TcpListener,
-    ) -> Result<Self, ShardThreadError> {
+    pub async fn start(options: ShardOptions, key: ClusterKey, listener: Listener) -> Result<Self, ShardThreadError> {
         let index = options.identity.shard;
         let failed = move |because| ShardThreadError::Start { shard: index, what: "started", because };
         let (commands, receiver) = mpsc::unbounded();
@@ -152,8 +163,9 @@ impl ShardThread {
                 // Nobody waits any more only if the node is being stopped.
                 move |result: Result<(), String>| ready.take().map_or((), |ready| drop(ready.send(result)))
             };
-            let (name, cpu) = (options.thread_name(), options.cpu);
-            let served = executor::run(&name, cpu, async {
+            let (name, thread) = (options.thread_name(), options.thread);
+            let _ends = EndsTheProcess::with(&name);
+            let served = executor::run_on(&name, thread, async {
                 let shard = open(&options, key).await;
                 tell(shard.as_ref().map(drop).map_err(String::clone));
                 if let Ok(shard) = shard {
@@ -205,6 +217,16 @@ impl ShardThread {
         Ok(ShardInstances { index: self.index, failed, volumes })
     }
 
+    pub async fn stages(&self, only: Option<VolumeId>) -> Result<ShardStages, ShardThreadError> {
+        let stages = self.ask(|answer| Command::Stages(only, answer)).await?;
+        Ok(ShardStages { index: self.index, stages })
+    }
+
+    /// False: the thread has ended.
+    pub fn run(&self, beside: Beside) -> bool {
+        self.commands.unbounded_send(Command::Run(beside)).is_ok()
+    }
+
     /// No connection is accepted any more, what is in flight ends, and everything is durable.
     pub async fn close(&self) -> Result<(), ShardThreadError> {
         self.ask(Command::Close).await
@@ -243,16 +265,18 @@ async fn open(options: &ShardOptions, key: ClusterKey) -> Result<Rc<SupervisedSh
 async fn serve(
     shard: Rc<SupervisedShard>,
     identity: ShardIdentity,
-    listener: TcpListener,
+    listener: Listener,
     mut commands: mpsc::UnboundedReceiver<Command>,
 ) {
     let identity = server::Identity { cluster: identity.cluster, node: identity.node, shard: identity.shard };
     let counts = Rc::new(ConnectionCounts::default());
-    // SAFETY: the descriptor is a listening socket that nobody else holds. It was bound by the main thread because
-    // glommio binds with SO_REUSEPORT: two nodes on one port would then share its connections unnoticed.
-    let listener = unsafe { glommio::net::TcpListener::from_raw_fd(listener.into_raw_fd()) };
-    let accepting =
-        glommio::spawn_local(server::serve(listener, identity, ShardHandler(shard.clone()), counts.clone()));
+    let admission = Rc::new(Admission::default());
+    let accepting = glommio::spawn_local(server::serve(
+        listener,
+        identity,
+        ShardHandler(shard.clone()),
+        (counts.clone(), admission.clone()),
+    ));
     while let Some(command) = commands.next().await {
         match command {
             Command::Numbers(answer) => {
@@ -275,6 +299,13 @@ async fn serve(
             Command::Held(only, answer) => {
                 let _ = answer.send(shard.held(only).map_err(|refusal| refusal.to_string()));
             }
+            Command::Stages(only, answer) => {
+                let _ = answer.send(shard.measured().counts(only));
+            }
+            Command::Run(beside) => {
+                let here = ShardHere { handler: ShardHandler(shard.clone()), identity, admission: admission.clone() };
+                drop(glommio::spawn_local(beside(here)).detach());
+            }
             Command::Close(answer) => {
                 accepting.cancel().await;
                 shard.close().await;
@@ -286,7 +317,7 @@ async fn serve(
 }
 
 /// Hands a connection's requests to the shard.
-struct ShardHandler(Rc<SupervisedShard>);
+pub struct ShardHandler(Rc<SupervisedShard>);
 
 impl Clone for ShardHandler {
     fn clone(&self) -> Self {
@@ -297,7 +328,29 @@ impl Clone for ShardHandler {
 impl server::Handler for ShardHandler {
     type Chunk = DirectChunk;
 
-    async fn handle(self, envelope: Envelope, operation: Operation, payload: Bytes) -> (Reply, Vec<DirectChunk>) {
-        self.0.handle(envelope, operation, payload).await
+    fn handle(&self, request: &mut Request) -> impl Future<Output = Handled<DirectChunk>> {
+        self.0.handle_arrived(request)
+    }
+
+    fn sent(&self, what: Finished, after: Duration) {
+        self.0.measured().sent(what, after);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use torus_rpc::server::Handler;
+
+    fn bytes_of<A, B, F: Future>(_: impl FnOnce(A, B) -> F) -> usize {
+        size_of::<F>()
+    }
+
+    /// It is moved to where its task lives, and with it the room for whatever is rare, unless that is boxed.
+    #[test]
+    fn the_future_of_a_request_is_small() {
+        let handle = |handler: &'static ShardHandler, request: &'static mut Request| handler.handle(request);
+        let bytes = bytes_of(handle);
+        assert!(bytes <= 1024, "{bytes} bytes; the rare branches of Shard::answer are to be boxed");
     }
 }

@@ -10,6 +10,8 @@
 //! * `deleting`     volumes that were deleted
 //! * `peers`        who else holds what, for the shards
 //! * `repairing`    volumes with stale replicas that nobody has attached
+//! * `serving`      volumes over NBD, for `--nbd`; `serving_aoe` over ATA over Ethernet, for `--aoe`; `serving_numbers`
+//!   numbers and latencies over HTTP, for `--http`
 //! * `scrub`        when the shards are scrubbed
 //!
 //! The main thread runs tokio for the metadata store, the control port and signals; it never touches data. While the
@@ -24,6 +26,9 @@ pub mod no_metadata;
 pub mod peers;
 mod repairing;
 pub mod scrub;
+pub mod serving;
+mod serving_aoe;
+mod serving_numbers;
 pub mod shards;
 
 use crate::config::NodeArguments;
@@ -35,15 +40,21 @@ use crate::node::joining::Joined;
 use crate::node::membership::{Membership, MembershipError};
 use crate::node::repairing::Repairing;
 use crate::node::scrub::Scrubber;
+use crate::node::serving::{Serving, ServingArguments, ServingError};
+use crate::node::serving_aoe::ServingAoe;
+use crate::node::serving_numbers::Served;
 use crate::node::shards::{NodeReporter, Shards};
 use std::convert::Infallible;
 use std::net::{SocketAddr, TcpListener};
 use std::rc::Rc;
 use thiserror::Error;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use torus_rpc::http::{HttpError, HttpListener};
+use torus_rpc::local::patience;
 use torus_rpc::metadata::any::AnyMetadata;
 use torus_rpc::metadata::embedded_server::EmbeddedServer;
 use torus_rpc::metadata::{Metadata, MetadataError, Revision, Watch};
+use torus_rpc::server::Listener;
 use torus_rpc::token::{ClusterKey, KeyError};
 use torus_schema::ids::{ClusterId, NodeId, ShardIndex};
 use torus_schema::limits::{HEARTBEAT_INTERVAL, METADATA_RETRY_AFTER};
@@ -73,6 +84,10 @@ pub enum NodeError {
     Listen { what: String, address: SocketAddr, because: String },
     #[error("the embedded metadata store could not be started: {because}")]
     Embedded { because: String },
+    #[error(transparent)]
+    Http(#[from] HttpError),
+    #[error("--nbd, --aoe: {0}")]
+    Nbd(#[source] ServingError),
     #[error("{0}")]
     Setting(String),
     #[error("{what}: {because}")]
@@ -80,7 +95,7 @@ pub enum NodeError {
 }
 
 /// Runs a node until it is told to stop. Blocks.
-pub fn run(arguments: NodeArguments) -> Result<(), NodeError> {
+pub fn run(arguments: NodeArguments, volumes: &ServingArguments) -> Result<(), NodeError> {
     let system = |what| move |error: std::io::Error| NodeError::System { what, because: error.to_string() };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(system("the main thread's event loop"))?;
@@ -88,7 +103,7 @@ pub fn run(arguments: NodeArguments) -> Result<(), NodeError> {
         let mut stop = StopSignals::new().map_err(system("signal handlers"))?;
         let dir = DataDir::lock(&arguments.data_dir)?;
         let node = tokio::select! {
-            started = Node::start(&arguments, &dir) => started?,
+            started = Node::start(&arguments, volumes, &dir) => started?,
             _ = stop.wait() => return Ok(()),
         };
         node.serve(&mut stop).await
@@ -123,8 +138,12 @@ struct Node<'a> {
     shards: Rc<Shards>,
     scrubber: Rc<Scrubber>,
     repairing: Option<Repairing>,
+    serving: Option<Serving>,
+    serving_aoe: Option<ServingAoe>,
     control: tokio::net::TcpListener,
     reporter: Rc<NodeReporter>,
+    http: Option<HttpListener>,
+    numbers: Served,
     /// Held, so that nobody mounts or formats them meanwhile.
     _devices: Devices,
     /// Ends with the node.
@@ -132,10 +151,17 @@ struct Node<'a> {
 }
 
 impl<'a> Node<'a> {
-    async fn start(arguments: &NodeArguments, dir: &'a DataDir) -> Result<Node<'a>, NodeError> {
+    async fn start(
+        arguments: &NodeArguments,
+        volumes: &ServingArguments,
+        dir: &'a DataDir,
+    ) -> Result<Node<'a>, NodeError> {
+        // What is wrong with the settings is said before anybody is asked for anything.
+        serving::check(volumes)?;
+        let (nbd_exports, aoe_exports) = volumes.exports().map_err(NodeError::Setting)?;
+        serving_aoe::check(volumes)?;
         let found = dir.inspect()?;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        // What is wrong with the settings is said before anybody is asked for anything.
         if !matches!(found, Found::Formatted(_)) {
             Disks { arguments, dir, cores }.plan_format()?;
         }
@@ -149,11 +175,12 @@ impl<'a> Node<'a> {
             Found::Formatted(identity) => disks.take(identity, cluster.id).await?,
             Found::Empty | Found::InterruptedFormat => disks.format(&cluster, &found).await?,
         };
-        let listeners = Listeners::bind(arguments, identity.shards)?;
+        let mut listeners = Listeners::bind(arguments, identity.shards)?;
+        let nbd = serving::listen(volumes)?;
         let record = node_record(arguments, &identity, &host, &listeners)?;
         let mut threads = Vec::new();
         let options = disks.shard_options(&identity);
-        for (options, listener) in options.into_iter().zip(listeners.shards) {
+        for (options, listener) in options.into_iter().zip(listeners.take_shards(&record)) {
             threads.push(ShardThread::start(options, key.clone(), listener).await?);
         }
         let shards = Rc::new(Shards::new(threads));
@@ -167,6 +194,13 @@ impl<'a> Node<'a> {
         let scrubber = Scrubber::new(shards.clone(), arguments.scrub_rate, size_bytes, dir.read_scrub_note()?);
         let (scrubber, started_s) = (Rc::new(scrubber), membership.started_s());
         let repairing = Repairing::start(metadata.clone(), identity.node, &record.host);
+        let serving = match nbd.is_empty() {
+            true => None,
+            false => Some(Serving::start(volumes, (nbd, nbd_exports), &metadata, &shards)?),
+        };
+        let (serving, numbers) = serving.unzip();
+        let numbers = Served::start(volumes, numbers)?;
+        let serving_aoe = ServingAoe::start(volumes, aoe_exports, numbers.aoe.clone(), &metadata, &shards)?;
         let reporter = NodeReporter { record, started_s, shards: shards.clone(), scrubber: scrubber.clone() };
         Ok(Node {
             id: identity.node,
@@ -177,8 +211,12 @@ impl<'a> Node<'a> {
             shards,
             scrubber,
             repairing,
+            serving,
+            serving_aoe,
             control: listeners.control,
             reporter: Rc::new(reporter),
+            http: listeners.http,
+            numbers,
             _devices: devices,
             _embedded: embedded,
         })
@@ -186,6 +224,9 @@ impl<'a> Node<'a> {
 
     /// Until a signal, or until it cannot go on.
     async fn serve(mut self, stop: &mut StopSignals) -> Result<(), NodeError> {
+        if let Some(listener) = self.http {
+            serving_numbers::tell(listener, self.reporter.clone(), self.numbers)?;
+        }
         let control = tokio::task::spawn_local(control::serve(self.control, self.reporter));
         let result = tokio::select! {
             _ = stop.wait() => Ok(()),
@@ -196,7 +237,13 @@ impl<'a> Node<'a> {
         };
         control.abort();
         let leave = async {
-            // Before the shards, which it may be at work on.
+            // All before the shards, which they may be at work on.
+            if let Some(serving) = self.serving {
+                stop_beating(serving.stop(), beat(&mut self.membership, &self.shards)).await;
+            }
+            if let Some(serving) = self.serving_aoe {
+                stop_beating(serving.stop(), beat(&mut self.membership, &self.shards)).await;
+            }
             if let Some(repairing) = self.repairing {
                 repairing.stop().await;
             }
@@ -212,6 +259,18 @@ impl<'a> Node<'a> {
             _ = stop.wait() => tracing::warn!("told to stop twice: ended at once"),
         }
         result
+    }
+}
+
+/// Until clients have gone, which may take a while: the node is none that is down meanwhile.
+async fn stop_beating(stop: impl Future<Output = ()>, beat: impl Future<Output = NodeError>) {
+    let mut stopped = std::pin::pin!(stop);
+    tokio::select! {
+        () = &mut stopped => {}
+        error = beat => {
+            tracing::warn!(%error, "no heartbeat any more, while volumes are still being released");
+            stopped.await;
+        }
     }
 }
 
@@ -311,6 +370,7 @@ async fn find_cluster(metadata: &AnyMetadata, url: &str, is_embedded: bool) -> R
 struct Listeners {
     control: tokio::net::TcpListener,
     shards: Vec<TcpListener>,
+    http: Option<HttpListener>,
 }
 
 impl Listeners {
@@ -329,7 +389,14 @@ impl Listeners {
             tokio::net::TcpListener::from_std(control)
         };
         let control = to_tokio().map_err(|error| system("the control port", error))?;
-        Ok(Self { control, shards: data })
+        let http = arguments.http.map(HttpListener::bind).transpose()?;
+        Ok(Self { control, shards: data, http })
+    }
+
+    /// Each for who is told the address of `record`. Taken once.
+    fn take_shards(&mut self, record: &NodeRecord) -> Vec<Listener> {
+        let (advertised, until) = (std::mem::take(&mut self.shards).into_iter().zip(&record.shards), patience());
+        advertised.map(|(listener, shard)| Listener::new(listener).advertised_as(&shard.address, until)).collect()
     }
 }
 
@@ -360,4 +427,29 @@ fn node_record(
         shards,
         program: env!("CARGO_PKG_VERSION").to_string(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures::FutureExt;
+    use futures::channel::oneshot;
+    use std::cell::Cell;
+
+    #[test]
+    fn a_node_beats_while_its_clients_go_and_waits_for_them_when_it_cannot() {
+        let beats = Cell::new(0);
+        for fails in [false, true] {
+            let (gone, all_gone) = oneshot::channel::<()>();
+            let beat = async {
+                beats.set(beats.get() + 1);
+                if fails { NodeError::Setting("no disk".to_string()) } else { std::future::pending().await }
+            };
+            let mut stopping = Box::pin(stop_beating(all_gone.map(drop), beat));
+            assert!(stopping.as_mut().now_or_never().is_none(), "a client is still there");
+            drop(gone);
+            assert!(stopping.now_or_never().is_some(), "all have gone");
+        }
+        assert_eq!(beats.get(), 2);
+    }
 }

@@ -2,14 +2,16 @@
 
 use crate::control::{Answered, NodeReport, Reporter, ShardReport};
 use crate::node::deleting::Instances;
-use crate::node::executor::{Numbers, ShardThread, ShardThreadError};
+use crate::node::executor::{Beside, Numbers, ShardThread, ShardThreadError};
 use crate::node::membership::now_s;
 use crate::node::scrub::Scrubber;
 use crate::shard::{Conflict, DamageReport, Damaged, ListedDamage, PeerTable, ScrubPass, ScrubReport};
 use futures::future::try_join_all;
 use std::rc::Rc;
 use std::sync::Arc;
-use torus_rpc::control::{ConflictingBlock, DamagedBlock, ScrubOrder, ScrubStatus, ShardDamage, ShardInstances};
+use torus_rpc::control::{
+    ConflictingBlock, DamagedBlock, ScrubOrder, ScrubStatus, ShardDamage, ShardInstances, ShardStages,
+};
 use torus_rpc::runtime::Instant;
 use torus_schema::ids::{ShardIndex, VolumeId};
 use torus_schema::limits::{DAMAGE_TOLD_MAX, SEGMENT_BYTES};
@@ -70,6 +72,16 @@ impl Shards {
 
     pub async fn held(&self, only: Option<VolumeId>) -> Result<Vec<ShardInstances>, ShardThreadError> {
         try_join_all(self.threads.iter().map(|thread| thread.held(only))).await
+    }
+
+    pub async fn stages(&self, only: Option<VolumeId>) -> Result<Vec<ShardStages>, ShardThreadError> {
+        try_join_all(self.threads.iter().map(|thread| thread.stages(only))).await
+    }
+
+    /// False: there is no such shard, or its thread has ended.
+    pub fn run(&self, index: ShardIndex, beside: Beside) -> bool {
+        let thread = self.threads.iter().find(|thread| thread.index == index);
+        thread.is_some_and(|thread| thread.run(beside))
     }
 
     /// All at once; each makes its data durable.
@@ -171,6 +183,11 @@ impl Reporter for NodeReporter {
     fn instances(&self, only: Option<VolumeId>) -> Answered<Vec<ShardInstances>> {
         let shards = self.shards.clone();
         Box::pin(async move { shards.held(only).await.map_err(|error| error.to_string()) })
+    }
+
+    fn stages(&self, only: Option<VolumeId>) -> Answered<Vec<ShardStages>> {
+        let shards = self.shards.clone();
+        Box::pin(async move { shards.stages(only).await.map_err(|error| error.to_string()) })
     }
 }
 

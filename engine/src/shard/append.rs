@@ -2,6 +2,7 @@
 //!
 //! Everything submitted runs in a task of its own: a caller that goes away abandons the waiting, nothing else.
 
+use super::course::Span;
 use super::queue::{Ahead, Append, Batch, Filling, Need, Next, Waiting};
 use super::{Shard, State};
 use crate::log::footer::Footer;
@@ -18,7 +19,7 @@ use torus_schema::limits::BATCHES_IN_FLIGHT_MAX;
 
 impl<R: Runtime> Shard<R> {
     /// Waits until the record is applied: readable, not durable.
-    pub(super) async fn append(self: &Rc<Self>, need: Need, record: Record, payload: Bytes) -> Result<(), Refusal> {
+    pub(super) async fn append(self: &Rc<Self>, need: Need, record: Record, payload: Bytes) -> Result<Span, Refusal> {
         self.submit(need, record, payload, None)?.done().await
     }
 
@@ -33,7 +34,8 @@ impl<R: Runtime> Shard<R> {
         let waiting = {
             let state = &mut *self.state.borrow_mut();
             state.check_alive()?;
-            if record.is_of_writer() {
+            // A copy, or a repair, may have been on its way when the volume was dropped: that must not make it known again.
+            if record.is_of_writer() && !state.contents.dropped.contains(&record.volume()) {
                 state.contents.volumes.entry(record.volume()).or_default().in_flight += 1;
             }
             state.queue.push(need, record, payload, origins)
@@ -50,18 +52,40 @@ impl<R: Runtime> Shard<R> {
         let shard = self.clone();
         self.runtime.spawn().spawn(Class::Foreground, async move {
             shard.pump_planned.set(false);
-            shard.pump();
+            shard.write_batches().await;
         });
     }
 
     /// Starts as many batches as may be in flight.
     pub(super) fn pump(self: &Rc<Self>) {
+        while let Some(batch) = self.next_batch() {
+            let shard = self.clone();
+            self.runtime.spawn().spawn(Class::Foreground, async move {
+                shard.write_batch(batch).await;
+                shard.write_batches().await;
+            });
+        }
+        self.open_ahead();
+    }
+
+    /// One after the other, as long as there is one to write, without a new task for each; others beside it, if more than
+    /// one may be in flight.
+    async fn write_batches(self: &Rc<Self>) {
+        while let Some(batch) = self.next_batch() {
+            self.pump();
+            self.write_batch(batch).await;
+        }
+        self.open_ahead();
+    }
+
+    /// What is to be written next, if it may be in flight beside what is.
+    fn next_batch(self: &Rc<Self>) -> Option<Batch> {
         loop {
             let (next, waits) = {
                 let state = &mut *self.state.borrow_mut();
                 let busy = state.queue.in_flight >= BATCHES_IN_FLIGHT_MAX;
                 if busy || state.failed.is_some() {
-                    break;
+                    return None;
                 }
                 let free = state.contents.space.free();
                 let next = state.queue.next(state.contents.space.geometry(), free);
@@ -71,50 +95,55 @@ impl<R: Runtime> Shard<R> {
                 self.changed.notify();
             }
             match next {
-                Next::Nothing => break,
-                Next::Batch(batch) => self.start_batch(batch),
+                Next::Nothing => return None,
+                Next::Batch(batch) => return Some(batch),
                 Next::NeedSegment if self.next_segment() => {}
-                Next::NeedSegment => break,
+                Next::NeedSegment => return None,
             }
         }
-        self.open_ahead();
     }
 
-    fn start_batch(self: &Rc<Self>, batch: Batch) {
+    async fn write_batch(self: &Rc<Self>, batch: Batch) {
+        let began = self.runtime.clock().now();
+        let buffer = self.encoded(&batch);
+        match self.disk.write(Geometry::offset(batch.heading.position), buffer).await {
+            Ok(()) => {
+                let ended = self.runtime.clock().now();
+                self.batch_written(batch, Span { began, ended });
+            }
+            Err(error) => {
+                let refusal = self.fail(error);
+                batch.appends.iter().for_each(|append| append.piece.answer(Err(refusal.clone())));
+            }
+        }
+    }
+
+    fn encoded(&self, batch: &Batch) -> <R::Disk as Disk>::Buffer {
         let mut buffer = self.disk.allocate(batch.bytes);
-        let header = batch.header.encode();
-        buffer[..header.len()].copy_from_slice(&header);
+        let header = &mut *self.header.borrow_mut();
+        batch.heading.encode(batch.appends.iter().map(|append| &append.record), header);
+        buffer[..header.len()].copy_from_slice(header);
         let mut at = header.len();
         for append in &batch.appends {
             buffer[at..at + append.payload.len()].copy_from_slice(&append.payload);
             at += append.payload.len();
         }
         assert_eq!(at, batch.bytes);
-        let shard = self.clone();
-        self.runtime.spawn().spawn(Class::Foreground, async move {
-            match shard.disk.write(Geometry::offset(batch.header.position), buffer).await {
-                Ok(()) => shard.batch_written(batch),
-                Err(error) => {
-                    let refusal = shard.fail(error);
-                    batch.appends.iter().for_each(|append| append.group.answer(Err(refusal.clone())));
-                }
-            }
-            shard.pump();
-        });
+        buffer
     }
 
-    fn batch_written(self: &Rc<Self>, batch: Batch) {
+    fn batch_written(self: &Rc<Self>, batch: Batch, span: Span) {
         let ready = {
             let state = &mut *self.state.borrow_mut();
             state.statistics.batches += 1;
             state.statistics.bytes_appended += batch.bytes as u64;
-            let segment = batch.header.identity.segment;
+            let segment = batch.heading.identity.segment;
             for append in &batch.appends {
                 state.contents.apply(&append.record, segment, append.origins.as_deref());
                 state.statistics.blocks_moved += append.origins.as_ref().map_or(0, |origins| origins.len() as u64);
-                state.append_done(append);
+                state.append_done(append, span);
             }
-            state.queue.batch_done(batch.header.identity, batch.header.number)
+            state.queue.batch_done(batch)
         };
         ready.into_iter().for_each(|filling| self.seal(filling));
         self.changed.notify();
@@ -238,7 +267,7 @@ impl<R: Runtime> Shard<R> {
     }
 
     /// By a sync that starts after this call: one that runs already may have missed what the caller wrote (rule 8).
-    pub(super) async fn sync_after_now(self: &Rc<Self>) -> Result<(), Refusal> {
+    pub(super) async fn sync_after_now(self: &Rc<Self>) -> Result<Span, Refusal> {
         let needed = {
             let state = &mut *self.state.borrow_mut();
             state.check_alive()?;
@@ -250,7 +279,7 @@ impl<R: Runtime> Shard<R> {
         let done = || {
             let state = self.state.borrow();
             match state.check_alive() {
-                _ if state.syncs.completed >= needed => Some(Ok(())),
+                _ if state.syncs.completed >= needed => Some(Ok(state.syncs.last)),
                 Ok(()) => None,
                 Err(refusal) => Some(Err(refusal)),
             }
@@ -271,10 +300,13 @@ impl<R: Runtime> Shard<R> {
             // What is applied now was written before the sync started.
             state.queue.applied
         };
-        let shard = self.clone();
+        let (shard, began) = (self.clone(), self.runtime.clock().now());
         self.runtime.spawn().spawn(Class::Foreground, async move {
             match shard.disk.sync().await {
-                Ok(()) => shard.synced(covers),
+                Ok(()) => {
+                    let ended = shard.runtime.clock().now();
+                    shard.synced(covers, Span { began, ended });
+                }
                 Err(error) => {
                     shard.fail(error);
                 }
@@ -282,7 +314,7 @@ impl<R: Runtime> Shard<R> {
         });
     }
 
-    fn synced(self: &Rc<Self>, covers: BatchNumber) {
+    fn synced(self: &Rc<Self>, covers: BatchNumber, span: Span) {
         {
             let state = &mut *self.state.borrow_mut();
             if state.failed.is_some() {
@@ -290,6 +322,7 @@ impl<R: Runtime> Shard<R> {
             }
             state.syncs.running = false;
             state.syncs.completed = state.syncs.started;
+            state.syncs.last = span;
             state.queue.durable = state.queue.durable.max(covers);
             state.contents.space.sync_completed(state.syncs.completed);
             state.queue.forget_sealed(state.syncs.completed);
@@ -312,7 +345,7 @@ impl<R: Runtime> Shard<R> {
             }
             state.queue.take_all()
         };
-        waiting.iter().for_each(|append| append.group.answer(Err(refusal.clone())));
+        waiting.iter().for_each(|append| append.piece.answer(Err(refusal.clone())));
         self.changed.notify();
         self.background.notify();
         refusal
@@ -340,8 +373,8 @@ impl State {
         self.failed.clone().map_or(Ok(()), Err)
     }
 
-    fn append_done(&mut self, append: &Append) {
-        if append.group.piece_done() {
+    fn append_done(&mut self, append: &Append, span: Span) {
+        if append.piece.done(span) {
             self.no_longer_in_flight(&append.record);
         }
     }

@@ -14,7 +14,7 @@ use crate::log::recovery::footer_of;
 use crate::log::{BLOCK, Geometry, Position, SegmentIndex};
 use bytes::Bytes;
 use std::rc::Rc;
-use torus_rpc::message::Refusal;
+use torus_rpc::message::{Checksums, Refusal};
 use torus_rpc::runtime::{Disk, Runtime};
 use torus_schema::hash::Set;
 use torus_schema::ids::{BlockIndex, VolumeId};
@@ -110,7 +110,7 @@ impl<R: Runtime> Shard<R> {
             }
             refused
         };
-        refused.iter().for_each(|append| append.group.answer(Err(Refusal::NoSpace)));
+        refused.iter().for_each(|append| append.piece.answer(Err(Refusal::NoSpace)));
         self.changed.notify();
     }
 
@@ -215,7 +215,7 @@ impl<R: Runtime> Shard<R> {
     async fn read_run(self: &Rc<Self>, data: &Data, run: std::ops::Range<usize>) -> Result<Copy, Trouble> {
         let from = Position(data.position.0 + run.start as u32);
         let bytes = self.disk.read(Geometry::offset(from), run.len() * BLOCK).await;
-        let checksums = data.checksums[run.clone()].to_vec();
+        let checksums: Checksums = data.checksums[run.clone()].into();
         // A damaged block must not be copied: at a start the copy could be taken for a torn tail and dropped, and an
         // older version would show.
         let whole = |bytes: &<R::Disk as Disk>::Bytes| {

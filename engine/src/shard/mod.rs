@@ -6,6 +6,7 @@
 //! * `requests`  what is asked, checked and answered
 //! * `retention` what the writer needs kept, taken back, or mapped
 //! * `resync`    a stale replica takes what it lacks
+//! * `course`    how long the stages of a request took
 //! * `reads`     blocks from the disk, verified
 //! * `volumes`   instances, writers, flush points
 //! * `held`      what there is of each volume
@@ -29,6 +30,7 @@
 
 mod append;
 mod cleaner;
+pub mod course;
 mod damage;
 mod gather;
 mod grow;
@@ -55,6 +57,7 @@ mod volumes;
 
 use crate::log::{BatchNumber, FormatError, Geometry};
 use bytes::Bytes;
+use course::{Course, Done};
 pub use damage::{Conflict, DamageReport, Damaged, FoundBy, ListedDamage};
 use futures::channel::oneshot;
 pub use peers::PeerTable;
@@ -68,11 +71,13 @@ use state::Contents;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use thiserror::Error;
-use torus_rpc::message::{Answer, Envelope, Operation, Refusal, Reply};
+use torus_rpc::message::{Answer, Envelope, Few, Operation, Refusal, Reply};
 use torus_rpc::notify::Notify;
-use torus_rpc::runtime::{Clock, Disk, DiskError, Runtime};
+use torus_rpc::runtime::{Clock, Disk, DiskError, Instant, Runtime};
+use torus_rpc::server::Request;
 use torus_rpc::token::ClusterKey;
 use torus_schema::ids::{ClusterId, Incarnation, NodeId, ShardIndex, VolumeId};
+use torus_schema::latency::OperationKind;
 use torus_schema::limits::BLOCK_BYTES;
 
 /// Whose shard it is; a disk belongs to exactly one.
@@ -183,9 +188,11 @@ pub struct Shard<R: Runtime> {
     /// Dropped with the shard: who holds the other end learns that nothing of it is in flight.
     gone: RefCell<Option<oneshot::Sender<()>>>,
     pump_planned: Cell<bool>,
+    /// Of the last batch, to be used again.
+    header: RefCell<Vec<u8>>,
 }
 
-type Chunks<R> = Vec<Chunk<<<R as Runtime>::Disk as Disk>::Bytes>>;
+type Chunks<R> = Few<Chunk<<<R as Runtime>::Disk as Disk>::Bytes>>;
 
 impl<R: Runtime> Shard<R> {
     /// Every operation but hello and ping, which the server answers.
@@ -195,23 +202,46 @@ impl<R: Runtime> Shard<R> {
         operation: Operation,
         payload: Bytes,
     ) -> (Reply, Chunks<R>) {
+        let arrived = self.runtime.clock().now();
+        let mut request = Request { arrived, envelope, operation, payload };
+        let (reply, chunks, _) = self.handle_arrived(&mut request).await;
+        (reply, chunks)
+    }
+
+    /// A request that came some time ago, and how it went if it was a user's and was carried out.
+    pub async fn handle_arrived(self: &Rc<Self>, request: &mut Request) -> (Reply, Chunks<R>, Option<Course>) {
         let began = self.runtime.clock().now();
-        let of_data = matches!(operation, Operation::Read { .. } | Operation::Write { .. } | Operation::Clear { .. });
+        let (arrived, kind) = (request.arrived, request.operation.kind());
         let result = if self.state.borrow().closing {
             Err(Refusal::Disk { because: "the shard is being closed".to_string() })
         } else {
-            self.answer(&envelope, operation, payload).await
+            self.answer(request, began).await
         };
-        if of_data {
-            let now = self.runtime.clock().now();
+        let now = kind.map(|kind| (kind, self.answered_at(kind, &result)));
+        if let Some((OperationKind::Read | OperationKind::Write, now)) = now {
             self.resyncs.pacer.borrow_mut().answered(now, now.since(began));
         }
         let state = &mut *self.state.borrow_mut();
-        let (answer, chunks) = result.unwrap_or_else(|refusal| {
-            state.statistics.refused += 1;
-            (Answer::Refused(refusal), Vec::new())
-        });
-        (Reply { full: state.contents.space.is_full(), answer }, chunks)
+        let full = state.contents.space.is_full();
+        match result {
+            Ok(Done { answer, chunks, disk }) => {
+                let course = now.map(|(kind, now)| Course::new(kind, arrived, disk, now));
+                let (course, took) = course.unzip();
+                (Reply { full, took: took.unwrap_or_default(), answer }, chunks, course)
+            }
+            Err(refusal) => {
+                state.statistics.refused += 1;
+                (Reply { full, ..Reply::of(Answer::Refused(refusal)) }, Few::new(), None)
+            }
+        }
+    }
+
+    /// A read is answered when the disk is done with it. A write also waits for its turn after that.
+    fn answered_at(&self, kind: OperationKind, result: &Result<Done<R>, Refusal>) -> Instant {
+        match (kind, result) {
+            (OperationKind::Read, Ok(Done { disk: Some(disk), .. })) => disk.ended,
+            _ => self.runtime.clock().now(),
+        }
     }
 
     /// Durable before it returns; then its space is free.
@@ -292,7 +322,7 @@ impl<R: Runtime> Shard<R> {
         self.changed.until(idle).await;
         let ready = {
             let state = &mut *self.state.borrow_mut();
-            state.queue.take_all().iter().for_each(|append| append.group.answer(Err(Refusal::NoSpace)));
+            state.queue.take_all().iter().for_each(|append| append.piece.answer(Err(Refusal::NoSpace)));
             if let Some(retired) = state.queue.retire_head() {
                 state.contents.space.sealing(retired.segment);
             }

@@ -5,6 +5,7 @@
 use crate::index::Entry;
 use crate::log::Position;
 use std::collections::{BTreeMap, BTreeSet};
+use torus_rpc::message::Few;
 use torus_schema::ids::{BlockIndex, Version};
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -94,13 +95,14 @@ impl Pins {
     }
 
     /// Forgets what was superseded at or below the limit, except what is pinned.
-    pub fn release(&mut self, bounds: &Bounds) -> Vec<Position> {
-        let mut freed = Vec::new();
+    pub fn release(&mut self, bounds: &Bounds) -> Few<Position> {
+        let mut freed = Few::new();
         while let Some((by, kept)) = self.waiting.first().copied().filter(|(by, _)| *by <= bounds.limit) {
             self.waiting.remove(&(by, kept));
-            self.pinned.insert(kept);
-            if !bounds.pinned(kept.version, by) {
-                freed.extend(self.take(kept).map(|entry| entry.position));
+            if bounds.pinned(kept.version, by) {
+                self.pinned.insert(kept);
+            } else {
+                freed.extend(self.kept.remove(&kept).map(|held| held.position));
             }
         }
         freed
@@ -222,9 +224,9 @@ mod tests {
         assert_eq!(pins.keep(BlockIndex(2), entry(3, 70), version(7), true, &start), None);
         assert_eq!(pins.keep(BlockIndex(3), entry(0, 90), version(1), true, &start), Some(Position(90)));
         assert_eq!(pins.oldest(), Some(version(5)));
-        assert_eq!(pins.release(&bounds(4, &[])), vec![]);
-        assert_eq!(pins.release(&bounds(5, &[])), vec![Position(50)]);
-        assert_eq!(pins.release(&bounds(9, &[])), vec![Position(70)]);
+        assert_eq!(pins.release(&bounds(4, &[])).to_vec(), vec![]);
+        assert_eq!(pins.release(&bounds(5, &[])).to_vec(), vec![Position(50)]);
+        assert_eq!(pins.release(&bounds(9, &[])).to_vec(), vec![Position(70)]);
     }
 
     #[test]
@@ -233,7 +235,7 @@ mod tests {
         for (sequence, by) in [(1, 3), (3, 6), (6, 9)] {
             pins.keep(BlockIndex(1), entry(sequence, 10 * sequence as u32), version(by), true, &start);
         }
-        assert_eq!(pins.release(&bounds(9, &[5])), vec![Position(10), Position(60)]);
+        assert_eq!(pins.release(&bounds(9, &[5])).to_vec(), vec![Position(10), Position(60)]);
         assert_eq!(pins.newest(BlockIndex(1), version(5)), Some(entry(3, 30)));
         assert_eq!(pins.oldest(), None, "a flush point would not free it");
         assert_eq!(pins.keep(BlockIndex(1), entry(4, 40), version(9), true, &bounds(9, &[5])), None);
@@ -249,7 +251,7 @@ mod tests {
         assert_eq!(pins.keep(BlockIndex(1), entry(3, 70), version(6), false, &start), Some(Position(70)));
         assert!(!pins.relocate(kept(1, 3), Position(50), Position(80)));
         assert!(pins.relocate(kept(1, 3), Position(60), Position(80)));
-        assert_eq!(pins.release(&bounds(5, &[])), vec![Position(80)]);
+        assert_eq!(pins.release(&bounds(5, &[])).to_vec(), vec![Position(80)]);
     }
 
     #[test]
@@ -259,9 +261,9 @@ mod tests {
         pins.keep(BlockIndex(1), entry(2, 20), version(5), true, &start);
         assert_eq!(pins.take(kept(1, 2)), Some(entry(2, 20)));
         pins.rechain(BlockIndex(1), |_| version(5), &start);
-        assert_eq!(pins.release(&bounds(4, &[])), vec![]);
+        assert_eq!(pins.release(&bounds(4, &[])).to_vec(), vec![]);
         assert!(pins.holds_older((BlockIndex(0), BlockIndex(2)), version(2), |_| true));
         assert!(!pins.holds_older((BlockIndex(0), BlockIndex(2)), version(1), |_| true));
-        assert_eq!(pins.release(&bounds(5, &[])), vec![Position(10)]);
+        assert_eq!(pins.release(&bounds(5, &[])).to_vec(), vec![Position(10)]);
     }
 }

@@ -3,17 +3,18 @@
 //! Concurrent appends gather here while batches are in flight; the next batch takes what fits. A record of data is cut
 //! where the segment ends, so that no segment is left with a hole at its end.
 
-use crate::log::batch::{BatchHeader, header_blocks};
+use super::course::Span;
+use crate::log::batch::{Heading, header_blocks};
 use crate::log::footer::bytes_in_footer;
 use crate::log::record::{Data, Record};
 use crate::log::recovery::footer_room;
 use crate::log::space::{CLEANER_SEGMENTS, NOTE_SEGMENTS, SyncNumber};
 use crate::log::{BatchNumber, Geometry, Position, SegmentIdentity};
 use bytes::Bytes;
-use futures::channel::oneshot;
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
 use std::rc::Rc;
+use std::task::{Poll, Waker};
 use torus_rpc::message::Refusal;
 use torus_schema::hash::Set;
 use torus_schema::ids::{BlockIndex, VolumeId};
@@ -52,8 +53,8 @@ impl Need {
 #[derive(Default)]
 pub struct Eras {
     now: Cell<u64>,
-    /// How much of each era is under way.
-    open: RefCell<BTreeMap<u64, usize>>,
+    /// Each era of which something may be under way, and how much; in order, and of the first it is some.
+    open: RefCell<VecDeque<(u64, usize)>>,
 }
 
 impl Eras {
@@ -66,12 +67,16 @@ impl Eras {
 
     /// Nothing of that era or an earlier one is under way.
     pub fn passed(&self, era: u64) -> bool {
-        self.open.borrow().first_key_value().is_none_or(|(open, _)| *open > era)
+        self.open.borrow().front().is_none_or(|(open, _)| *open > era)
     }
 
     pub fn enter(self: &Rc<Self>) -> UnderWay {
         let era = self.now.get();
-        *self.open.borrow_mut().entry(era).or_default() += 1;
+        let mut open = self.open.borrow_mut();
+        match open.back_mut().filter(|(last, _)| *last == era) {
+            Some((_, count)) => *count += 1,
+            None => open.push_back((era, 1)),
+        }
         UnderWay { eras: self.clone(), era }
     }
 }
@@ -85,41 +90,79 @@ pub struct UnderWay {
 impl Drop for UnderWay {
     fn drop(&mut self) {
         let mut open = self.eras.open.borrow_mut();
-        let left = open.get_mut(&self.era).expect("it was counted when it began");
-        *left -= 1;
-        if *left == 0 {
-            open.remove(&self.era);
+        let at = open.binary_search_by_key(&self.era, |(era, _)| *era).expect("it was counted when it began");
+        open[at].1 -= 1;
+        while open.front().is_some_and(|(_, count)| *count == 0) {
+            open.pop_front();
         }
     }
 }
 
-/// Answers one append when all its pieces are applied.
-pub struct Group {
-    pieces: Cell<usize>,
-    done: RefCell<Option<oneshot::Sender<Result<(), Refusal>>>>,
-    _under_way: UnderWay,
+/// What all pieces of one append, and whoever waits for it, have in common.
+struct Group {
+    /// That are not applied yet.
+    left: Cell<usize>,
+    /// That may still be.
+    held: Cell<usize>,
+    /// Of the pieces that are applied.
+    disk: Cell<Option<Span>>,
+    /// The first counts.
+    answer: RefCell<Option<Result<Span, Refusal>>>,
+    waiter: RefCell<Option<Waker>>,
+    under_way: RefCell<Option<UnderWay>>,
 }
 
-impl Group {
-    fn new(eras: &Rc<Eras>) -> (Rc<Self>, oneshot::Receiver<Result<(), Refusal>>) {
-        let (sender, receiver) = oneshot::channel();
-        let (pieces, done, _under_way) = (Cell::new(1), RefCell::new(Some(sender)), eras.enter());
-        (Rc::new(Self { pieces, done, _under_way }), receiver)
+/// The answer to an append, or to a part of it, when all parts are applied. One that is dropped says that it never will.
+pub struct Piece(Rc<Group>);
+
+impl Piece {
+    fn new(eras: &Rc<Eras>) -> Self {
+        Self(Rc::new(Group {
+            left: Cell::new(1),
+            held: Cell::new(1),
+            disk: Cell::default(),
+            answer: RefCell::default(),
+            waiter: RefCell::default(),
+            under_way: RefCell::new(Some(eras.enter())),
+        }))
+    }
+
+    fn another(&self) -> Self {
+        self.0.left.update(|left| left + 1);
+        self.0.held.update(|held| held + 1);
+        Self(self.0.clone())
     }
 
     /// True with the last piece.
-    pub fn piece_done(&self) -> bool {
-        self.pieces.set(self.pieces.get() - 1);
-        let last = self.pieces.get() == 0;
+    pub fn done(&self, disk: Span) -> bool {
+        let disk = disk.and(self.0.disk.get());
+        self.0.disk.set(Some(disk));
+        self.0.left.update(|left| left - 1);
+        let last = self.0.left.get() == 0;
         if last {
-            self.answer(Ok(()));
+            self.answer(Ok(disk));
         }
         last
     }
 
-    pub fn answer(&self, result: Result<(), Refusal>) {
-        // Nobody may be waiting any more; what was submitted happens all the same.
-        let _ = self.done.borrow_mut().take().map(|sender| sender.send(result));
+    /// Nobody may be waiting any more; what was submitted happens all the same.
+    pub fn answer(&self, result: Result<Span, Refusal>) {
+        self.0.answer.borrow_mut().get_or_insert(result);
+        if let Some(waiter) = self.0.waiter.take() {
+            waiter.wake();
+        }
+    }
+}
+
+impl Drop for Piece {
+    fn drop(&mut self) {
+        self.0.held.update(|held| held - 1);
+        if self.0.held.get() == 0 {
+            self.0.under_way.take();
+            if self.0.answer.borrow().is_none() {
+                self.answer(Err(Refusal::Disk { because: "the shard stopped".to_string() }));
+            }
+        }
     }
 }
 
@@ -128,15 +171,16 @@ pub struct Append {
     pub payload: Bytes,
     /// Of a copy: where each block lay.
     pub origins: Option<Vec<Position>>,
-    pub group: Rc<Group>,
+    pub piece: Piece,
 }
 
 impl Append {
     /// Cuts off the first `count` blocks of data.
     fn split(&mut self, count: usize) -> Append {
         let Record::Data(data) = &mut self.record else { unreachable!("only data is cut") };
-        let rest = data.checksums.split_off(count);
-        let checksums = std::mem::replace(&mut data.checksums, rest);
+        let rest = data.checksums[count..].into();
+        let mut checksums = std::mem::replace(&mut data.checksums, rest);
+        checksums.truncate(count);
         let first = data.first;
         data.first = BlockIndex(first.0 + count as u64);
         let head = Data { first, checksums, ..data.clone() };
@@ -144,15 +188,14 @@ impl Append {
             let rest = origins.split_off(count);
             std::mem::replace(origins, rest)
         });
-        self.group.pieces.set(self.group.pieces.get() + 1);
         let payload = self.payload.split_to(count * BLOCK_BYTES as usize);
-        Append { record: Record::Data(head), payload, origins, group: self.group.clone() }
+        Append { record: Record::Data(head), payload, origins, piece: self.piece.another() }
     }
 }
 
 /// One write to the log, on its way.
 pub struct Batch {
-    pub header: BatchHeader,
+    pub heading: Heading,
     pub appends: Vec<Append>,
     pub bytes: usize,
 }
@@ -223,6 +266,8 @@ pub struct Queue {
     notes: VecDeque<Append>,
     moves: VecDeque<Append>,
     data: VecDeque<Append>,
+    /// Lists of batches that are applied, to be used again; as many as there were in flight.
+    spare: Vec<Vec<Append>>,
     pub head: Option<Filling>,
     pub sealing: Vec<Filling>,
     /// The segment to go on with; its opening is made while the one before it fills.
@@ -250,9 +295,10 @@ impl Queue {
     }
 
     pub fn push(&mut self, need: Need, record: Record, payload: Bytes, origins: Option<Vec<Position>>) -> Waiting {
-        let (group, receiver) = Group::new(&self.eras);
-        self.class(need).push_back(Append { record, payload, origins, group });
-        Waiting(receiver)
+        let piece = Piece::new(&self.eras);
+        let waiting = Waiting(piece.0.clone());
+        self.class(need).push_back(Append { record, payload, origins, piece });
+        waiting
     }
 
     fn class(&mut self, need: Need) -> &mut VecDeque<Append> {
@@ -290,21 +336,20 @@ impl Queue {
 
     /// The next batch of what is admitted with so many segments free.
     pub fn next(&mut self, geometry: Geometry, free: u32) -> Next {
-        let admitted: Vec<Need> = [Need::Note, Need::Move, Need::Data]
-            .into_iter()
-            .filter(|need| need.is_admitted(free) && !self.class(*need).is_empty())
-            .collect();
-        if admitted.is_empty() {
+        let needs = [Need::Note, Need::Move, Need::Data];
+        let admitted = needs.map(|need| need.is_admitted(free) && !self.class(need).is_empty());
+        if !admitted.contains(&true) {
             return Next::Nothing;
         }
         let Some(mut head) = self.head.take() else { return Next::NeedSegment };
-        let mut batch = Vec::new();
+        let mut batch = self.spare.pop().unwrap_or_default();
         let (mut record_bytes, mut payload) = (0, 0);
-        for need in admitted {
+        for (need, _) in needs.into_iter().zip(admitted).filter(|(_, admitted)| *admitted) {
             self.gather(need, geometry, &head, &mut batch, (&mut record_bytes, &mut payload));
         }
         if batch.is_empty() {
             self.head = Some(head);
+            self.spare.push(batch);
             return Next::NeedSegment;
         }
         let made = self.make_batch(geometry, &mut head, batch, (record_bytes, payload));
@@ -364,31 +409,31 @@ impl Queue {
         }
         let number = self.next_batch;
         self.next_batch = BatchNumber(number.0 + 1);
-        let records: Vec<Record> = appends.iter().map(|append| append.record.clone()).collect();
         head.next_block += header + payload;
-        for record in &records {
+        for Append { record, .. } in &appends {
             let is_first = record.payload_blocks() > 0 && head.volumes.insert(record.volume());
             head.footer_bytes += bytes_in_footer(record, is_first);
+            head.records.push(record.clone());
         }
-        head.records.extend(records.iter().cloned());
         head.end_batch = self.next_batch;
         head.in_flight += 1;
         self.in_flight += 1;
-        let header_record = BatchHeader {
-            identity: head.identity,
-            number,
-            durable: self.durable,
-            first_batch: head.first_batch,
-            position,
-            records,
-        };
-        Batch { header: header_record, appends, bytes: ((header + payload) as u64 * BLOCK_BYTES) as usize }
+        let (identity, durable, first_batch) = (head.identity, self.durable, head.first_batch);
+        let heading = Heading { identity, number, durable, first_batch, position };
+        Batch { heading, appends, bytes: ((header + payload) as u64 * BLOCK_BYTES) as usize }
     }
 
     /// The batch is applied; gives its segment if that is now ready for its footer.
-    pub fn batch_done(&mut self, identity: SegmentIdentity, number: BatchNumber) -> Option<Filling> {
+    pub fn batch_done(&mut self, batch: Batch) -> Option<Filling> {
+        let Batch { heading: Heading { identity, number, .. }, mut appends, .. } = batch;
+        appends.clear();
+        self.spare.push(appends);
         self.in_flight -= 1;
-        self.applied_early.insert(number);
+        if number.0 == self.applied.0 + 1 {
+            self.applied = number;
+        } else {
+            self.applied_early.insert(number);
+        }
         while self.applied_early.remove(&BatchNumber(self.applied.0 + 1)) {
             self.applied.0 += 1;
         }
@@ -459,12 +504,19 @@ impl Queue {
 }
 
 /// What an append waits for.
-pub struct Waiting(oneshot::Receiver<Result<(), Refusal>>);
+pub struct Waiting(Rc<Group>);
 
 impl Waiting {
-    pub async fn done(self) -> Result<(), Refusal> {
-        let gone = Refusal::Disk { because: "the shard stopped".to_string() };
-        self.0.await.unwrap_or(Err(gone))
+    /// When the disk was at work for it.
+    pub async fn done(self) -> Result<Span, Refusal> {
+        std::future::poll_fn(|context| {
+            if let Some(answer) = self.0.answer.take() {
+                return Poll::Ready(answer);
+            }
+            *self.0.waiter.borrow_mut() = Some(context.waker().clone());
+            Poll::Pending
+        })
+        .await
     }
 }
 
@@ -475,4 +527,48 @@ pub struct Syncs {
     pub completed: SyncNumber,
     pub wanted: SyncNumber,
     pub running: bool,
+    /// The last one that was completed.
+    pub last: Span,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures::FutureExt;
+
+    fn append(queue: &mut Queue) -> Waiting {
+        queue.push(Need::Note, Record::Drop(VolumeId::from_bytes([1; 16])), Bytes::new(), None)
+    }
+
+    #[test]
+    fn who_waits_for_an_append_hears_when_its_last_piece_is_applied_or_dropped() {
+        let mut queue = Queue::new(BatchNumber(1), 1);
+        let mut waiting = Box::pin(append(&mut queue).done());
+        let first = queue.take_all().remove(0).piece;
+        let second = first.another();
+        assert!(!first.done(Span::default()));
+        drop(first);
+        assert!(waiting.as_mut().now_or_never().is_none());
+        assert!(second.done(Span::default()));
+        assert_eq!(waiting.now_or_never(), Some(Ok(Span::default())));
+        let waiting = append(&mut queue);
+        drop(queue);
+        assert!(matches!(waiting.done().now_or_never(), Some(Err(Refusal::Disk { .. }))));
+    }
+
+    #[test]
+    fn an_era_has_passed_when_nothing_of_it_or_before_it_is_under_way() {
+        let eras = Rc::<Eras>::default();
+        let old = [eras.enter(), eras.enter()];
+        let first = eras.begin();
+        let later = eras.enter();
+        let second = eras.begin();
+        drop(later);
+        assert!(!eras.passed(first) && !eras.passed(second));
+        let newest = eras.enter();
+        drop(old);
+        assert!(eras.passed(first) && eras.passed(second));
+        drop(newest);
+        assert!(eras.open.borrow().is_empty());
+    }
 }

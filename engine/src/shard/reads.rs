@@ -1,14 +1,16 @@
 //! Blocks from the disk. Each is verified against the checksum in the index, which the client made; what does not
 //! match is read once more and then answered as damaged, never as zeros or as older data (rule 15).
 
+use super::course::{Done, Span};
 use super::damage::{Damaged, FoundBy};
 use super::{Chunks, Shard};
 use crate::index::{Entry, Found, Place};
 use crate::log::{BLOCK, Geometry, Position, SegmentIndex};
+use smallvec::smallvec;
 use std::ops::{Deref, Range};
 use std::rc::Rc;
-use torus_rpc::message::{Answer, Refusal, Run};
-use torus_rpc::runtime::{Disk, Runtime};
+use torus_rpc::message::{Answer, Checksums, Few, Refusal, Run};
+use torus_rpc::runtime::{Clock, Disk, Instant, Runtime};
 use torus_schema::ids::BlockIndex;
 
 /// A part of what one disk read gave, without a copy.
@@ -29,13 +31,13 @@ impl<B: Deref<Target = [u8]>> Deref for Chunk<B> {
 struct Piece {
     block: BlockIndex,
     position: Position,
-    checksums: Vec<u32>,
+    checksums: Checksums,
 }
 
 /// Keeps the segments from being reused while they are read, however the read ends.
 pub(super) struct Readers<R: Runtime> {
     shard: Rc<Shard<R>>,
-    segments: Vec<SegmentIndex>,
+    segments: Few<SegmentIndex>,
 }
 
 impl<R: Runtime> Readers<R> {
@@ -44,7 +46,7 @@ impl<R: Runtime> Readers<R> {
         Self::of(shard, pieces.iter().map(|piece| geometry.segment_of(piece.position)).collect())
     }
 
-    pub fn of(shard: &Rc<Shard<R>>, segments: Vec<SegmentIndex>) -> Self {
+    pub fn of(shard: &Rc<Shard<R>>, segments: Few<SegmentIndex>) -> Self {
         let space = &mut shard.state.borrow_mut().contents.space;
         segments.iter().for_each(|segment| space.add_reader(*segment));
         Self { shard: shard.clone(), segments }
@@ -68,7 +70,8 @@ impl<R: Runtime> Drop for Readers<R> {
 
 impl<R: Runtime> Shard<R> {
     /// Within one extent, checked.
-    pub(super) async fn read(self: &Rc<Self>, first: Place, count: u32) -> Result<(Answer, Chunks<R>), Refusal> {
+    /// `began`: when it was begun with.
+    pub(super) async fn read(self: &Rc<Self>, first: Place, count: u32, began: Instant) -> Result<Done<R>, Refusal> {
         let found = {
             let state = &mut *self.state.borrow_mut();
             state.statistics.reads += 1;
@@ -76,30 +79,36 @@ impl<R: Runtime> Shard<R> {
         };
         let pieces = pieces_of(first.block, &found);
         let readers = Readers::new(self, &pieces);
-        // All at once: what is scattered on the disk costs one wait, not one each.
-        let mut chunks = Vec::with_capacity(pieces.len());
-        let mut damaged = Vec::new();
-        match &pieces[..] {
-            [piece] => damaged.extend(self.read_piece(piece, &mut chunks).await),
-            _ => {
-                let reads = pieces.iter().map(|piece| async {
-                    let mut chunks = Vec::with_capacity(1);
-                    let damaged = self.read_piece(piece, &mut chunks).await;
-                    (chunks, damaged)
-                });
-                for (read, found) in futures::future::join_all(reads).await {
-                    chunks.extend(read);
-                    damaged.extend(found);
-                }
-            }
-        }
+        let mut chunks = Chunks::<R>::new();
+        let damaged = match &pieces[..] {
+            [piece] => self.read_piece(piece, &mut chunks).await,
+            pieces => Box::pin(self.read_pieces(pieces, &mut chunks)).await,
+        };
+        let span = Span { began, ended: self.runtime.clock().now() };
         drop(readers);
         if let Some(block) = damaged.first().copied() {
             self.note_all(first, &found, &damaged);
             return Err(Refusal::Damaged { block });
         }
+        // What was never written is not on the disk.
+        let disk = (!pieces.is_empty()).then_some(span);
         let checksums = pieces.into_iter().flat_map(|piece| piece.checksums).collect();
-        Ok((Answer::Read { runs: runs_of(&found), checksums }, chunks))
+        Ok(Done { answer: Answer::Read { runs: runs_of(&found), checksums }, chunks, disk })
+    }
+
+    /// All at once: what is scattered on the disk costs one wait, not one each.
+    async fn read_pieces(&self, pieces: &[Piece], chunks: &mut Chunks<R>) -> Vec<BlockIndex> {
+        let reads = pieces.iter().map(|piece| async {
+            let mut chunks = Chunks::<R>::new();
+            let damaged = self.read_piece(piece, &mut chunks).await;
+            (chunks, damaged)
+        });
+        let mut damaged = Vec::new();
+        for (read, found) in futures::future::join_all(reads).await {
+            chunks.extend(read);
+            damaged.extend(found);
+        }
+        damaged
     }
 
     /// Gives the blocks that cannot be read as they were written.
@@ -108,7 +117,11 @@ impl<R: Runtime> Shard<R> {
             chunks.push(Chunk { range: 0..bytes.len(), bytes });
             return Vec::new();
         }
-        // Again, block by block: one may be all that is wrong, and it may have been the transfer.
+        Box::pin(self.read_again(piece, chunks)).await
+    }
+
+    /// Block by block: one may be all that is wrong, and it may have been the transfer.
+    async fn read_again(&self, piece: &Piece, chunks: &mut Chunks<R>) -> Vec<BlockIndex> {
         let mut damaged = Vec::new();
         for (number, checksum) in (0u32..).zip(&piece.checksums) {
             let position = Position(piece.position.0 + number);
@@ -140,8 +153,8 @@ impl<R: Runtime> Shard<R> {
     }
 }
 
-fn pieces_of(first: BlockIndex, found: &[Found]) -> Vec<Piece> {
-    let mut pieces: Vec<Piece> = Vec::new();
+fn pieces_of(first: BlockIndex, found: &[Found]) -> Few<Piece> {
+    let mut pieces = Few::<Piece>::new();
     for (block, found) in (first.0..).map(BlockIndex).zip(found) {
         let Found::Data(entry) = found else { continue };
         match pieces.last_mut() {
@@ -151,14 +164,14 @@ fn pieces_of(first: BlockIndex, found: &[Found]) -> Vec<Piece> {
             {
                 piece.checksums.push(entry.checksum);
             }
-            _ => pieces.push(Piece { block, position: entry.position, checksums: vec![entry.checksum] }),
+            _ => pieces.push(Piece { block, position: entry.position, checksums: smallvec![entry.checksum] }),
         }
     }
     pieces
 }
 
-pub(super) fn runs_of(found: &[Found]) -> Vec<Run> {
-    let mut runs: Vec<Run> = Vec::new();
+pub(super) fn runs_of(found: &[Found]) -> Few<Run> {
+    let mut runs = Few::<Run>::new();
     for found in found {
         let (version, data) = (found.version(), matches!(found, Found::Data(_)));
         match runs.last_mut() {

@@ -9,11 +9,12 @@
 //! What comes is appended like a copy by the cleaner: under its version, and it counts exactly if what it replaces
 //! still did when it was applied. Until then the damaged place stays; afterwards it is free.
 
+use super::course::Done;
 use super::damage::{Conflict, Damaged, FoundBy};
 use super::pins::Kept;
 use super::queue::Need;
 use super::requests::check_range;
-use super::{Chunks, Shard, State};
+use super::{Shard, State};
 use crate::index::{Found, Place};
 use crate::log::record::{Data, Record};
 use crate::log::{BLOCK, Position, SegmentIndex};
@@ -59,7 +60,7 @@ impl<R: Runtime> Shard<R> {
         token: &Token,
         (first, count): (BlockIndex, u32),
         data: bool,
-    ) -> Result<(Answer, Chunks<R>), Refusal> {
+    ) -> Result<Done<R>, Refusal> {
         if !self.key.verify(volume, Epoch(0), PEER, token) {
             return Err(Refusal::BadToken);
         }
@@ -74,12 +75,12 @@ impl<R: Runtime> Shard<R> {
             Place { volume, slice, block: first }
         };
         if data {
-            return self.read(place, count).await;
+            return self.read(place, count, self.runtime.clock().now()).await;
         }
         let found = self.state.borrow().contents.index.find_range(place, count);
         let entries = found.iter().filter_map(|found| if let Found::Data(entry) = found { Some(entry) } else { None });
         let checksums = entries.map(|entry| entry.checksum).collect();
-        Ok((Answer::Read { runs: super::reads::runs_of(&found), checksums }, Vec::new()))
+        Ok(Answer::Read { runs: super::reads::runs_of(&found), checksums }.into())
     }
 
     /// Takes note of a block that cannot be read.
@@ -255,13 +256,19 @@ impl<R: Runtime> Shard<R> {
             let Some(from) = state.standing(damaged) else { return Outcome::Gone };
             (from, state.flush_point(volume))
         };
-        let data =
-            Data { volume, first: block, version, flush_point, position: Position(0), checksums: vec![checksum] };
+        let data = Data {
+            volume,
+            first: block,
+            version,
+            flush_point,
+            position: Position(0),
+            checksums: [checksum].as_slice().into(),
+        };
         // Like a note it gives as much space back as it takes, so it may use what data may not.
         let appended = self.submit(Need::Note, Record::Data(data), payload, Some(vec![from]));
         let result = match appended {
             // Not waited for at the end: there may be no space any more, and nobody who makes some.
-            Ok(waiting) => self.unless_ending(waiting.done()).await.unwrap_or(Ok(())),
+            Ok(waiting) => self.unless_ending(waiting.done()).await.map_or(Ok(()), |done| done.map(drop)),
             Err(refusal) => Err(refusal),
         };
         match result {
@@ -278,7 +285,7 @@ impl<R: Runtime> Shard<R> {
 
     /// Keeps a segment from being reused while it is held.
     pub(super) fn hold(self: &Rc<Self>, segment: SegmentIndex) -> super::reads::Readers<R> {
-        super::reads::Readers::of(self, vec![segment])
+        super::reads::Readers::of(self, [segment].into())
     }
 }
 

@@ -1,16 +1,18 @@
 //! What a client asks: checked in full, then carried out. The rules are those of the replication protocol: a request
 //! shows epoch, incarnation and generation, and anything that does not match is refused, reads too (rule 5).
 
-use super::queue::Need;
+use super::course::{Done, Span};
+use super::queue::{Need, Waiting};
 use super::volumes::Session;
-use super::{Chunks, Shard, State};
+use super::{Shard, State};
 use crate::index::Place;
 use crate::log::record::{self, Clear, Data, Instances, Record};
 use crate::log::{BLOCK, Position};
 use bytes::Bytes;
 use std::rc::Rc;
-use torus_rpc::message::{Answer, Envelope, Opened, Operation, Refusal, Token};
-use torus_rpc::runtime::Runtime;
+use torus_rpc::message::{Answer, Checksums, Envelope, Few, Opened, Operation, Refusal, Token};
+use torus_rpc::runtime::{Instant, Runtime};
+use torus_rpc::server::Request;
 use torus_schema::ids::{BlockIndex, Epoch, SliceId, Version, VolumeId};
 use torus_schema::limits::{
     BLOCK_BYTES, BLOCKS_PER_FRAME_MAX, DESCRIPTORS_PER_REPLY_MAX, SEQUENCE_MAX, SLICES_MAX, VOLUME_BYTES_MAX,
@@ -25,41 +27,51 @@ pub(super) fn malformed(because: impl Into<String>) -> Refusal {
 }
 
 impl<R: Runtime> Shard<R> {
-    pub(super) async fn answer(
-        self: &Rc<Self>,
-        envelope: &Envelope,
-        operation: Operation,
-        payload: Bytes,
-    ) -> Result<(Answer, Chunks<R>), Refusal> {
+    /// `began`: when it was begun with.
+    pub(super) async fn answer(self: &Rc<Self>, request: &mut Request, began: Instant) -> Result<Done<R>, Refusal> {
         self.state.borrow().check_alive()?;
-        let answer = match operation {
+        let envelope = &request.envelope;
+        match request.operation {
+            Operation::Read { first, count } => {
+                check_range(first, u64::from(count))?;
+                let slice = self.check_block(envelope, first)?;
+                self.read(Place { volume: envelope.volume, slice, block: first }, count, began).await
+            }
+            Operation::Write { first, version, durable, ref mut checksums } => {
+                let checksums = std::mem::take(checksums);
+                // Of the payload only what waits to be appended is kept, and not until a sync is over.
+                let payload = std::mem::take(&mut request.payload);
+                let written = self.write(envelope, first, version, checksums, &payload)?;
+                drop(payload);
+                let written = all_done(written).await?;
+                self.with_sync_if(durable, Answer::Written, written).await
+            }
+            Operation::Flush => {
+                self.check(envelope, None)?;
+                self.state.borrow_mut().statistics.flushes += 1;
+                // The writer may have been fenced meanwhile; what is synced is synced, and it may know.
+                self.with_sync_if(true, Answer::Flushed, None).await
+            }
+            // Apart, or the future of each read would be as large as the largest of these.
+            _ => Box::pin(self.answer_rare(request)).await,
+        }
+    }
+
+    async fn answer_rare(self: &Rc<Self>, request: &mut Request) -> Result<Done<R>, Refusal> {
+        let envelope = &request.envelope;
+        let answer = match std::mem::replace(&mut request.operation, Operation::Ping) {
+            Operation::Read { .. } | Operation::Write { .. } | Operation::Flush => {
+                unreachable!("it is answered above")
+            }
             Operation::Hello { .. } | Operation::Ping => return Err(malformed("hello and ping are for the server")),
             Operation::CreateInstances { token, placement, width, ring_slices, slices } => {
                 let record = new_instances(envelope, placement, width, ring_slices, slices)?;
                 self.create_instances(record, &token).await?
             }
             Operation::Open { token, owner, slices } => self.open_volume(envelope, token, &owner, &slices).await?,
-            Operation::Read { first, count } => {
-                check_range(first, u64::from(count))?;
-                let slice = self.check_block(envelope, first)?;
-                return self.read(Place { volume: envelope.volume, slice, block: first }, count).await;
-            }
-            Operation::Write { first, version, durable, checksums } => {
-                self.write(envelope, first, version, checksums, payload).await?;
-                self.sync_if(durable).await?;
-                Answer::Written
-            }
             Operation::Clear { first, count, slice, version, durable } => {
-                self.clear(envelope, first, count, slice, version).await?;
-                self.sync_if(durable).await?;
-                Answer::Cleared
-            }
-            Operation::Flush => {
-                self.check(envelope, None)?;
-                self.state.borrow_mut().statistics.flushes += 1;
-                self.sync_after_now().await?;
-                // The writer may have been fenced meanwhile; what is synced is synced, and it may know.
-                Answer::Flushed
+                let cleared = self.clear(envelope, first, count, slice, version).await?;
+                return self.with_sync_if(durable, Answer::Cleared, Some(cleared)).await;
             }
             Operation::Describe { above, from, slice } => self.describe(envelope, above, from, slice)?,
             Operation::Retain(retention) => self.retain(envelope, retention).await?,
@@ -70,11 +82,18 @@ impl<R: Runtime> Shard<R> {
             }
             Operation::Resync(asked) => self.resync(envelope, &asked).await?,
         };
-        Ok((answer, Vec::new()))
+        Ok(answer.into())
     }
 
-    async fn sync_if(self: &Rc<Self>, durable: bool) -> Result<(), Refusal> {
-        if durable { self.sync_after_now().await } else { Ok(()) }
+    /// `written`: what the disk did before.
+    async fn with_sync_if(
+        self: &Rc<Self>,
+        durable: bool,
+        answer: Answer,
+        written: Option<Span>,
+    ) -> Result<Done<R>, Refusal> {
+        let disk = if durable { Some(self.sync_after_now().await?.and(written)) } else { written };
+        Ok(Done { disk, ..answer.into() })
     }
 
     /// Rule 5, and F taken note of.
@@ -186,14 +205,15 @@ impl<R: Runtime> Shard<R> {
         }))
     }
 
-    async fn write(
+    /// In the queue before it returns; nothing of it, if what is there already supersedes all of it.
+    fn write(
         self: &Rc<Self>,
         envelope: &Envelope,
         first: BlockIndex,
         version: Version,
-        checksums: Vec<u32>,
-        payload: Bytes,
-    ) -> Result<(), Refusal> {
+        checksums: Checksums,
+        payload: &Bytes,
+    ) -> Result<Few<Waiting>, Refusal> {
         check_range(first, checksums.len() as u64)?;
         let expected = checksums.len() as u64 * BLOCK_BYTES;
         if payload.len() as u64 != expected {
@@ -217,21 +237,15 @@ impl<R: Runtime> Shard<R> {
         self.state.borrow_mut().statistics.writes += 1;
         let alive = self.state.borrow().alive_runs(envelope.volume, blocks.clone(), version);
         if alive.len() == 1 && alive[0] == (0..data.checksums.len()) {
-            return self.append(Need::Data, Record::Data(data), payload).await;
+            return Ok([self.submit(Need::Data, Record::Data(data), payload.clone(), None)?].into());
         }
-        let parts: Vec<_> = alive
-            .into_iter()
-            .map(|run| {
-                let (first, checksums) = (BlockIndex(first.0 + run.start as u64), data.checksums[run.clone()].to_vec());
-                let part = Data { first, checksums, ..data.clone() };
-                let payload = payload.slice(run.start * BLOCK..run.end * BLOCK);
-                self.submit(Need::Data, Record::Data(part), payload, None)
-            })
-            .collect();
-        for part in parts {
-            part?.done().await?;
-        }
-        Ok(())
+        let parts = alive.into_iter().map(|run| {
+            let (first, checksums) = (BlockIndex(first.0 + run.start as u64), data.checksums[run.clone()].into());
+            let part = Data { first, checksums, ..data.clone() };
+            let payload = payload.slice(run.start * BLOCK..run.end * BLOCK);
+            self.submit(Need::Data, Record::Data(part), payload, None)
+        });
+        parts.collect()
     }
 
     async fn clear(
@@ -241,7 +255,7 @@ impl<R: Runtime> Shard<R> {
         count: u64,
         slice: SliceId,
         version: Version,
-    ) -> Result<(), Refusal> {
+    ) -> Result<Span, Refusal> {
         if count == 0 || first.0.checked_add(count).is_none_or(|end| end > VOLUME_BLOCKS_MAX) {
             return Err(malformed(format!("{count} blocks from {first}, a volume has at most {VOLUME_BLOCKS_MAX}")));
         }
@@ -315,6 +329,15 @@ impl State {
         volume.token = Some(token);
         Ok(Some(Session { epoch, generation: envelope.generation, open_in_previous_epoch, restarted }))
     }
+}
+
+/// From when the disk began with the first of them until it was done with the last.
+async fn all_done(parts: Few<Waiting>) -> Result<Option<Span>, Refusal> {
+    let mut disk: Option<Span> = None;
+    for part in parts {
+        disk = Some(part.done().await?.and(disk));
+    }
+    Ok(disk)
 }
 
 fn new_instances(

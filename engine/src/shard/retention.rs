@@ -10,7 +10,7 @@ use crate::log::record::{self, Record};
 use bytes::Bytes;
 use std::ops::Range;
 use std::rc::Rc;
-use torus_rpc::message::{Answer, Envelope, Refusal, Retention, Revoked};
+use torus_rpc::message::{Answer, Envelope, Few, Refusal, Retention, Revoked};
 use torus_rpc::runtime::Runtime;
 use torus_schema::ids::{BlockIndex, Version, VolumeId};
 use torus_schema::limits::{BLOCKS_PER_EXTENT, PINS_MAX, REVOKED_PER_RECORD_MAX, SEQUENCE_MAX};
@@ -88,8 +88,8 @@ impl State {
 
     /// Of a write: the parts that would not be garbage from the start. What a flushed clear hides is not appended any
     /// more, so that the clear can go when all that was appended before it is gone.
-    pub(super) fn alive_runs(&self, volume: VolumeId, blocks: Range<u64>, version: Version) -> Vec<Range<usize>> {
-        let mut runs: Vec<Range<usize>> = Vec::new();
+    pub(super) fn alive_runs(&self, volume: VolumeId, blocks: Range<u64>, version: Version) -> Few<Range<usize>> {
+        let mut runs = Few::<Range<usize>>::new();
         for (at, block) in blocks.map(BlockIndex).enumerate() {
             if self.contents.is_dead_on_arrival(self.contents.place_of(volume, block), version) {
                 continue;

@@ -259,7 +259,7 @@ impl<R: Runtime> Shard<R> {
     /// One frame of blocks. False if there was nothing to ask.
     async fn compare(&self, start: Start, peer: &Peer, volume: VolumeId, first: BlockIndex) -> bool {
         let count = BLOCKS_PER_FRAME_MAX as u32;
-        let here: Vec<Found> = {
+        let here = {
             let contents = &self.state.borrow().contents;
             let place = Place { volume, slice: contents.slice_of(volume, first.extent()), block: first };
             contents.index.find_range(place, count)

@@ -108,6 +108,7 @@ impl<R: Runtime> Shard<R> {
             resyncs: Default::default(),
             gone: RefCell::default(),
             pump_planned: Cell::new(false),
+            header: RefCell::default(),
         });
         shard.runtime.spawn().spawn(Class::Background, shard.clone().clean_forever());
         shard.runtime.spawn().spawn(Class::Background, shard.clone().repair_forever());

@@ -8,6 +8,7 @@ use crate::index::{Applied, AtTie, Entry, Found, Index, Place, Run};
 use crate::log::record::{Clear, Data, Instances, Record, Retain};
 use crate::log::space::Space;
 use crate::log::{Position, SegmentIndex};
+use torus_rpc::message::Few;
 use torus_schema::hash::{Map, Set};
 use torus_schema::ids::{BlockIndex, ExtentIndex, SliceId, Version, VolumeId};
 use torus_schema::limits::BLOCKS_PER_EXTENT;
@@ -151,7 +152,7 @@ impl Contents {
             Entry { position, checksum: run.checksums[number], version: run.version }
         };
         self.space.add_live_run(run.position, run.checksums.len() as u32);
-        let mut superseded = Vec::new();
+        let mut superseded = Few::new();
         self.index.apply_run(run, at_tie, |number, applied| match applied {
             Applied::Current { replaced } => {
                 superseded.extend(replaced.map(|replaced| (number, replaced, run.version)));
@@ -172,8 +173,7 @@ impl Contents {
         let freed = if by == old.version {
             Some(old.position)
         } else {
-            let bounds = volume.bounds().clone();
-            volume.pins.keep(place.block, old, by, at_tie == AtTie::NewcomerWins, &bounds)
+            volume.keep(place.block, old, by, at_tie == AtTie::NewcomerWins)
         };
         freed.into_iter().for_each(|position| self.space.remove_live(position));
     }

@@ -15,8 +15,9 @@
 //! A disk that has vanished is looked for again and again, ever less often; requests are refused meanwhile, so that
 //! the writers go on with the other replicas.
 
+use super::course::Measured;
+use super::{Chunk, Shard, ShardError, ShardIdentity, ShardStatistics};
 use super::{Chunks, DamageReport, PeerTable, ScrubPass, ScrubReport};
-use super::{Shard, ShardError, ShardIdentity, ShardStatistics};
 use bytes::Bytes;
 use futures::future::{Either, select};
 use std::cell::{Cell, RefCell};
@@ -27,7 +28,8 @@ use std::time::Duration;
 use torus_rpc::control::HeldVolume;
 use torus_rpc::message::{Answer, Envelope, Operation, Refusal, Reply};
 use torus_rpc::notify::Notify;
-use torus_rpc::runtime::{Class, Clock, Instant, Runtime, Spawn};
+use torus_rpc::runtime::{Class, Clock, Disk, Instant, Runtime, Spawn};
+use torus_rpc::server::{Handled, Request};
 use torus_rpc::token::ClusterKey;
 use torus_schema::ids::VolumeId;
 use torus_schema::limits::{DISK_REOPEN_PAUSE_MAX, DISK_REOPEN_PAUSE_MIN, RESYNC_BYTES_S};
@@ -49,6 +51,7 @@ pub struct Supervisor<R: Runtime, M> {
     closing: Cell<bool>,
     failures: Cell<u32>,
     resync_bytes_s: Cell<u64>,
+    measured: Measured,
 }
 
 enum Current<R: Runtime> {
@@ -87,6 +90,7 @@ impl<R: Runtime, M: Media<R>> Supervisor<R, M> {
             closing: Cell::new(false),
             failures: Cell::new(0),
             resync_bytes_s: Cell::new(RESYNC_BYTES_S),
+            measured: Measured::default(),
         });
         supervisor.runtime.spawn().spawn(Class::Foreground, supervisor.clone().supervise());
         Ok(supervisor)
@@ -108,10 +112,25 @@ impl<R: Runtime, M: Media<R>> Supervisor<R, M> {
     }
 
     pub async fn handle(&self, envelope: Envelope, operation: Operation, payload: Bytes) -> (Reply, Chunks<R>) {
-        match self.open_shard() {
-            Ok(shard) => shard.handle(envelope, operation, payload).await,
-            Err(refusal) => (Reply { full: false, answer: Answer::Refused(refusal) }, Vec::new()),
-        }
+        let arrived = self.runtime.clock().now();
+        let handled = self.handle_arrived(&mut Request { arrived, envelope, operation, payload }).await;
+        (handled.reply, handled.chunks)
+    }
+
+    /// A request that came some time ago; when its answer is sent, `measured` wants to be told.
+    pub async fn handle_arrived(&self, request: &mut Request) -> Handled<Chunk<<R::Disk as Disk>::Bytes>> {
+        let shard = match self.open_shard() {
+            Ok(shard) => shard,
+            Err(refusal) => return Reply::of(Answer::Refused(refusal)).into(),
+        };
+        let (reply, chunks, course) = shard.handle_arrived(request).await;
+        let finished = course.map(|course| self.measured.answered(request.envelope.volume, course));
+        Handled { reply, chunks, finished }
+    }
+
+    /// How long the stages of its requests took, since the process was started.
+    pub fn measured(&self) -> &Measured {
+        &self.measured
     }
 
     /// Refused while the disk is away: a volume is gone only when its disk knows.

@@ -2,10 +2,11 @@
 //! All of it is merged from records in any order: epoch and F by maximum, slices by union.
 
 use super::pins::{Bounds, Pins};
+use crate::index::Entry;
 use crate::log::record::{Instances, Open, Retain};
 use crate::log::{BatchNumber, Position};
 use std::collections::{BTreeMap, BTreeSet};
-use torus_rpc::message::{Envelope, Refusal, Retention, Token};
+use torus_rpc::message::{Envelope, Few, Refusal, Retention, Token};
 use torus_schema::ids::{BlockIndex, Epoch, RingGeneration, SliceId, Version, VolumeId};
 use torus_schema::ring::placement::Placement;
 
@@ -141,6 +142,11 @@ impl Volume {
         &self.bounds
     }
 
+    /// See `Pins::keep`.
+    pub fn keep(&mut self, block: BlockIndex, entry: Entry, by: Version, replace: bool) -> Option<Position> {
+        self.pins.keep(block, entry, by, replace, &self.bounds)
+    }
+
     /// Clears and revocations above it are needed by a replica that is stale, or may become so before its writer can
     /// say it.
     pub fn note_limit(&self) -> Version {
@@ -153,10 +159,10 @@ impl Volume {
     }
 
     /// A record in the log says F: what it covers needs to be kept no longer.
-    pub fn settle(&mut self, flush_point: Version) -> Vec<Position> {
+    pub fn settle(&mut self, flush_point: Version) -> Few<Position> {
         self.flush_point = self.flush_point.max(flush_point);
         if flush_point <= self.settled {
-            return Vec::new();
+            return Few::new();
         }
         self.settled = flush_point;
         self.bounds.limit = self.settled.min(self.horizon());
@@ -190,7 +196,6 @@ impl Volume {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::index::Entry;
 
     fn version(sequence: u64) -> Version {
         Version::new(Epoch(1), sequence)
@@ -218,13 +223,13 @@ mod tests {
         assert!(volume.is_worth_settling());
         volume.settling = version(5);
         assert!(!volume.is_worth_settling(), "one is on its way");
-        assert_eq!(volume.settle(version(5)), vec![Position(40)]);
+        assert_eq!(volume.settle(version(5)).to_vec(), vec![Position(40)]);
     }
 
     #[test]
     fn what_a_writer_needs_kept_is_what_the_latest_of_the_latest_epoch_says() {
         let mut volume = overwritten();
-        assert_eq!(volume.settle(version(5)), vec![], "unknown frees nothing");
+        assert_eq!(volume.settle(version(5)).to_vec(), vec![], "unknown frees nothing");
         let pinned =
             Retention { horizon: version(9), pins: vec![version(3)], stale_since: Some(version(1)), status_changes: 7 };
         assert_eq!(volume.merge_retain(&retain(2, 2, pinned)), vec![]);

@@ -9,6 +9,7 @@
 //! * `volume`    the noun both programs share; `volume_create`, `volume_compare`, `volume_delete`,
 //!   `volume_show`, `volume_set`, `volume_resize`, `volume_promote`; `unowned` while nobody has it attached
 //! * `why`       where a byte lies, and what each replica has there
+//! * `top`       how much is asked of shards, and in which stage the time goes; of one volume: `latency`
 //! * `scrub`     reading and verifying everything, and what was found
 //! * `snapshot`  what stands in the metadata store, read and checked
 //! * `output`    tables, JSON and CSV
@@ -25,6 +26,7 @@ pub mod scrub;
 mod snapshot;
 mod standing;
 pub mod status;
+pub mod top;
 mod unowned;
 pub mod volume;
 mod volume_compare;

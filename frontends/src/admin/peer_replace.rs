@@ -314,7 +314,7 @@ async fn look<M: Metadata>(metadata: &M, replaced: &Replaced) -> Result<Left, Ad
             }
             open += 1;
             let others = slice.in_sync().filter(|shard| shard.node != replaced.number).count();
-            stuck |= others < usize::from(volume.min_replicas);
+            stuck |= others == 0;
             if counts && silent.is_none() {
                 unmarked.push(slice.slice);
             }
@@ -339,7 +339,7 @@ fn sentence(left: &Left, all: usize, silent: Option<String>) -> String {
     };
     if !left.stuck.is_empty() {
         said +=
-            &format!("; below their minimum and not filled until other replicas are back: {}", left.stuck.join(", "));
+            &format!("; with no other replica in sync, and not filled until one is back: {}", left.stuck.join(", "));
     }
     if let Some(error) = silent {
         said += &format!("; {error}");

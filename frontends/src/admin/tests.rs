@@ -141,7 +141,7 @@ impl Scene {
             let Operation::CreateInstances { token, slices, .. } = operation else { panic!("{operation:?}") };
             assert!(key.verify(envelope.volume, Epoch(0), "create", &token));
             created.borrow_mut().push((node, shard, slices));
-            async { (Reply { full: false, answer: Answer::Created }, vec![]) }
+            async { (Reply::of(Answer::Created), vec![]) }
         });
     }
 

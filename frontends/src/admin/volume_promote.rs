@@ -30,8 +30,8 @@ use std::time::Duration;
 use torus_rpc::control::{self, ShardInstances};
 use torus_rpc::metadata::{Compare, Metadata, Revision, Transaction, Write};
 use torus_rpc::runtime::Runtime;
-use torus_schema::ids::{NodeId, NodeNumber, RingGeneration, ShardId, SliceId, Version, VolumeId};
-use torus_schema::records::{StatusRecord, VersionRecord, encode, keys};
+use torus_schema::ids::{Epoch, NodeId, NodeNumber, RingGeneration, ShardId, SliceId, Version, VolumeId};
+use torus_schema::records::{EpochRecord, StatusRecord, VersionRecord, encode, keys};
 
 #[derive(Args, Clone, Debug)]
 pub struct PromoteArguments {
@@ -220,7 +220,7 @@ async fn apply<R: Runtime>(
     if let Some(first) = earlier.first() {
         let slices: Vec<SliceId> = earlier.iter().map(|promoted| promoted.slice).collect();
         status = with_stale(&status, first.shard.node, &slices, VersionRecord::default(), now_s());
-        revision = Some(store(metadata, cluster, found, &status, revision).await?);
+        revision = Some(store(metadata, cluster, found, &status, revision, false).await?);
         let mut by_shard: BTreeMap<ShardId, Vec<SliceId>> = BTreeMap::new();
         for promoted in &earlier {
             by_shard.entry(promoted.shard).or_default().push(promoted.slice);
@@ -230,7 +230,7 @@ async fn apply<R: Runtime>(
         }
     }
     let next = plan.promoted.iter().fold(status, |status, promoted| promoted_status(&status, promoted));
-    store(metadata, cluster, found, &next, revision).await.map(drop)
+    store(metadata, cluster, found, &next, revision, true).await.map(drop)
 }
 
 fn promoted_status(status: &StatusRecord, promoted: &Promoted) -> StatusRecord {
@@ -250,16 +250,22 @@ async fn store<M: Metadata>(
     found: &Found,
     status: &StatusRecord,
     revision: Option<Revision>,
+    is_last: bool,
 ) -> Result<Revision, AdminError> {
     let volume = found.record.id;
     let (key, value) = (keys::status(volume), encode(status));
-    let unchanged = match revision {
-        Some(revision) => Compare::ModRevision(key.clone(), revision),
-        None => Compare::Absent(key.clone()),
+    let unchanged = |key: &str, revision: Option<Revision>| match revision {
+        Some(revision) => Compare::ModRevision(key.to_string(), revision),
+        None => Compare::Absent(key.to_string()),
     };
-    let transaction = Transaction {
+    // A writer that lost its key, and was cut off with the replicas it knew, must not take the volume again with them.
+    let epoch_key = keys::epoch(volume);
+    let epoch = found.epoch.unwrap_or_default();
+    let epoch = EpochRecord { epoch: Epoch(epoch.epoch.0 + 1), ..epoch };
+    let mut transaction = Transaction {
         compares: vec![
-            unchanged,
+            unchanged(&key, revision),
+            unchanged(&epoch_key, found.epoch_revision),
             Compare::Absent(keys::owner(volume)),
             Compare::ModRevision(keys::volume(volume), found.entry.mod_revision),
             Compare::ModRevision(keys::ring(), cluster.ring_entry.mod_revision),
@@ -267,6 +273,9 @@ async fn store<M: Metadata>(
         writes: vec![Write::Put { key, value, lease: None }],
         reads: vec![],
     };
+    if is_last {
+        transaction.writes.push(Write::Put { key: epoch_key, value: encode(&epoch), lease: None });
+    }
     match metadata.transact(transaction).await? {
         result if result.applied => Ok(result.revision),
         _ => Err(AdminError::ChangedMeanwhile { name: found.record.name.clone() }),

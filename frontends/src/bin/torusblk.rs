@@ -1,5 +1,5 @@
 //! `torusblk`: volumes and how hosts get at them. `volume` is in `admin/volume.rs`, `nbd` in
-//! `kernel/`, `serve` in `serve.rs`.
+//! `kernel/`, `serve` and `aoe` in `serve/`.
 
 mod common;
 
@@ -9,8 +9,12 @@ use std::process::ExitCode;
 use torus_frontends::admin::volume::{self, VolumeCommand};
 use torus_frontends::kernel::attach::{NbdArguments, run_attached};
 use torus_frontends::kernel::listing;
+use torus_frontends::serve::aoe::{AoeArguments, run_aoe};
 use torus_frontends::serve::{ServeArguments, run_server};
 use tracing_subscriber::EnvFilter;
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -38,6 +42,22 @@ Examples:
   torusblk nbd --list
   torusblk nbd --detach /dev/nbd3";
 
+const AOE_HELP: &str = "\
+AoE has no authentication and no encryption: whoever reaches the Ethernet segment can read and write every volume that is
+served there. Addresses are easily forged, so mask lists and reservations protect from mistakes, not from people. Give AoE
+a VLAN of its own, with nothing on it but targets and initiators.
+
+Every write is on stable storage of all replicas in sync before it is answered: initiators never send a flush.
+
+Start the same command on another host, too: it is a standby, answers nothing, and takes over when the volume has no owner
+any more (--lease-ttl after its owner died). Prints `serving eX.Y …` and `standby eX.Y …` as that changes.
+
+Needs CAP_NET_RAW. Linux: modprobe aoe; the device is /dev/etherd/eX.Y.
+
+Examples:
+  torusblk aoe db-1 eth1 1 0
+  torusblk aoe db-1 eth1,eth2 1 0 --export db-2=1.1 --stats /run/torus-aoe.prom";
+
 /// Makes volumes of a Torus cluster, and serves them as block devices
 #[derive(Parser, Debug)]
 #[command(name = "torusblk", version, after_help = EXAMPLES)]
@@ -58,6 +78,9 @@ enum Command {
     /// Attach a volume to this host's kernel as /dev/nbdN, until stopped or detached (as root, with the nbd module)
     #[command(after_help = NBD_HELP)]
     Nbd(NbdArguments),
+    /// Serve volumes over ATA over Ethernet until stopped, or stand by for who does (with CAP_NET_RAW)
+    #[command(after_help = AOE_HELP)]
+    Aoe(AoeArguments),
 }
 
 fn main() -> ExitCode {
@@ -68,6 +91,13 @@ fn main() -> ExitCode {
             volume::run(runtime, &command, deadline, progress).await
         }),
         Command::Nbd(arguments) => nbd(&global, &arguments),
+        Command::Aoe(arguments) => {
+            log();
+            match run_aoe(&global.metadata, deadline, &arguments) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => fail(&error),
+            }
+        }
         Command::Serve(arguments) => {
             log();
             match run_server(&global.metadata, deadline, &arguments) {

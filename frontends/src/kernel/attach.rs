@@ -34,10 +34,11 @@ use std::time::Duration;
 use thiserror::Error;
 use torus_rpc::metadata::MetadataError;
 use torus_rpc::metadata::any::AnyMetadata;
-use torus_rpc::runtime::glommio::{GlommioRuntime, StartError, run};
+use torus_rpc::runtime::glommio::{GlommioRuntime, StartError, Thread, run_on};
 use torus_rpc::runtime::{Clock, Runtime};
 use torus_schema::ids::VolumeId;
 use torus_schema::limits::{LEASE_DRIFT, OWNER_LEASE_TTL};
+use torus_schema::spin::Spin;
 
 /// linux/prctl.h
 const PR_SET_IO_FLUSHER: nix::libc::c_int = 57;
@@ -67,6 +68,9 @@ pub struct NbdArguments {
     /// When this process dies, the device's requests wait so long for another `torusblk nbd` of the volume, then fail
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     pub reconnect: u64,
+    /// So long this process looks for work before it sleeps; 0: not at all
+    #[arg(long, value_name = "MICROSECONDS", default_value_t)]
+    pub spin: Spin,
     /// Take the volume over from another owner; with --detach: fail the device under its users
     #[arg(long)]
     pub force: bool,
@@ -102,7 +106,8 @@ pub fn run_attached(metadata: &str, deadline: Duration, arguments: &NbdArguments
     never_wait_for_ourselves();
     let (events, heard) = channel();
     on_signals(events.clone())?;
-    run("torusblk", None, attached(control, index, metadata, arguments, events, heard))?
+    let thread = Thread { cpu: None, spin: arguments.spin.0 };
+    run_on("torusblk", thread, attached(control, index, metadata, arguments, events, heard))?
 }
 
 /// The kernel writes dirty pages out through this process: memory that it takes must not wait for that.
@@ -163,7 +168,7 @@ async fn attached(
         serve_kernel(kernel, &runtime, &exports, attached, (events, heard)).await
     }
     .await;
-    exports.release_all().await;
+    exports.end().await;
     served
 }
 

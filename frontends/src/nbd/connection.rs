@@ -2,6 +2,9 @@
 //! replies in the order in which they get ready.
 //!
 //! A request runs to its end whatever becomes of the connection; the device is released when the last one has ended.
+//!
+//! After the handshake it is known where the export lives. A connection that would have to hand over every request may
+//! move there instead (`Outcome::Moves`), with what it has agreed on and received.
 
 use crate::device::{Device, ExportInfo, Exports, VolumeError};
 use crate::nbd::execute::{Failures, execute};
@@ -34,6 +37,20 @@ pub(crate) struct Client {
     pub transmitting: Rc<Cell<bool>>,
 }
 
+/// What a client has agreed on, on its way to the executor where its export lives.
+pub(crate) struct Settled {
+    pub export: String,
+    pub terms: Terms,
+    /// And not understood yet.
+    pub received: BytesMut,
+}
+
+/// What becomes of a connection.
+pub(crate) enum Outcome {
+    Over(End),
+    Moves { home: usize, settled: Settled },
+}
+
 /// Why a connection is over.
 #[derive(Debug, Error)]
 pub(crate) enum End {
@@ -50,7 +67,8 @@ pub(crate) enum End {
 }
 
 impl Client {
-    pub async fn serve<E: Exports>(mut self, exports: E, offer: &Offer) -> End {
+    /// `may_move`: to that executor.
+    pub async fn serve<E: Exports>(mut self, exports: E, offer: &Offer, may_move: impl Fn(usize) -> bool) -> Outcome {
         let negotiated = {
             let negotiate = pin!(self.negotiate(&exports, offer));
             let deadline = pin!(glommio::timer::sleep(NBD_HANDSHAKE_DEADLINE));
@@ -60,22 +78,37 @@ impl Client {
             }
         };
         match negotiated {
-            Ok((device, terms)) => {
-                self.transmitting.set(true);
-                self.transmit(device, terms).await
-            }
+            Ok((device, export, terms)) => match device.home() {
+                Some(home) if !self.input.is_encrypted() && may_move(home) => {
+                    let received = std::mem::take(self.input.filled());
+                    Outcome::Moves { home, settled: Settled { export, terms, received } }
+                }
+                _ => {
+                    self.transmitting.set(true);
+                    Outcome::Over(self.transmit(device, terms).await)
+                }
+            },
             Err(end) => {
                 if matches!(end, End::Disconnected)
                     && let Err(error) = self.output.finish().await
                 {
                     tracing::debug!(peer = %self.peer, %error, "not closed in order");
                 }
-                end
+                Outcome::Over(end)
             }
         }
     }
 
-    async fn negotiate<E: Exports>(&mut self, exports: &E, offer: &Offer) -> Result<(E::Device, Terms), End> {
+    /// From where another executor's `serve` left it.
+    pub async fn go_on<E: Exports>(self, exports: E, export: &str, terms: Terms) -> End {
+        self.transmitting.set(true);
+        match exports.attach(export).await {
+            Ok(device) => self.transmit(device, terms).await,
+            Err(error) => End::Ended(error.to_string()),
+        }
+    }
+
+    async fn negotiate<E: Exports>(&mut self, exports: &E, offer: &Offer) -> Result<(E::Device, String, Terms), End> {
         let mut out = BytesMut::new();
         let mut handshake = Handshake::start(offer.tls.mode(), &mut out);
         let mut device = None;
@@ -113,8 +146,8 @@ impl Client {
                 Step::Transmission { style, allocation } => {
                     self.output.write(&out.split()).await?;
                     let (device, info) = device.expect("transmission is entered by attaching");
-                    let ExportInfo { size_bytes, read_only, .. } = info;
-                    return Ok((device, Terms { size_bytes, read_only, style, allocation }));
+                    let ExportInfo { name, size_bytes, read_only, .. } = info;
+                    return Ok((device, name, Terms { size_bytes, read_only, style, allocation }));
                 }
                 Step::End => {
                     self.output.write(&out.split()).await?;
@@ -237,16 +270,18 @@ impl<D: Device> Requests<D> {
 async fn write_replies(mut output: Output, style: Style, outbox: Rc<Outbox>) -> Result<(), StreamError> {
     let mut gather = Gather::new(style);
     let mut result = Ok(());
-    while let Some(replies) = outbox.take().await {
+    let mut replies = Vec::new();
+    while outbox.take(&mut replies).await {
         let requests = replies.len();
-        let payload_bytes = replies.iter().map(|reply| reply.payload_bytes).sum();
+        let payload_bytes = replies.iter().map(|reply: &Reply| reply.payload_bytes).sum();
         if result.is_ok() {
-            replies.into_iter().for_each(|reply| gather.put(reply));
+            replies.drain(..).for_each(|reply| gather.put(reply));
             result = output.send(&mut gather).await;
             if result.is_err() {
                 output.shut(Shutdown::Both);
             }
         }
+        replies.clear();
         outbox.release(requests, payload_bytes);
     }
     match result {

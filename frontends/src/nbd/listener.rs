@@ -6,7 +6,13 @@ use std::net::{SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 use thiserror::Error;
+
+/// The kernel lets go of the sockets of a process that was killed a moment after the process is gone: what its io_uring
+/// had begun is ended first.
+const FREED_WITHIN: Duration = Duration::from_secs(1);
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 #[derive(Debug, Error)]
 pub enum ListenerError {
@@ -56,6 +62,16 @@ impl Listener {
 
     /// A file that a dead server left behind is replaced, a live one's is not.
     pub fn unix(path: &Path) -> Result<Self, ListenerError> {
+        let until = Instant::now() + FREED_WITHIN;
+        loop {
+            match Self::try_unix(path) {
+                Err(ListenerError::InUse { .. }) if Instant::now() < until => std::thread::sleep(LOOK_AGAIN),
+                tried => return tried,
+            }
+        }
+    }
+
+    fn try_unix(path: &Path) -> Result<Self, ListenerError> {
         let address = path.display().to_string();
         let socket = match UnixListener::bind(path) {
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => {

@@ -1,7 +1,7 @@
 //! A device and its exports in memory: what the server is tested on, and measured on where only the server counts.
 //! It can be shared by executors, be told to fail, and be held, so that requests overlap as a test wants them to.
 
-use crate::device::{Device, ExportInfo, Exports, Piece, Run, VolumeError};
+use crate::device::{Device, ExportInfo, Exports, Piece, Pieces, Run, VolumeError};
 use bytes::{Bytes, BytesMut};
 use std::future::poll_fn;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -20,6 +20,8 @@ pub struct Counts {
     pub maps: u64,
     /// Of the writes and clears.
     pub durable: u64,
+    /// Writes and clears that no flush has followed.
+    pub unflushed: u64,
 }
 
 /// A real volume looks at a bounded part at once as well.
@@ -30,6 +32,8 @@ struct State {
     blocks: Map<u64, Bytes>,
     counts: Counts,
     fault: Option<VolumeError>,
+    /// A block that cannot be read.
+    rotten: Option<u64>,
     held: bool,
     waiting: Vec<Waker>,
 }
@@ -53,6 +57,11 @@ impl MemoryDevice {
     /// Every further request fails so, until told otherwise.
     pub fn fail(&self, fault: Option<VolumeError>) {
         self.lock().fault = fault;
+    }
+
+    /// Of one block, or none.
+    pub fn rot(&self, block: Option<u64>) {
+        self.lock().rotten = block;
     }
 
     /// Further requests wait until `release`.
@@ -140,11 +149,14 @@ impl Device for MemoryDevice {
         self.read_only
     }
 
-    async fn read(&self, offset: u64, length: u64) -> Result<Vec<Piece>, VolumeError> {
+    async fn read(&self, offset: u64, length: u64) -> Result<Pieces, VolumeError> {
         self.begin(offset, length).await?;
         let mut state = self.lock();
         state.counts.reads += 1;
-        let mut pieces: Vec<Piece> = Vec::with_capacity((length / BLOCK_BYTES) as usize + 1);
+        if let Some(block) = state.rotten.filter(|rotten| blocks(offset, length).any(|(block, ..)| block == *rotten)) {
+            return Err(VolumeError::Unreadable { block, because: "it is rotten".to_string() });
+        }
+        let mut pieces = Pieces::new();
         for (block, from, here) in blocks(offset, length) {
             match (state.blocks.get(&block), pieces.last_mut()) {
                 (Some(data), _) => pieces.push(Piece::Data(data.slice(from..from + here))),
@@ -161,6 +173,7 @@ impl Device for MemoryDevice {
         let mut state = self.lock();
         state.counts.writes += 1;
         state.counts.durable += u64::from(durable);
+        state.counts.unflushed += 1;
         for (block, from, here) in blocks(offset, data.len() as u64) {
             let new = patched(state.blocks.get(&block), from, &data.split_to(here));
             state.blocks.insert(block, new);
@@ -174,6 +187,7 @@ impl Device for MemoryDevice {
         let mut state = self.lock();
         state.counts.clears += 1;
         state.counts.durable += u64::from(durable);
+        state.counts.unflushed += 1;
         for (block, from, here) in blocks(offset, length) {
             if here == BLOCK_BYTES as usize {
                 state.blocks.remove(&block);
@@ -203,7 +217,9 @@ impl Device for MemoryDevice {
 
     async fn flush(&self) -> Result<(), VolumeError> {
         self.begin(0, 0).await?;
-        self.lock().counts.flushes += 1;
+        let mut state = self.lock();
+        state.counts.flushes += 1;
+        state.counts.unflushed = 0;
         Ok(())
     }
 }

@@ -14,7 +14,8 @@
 //! * `receive`    the receive buffer that payloads are split off
 //! * `outbox`     replies on their way to the writer, and what bounds a connection
 //! * `listener`   TCP and unix sockets to accept on
-//! * `server`     accepts, counts and stops connections
+//! * `reception`  accepts connections and spreads them over executors
+//! * `server`     the connections of one executor: counts and stops them
 //! * `connection` one connection: reader, writer, and a task per request, which `execute` carries out
 //! * `stream`     a connection's socket, as it is or over TLS; `tls` that without I/O, and its certificates
 //! * `memory`     a device in memory, for tests and for measuring the server alone
@@ -29,6 +30,7 @@ pub mod listener;
 pub mod memory;
 mod outbox;
 mod receive;
+mod reception;
 pub mod reply;
 pub mod server;
 pub mod session;
@@ -38,5 +40,6 @@ pub mod wire;
 
 pub use handshake::TlsMode;
 pub use listener::{Listener, ListenerError};
+pub use reception::{Arrivals, ConnectionCounts, Reception};
 pub use server::{Offer, serve};
 pub use tls::{ClientCertificates, TlsError, TlsOffer};

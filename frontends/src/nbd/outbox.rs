@@ -3,14 +3,13 @@
 
 use crate::nbd::reply::Reply;
 use std::cell::RefCell;
-use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::task::{Poll, Waker};
 use torus_schema::limits::{NBD_OUTSTANDING_BYTES_MAX, NBD_REQUESTS_MAX};
 
 #[derive(Default)]
 struct Inner {
-    replies: VecDeque<Reply>,
+    replies: Vec<Reply>,
     requests: usize,
     payload_bytes: u64,
     /// No more requests come.
@@ -49,7 +48,7 @@ impl Outbox {
 
     pub fn push(&self, reply: Reply) {
         let mut inner = self.inner.borrow_mut();
-        inner.replies.push_back(reply);
+        inner.replies.push(reply);
         if let Some(writer) = inner.writer.take() {
             writer.wake();
         }
@@ -64,15 +63,17 @@ impl Outbox {
         }
     }
 
-    /// All replies that there are, or none when there will be none any more. For the one writer.
-    pub async fn take(&self) -> Option<VecDeque<Reply>> {
+    /// Puts all replies that there are into `into`, which is empty; false when there will be none any more. For the one
+    /// writer.
+    pub async fn take(&self, into: &mut Vec<Reply>) -> bool {
         poll_fn(|context| {
             let mut inner = self.inner.borrow_mut();
             if !inner.replies.is_empty() {
-                return Poll::Ready(Some(std::mem::take(&mut inner.replies)));
+                std::mem::swap(&mut inner.replies, into);
+                return Poll::Ready(true);
             }
             if inner.finished && inner.requests == 0 {
-                return Poll::Ready(None);
+                return Poll::Ready(false);
             }
             inner.writer = Some(context.waker().clone());
             Poll::Pending
@@ -123,11 +124,15 @@ mod tests {
         let outbox = Outbox::default();
         outbox.begin(7);
         outbox.finish();
-        assert!(outbox.take().now_or_never().is_none());
+        let mut replies = Vec::new();
+        assert!(outbox.take(&mut replies).now_or_never().is_none());
         outbox.push(reply(7));
-        assert_eq!(outbox.take().now_or_never(), Some(Some(VecDeque::from([reply(7)]))));
-        assert!(outbox.take().now_or_never().is_none(), "sent, but not released yet");
+        assert_eq!(
+            (outbox.take(&mut replies).now_or_never(), replies.drain(..).as_slice()),
+            (Some(true), &[reply(7)][..])
+        );
+        assert!(outbox.take(&mut replies).now_or_never().is_none(), "sent, but not released yet");
         outbox.release(1, 7);
-        assert_eq!(outbox.take().now_or_never(), Some(None));
+        assert_eq!(outbox.take(&mut replies).now_or_never(), Some(false));
     }
 }

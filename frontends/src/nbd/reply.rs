@@ -1,7 +1,7 @@
 //! Replies without I/O: many are gathered into one send. What is small is copied together, what is large is sent from
 //! where it lies.
 
-use crate::device::{Piece, Run};
+use crate::device::{Piece, Pieces, Run};
 use crate::nbd::contexts::{ALLOCATION_ID, allocation};
 use crate::nbd::errors::Failure;
 use crate::nbd::wire::{self, ChunkOf, Cookie, Style};
@@ -24,7 +24,7 @@ pub enum Content {
     Nothing,
     /// `whole`: in one chunk, holes as the zeros that they read as.
     Read {
-        pieces: Vec<Piece>,
+        pieces: Pieces,
         whole: bool,
     },
     /// Not empty; only where replies have chunks.
@@ -33,6 +33,8 @@ pub enum Content {
 
 /// A piece below this is copied: an entry of its own in the send costs about as much as copying so many bytes.
 const COPY_BYTES_MAX: usize = 1024;
+/// Room for headers of some hundred replies; what was sent is used again.
+const OPEN_BYTES: usize = 4096;
 /// Zeros of a hole are sent from here, and written from here where they are to be stored.
 pub static ZEROS: [u8; 1 << 20] = [0; 1 << 20];
 
@@ -47,7 +49,7 @@ pub struct Gather {
 
 impl Gather {
     pub fn new(style: Style) -> Self {
-        Self { style, ..Self::default() }
+        Self { style, open: BytesMut::with_capacity(OPEN_BYTES), ..Self::default() }
     }
 
     pub fn put(&mut self, reply: Reply) {
@@ -88,17 +90,18 @@ impl Gather {
 
     /// "the server SHOULD try to minimize the number of chunks": neighbours of one kind go together. The last is final:
     /// everything was read before anything is sent, so no error can follow.
-    fn put_parts(&mut self, chunk: &ChunkOf, mut at: u64, pieces: Vec<Piece>) {
-        let mut pieces = pieces.into_iter().peekable();
-        while let Some(first) = pieces.next() {
-            let is_hole = matches!(first, Piece::Zeros(_));
-            let mut part = vec![first];
-            while let Some(more) = pieces.next_if(|piece| matches!(piece, Piece::Zeros(_)) == is_hole) {
-                part.push(more);
-            }
-            let (bytes, done) = (bytes_of(&part), pieces.peek().is_none());
+    fn put_parts(&mut self, chunk: &ChunkOf, mut at: u64, pieces: Pieces) {
+        let is_hole = |piece: &Piece| matches!(piece, Piece::Zeros(_));
+        let mut pieces = pieces.into_iter();
+        while let Some(part) = pieces.as_slice().chunk_by(|piece, next| is_hole(piece) == is_hole(next)).next() {
+            let (count, bytes, of_hole) = (part.len(), bytes_of(part), is_hole(&part[0]));
+            let done = count == pieces.len();
+            let part = pieces.by_ref().take(count);
             match u32::try_from(bytes) {
-                Ok(hole_bytes) if is_hole => chunk.put_hole(&mut self.open, at, hole_bytes, done),
+                Ok(hole_bytes) if of_hole => {
+                    part.for_each(drop);
+                    chunk.put_hole(&mut self.open, at, hole_bytes, done);
+                }
                 _ => {
                     chunk.put_data_header(&mut self.open, at, bytes, done);
                     self.put_pieces(part);
@@ -108,7 +111,7 @@ impl Gather {
         }
     }
 
-    fn put_pieces(&mut self, pieces: Vec<Piece>) {
+    fn put_pieces(&mut self, pieces: impl IntoIterator<Item = Piece>) {
         for piece in pieces {
             match piece {
                 Piece::Data(data) => self.put_bytes(data),
@@ -179,7 +182,7 @@ mod tests {
 
     fn reply(cookie: u64, result: Result<Vec<Piece>, Errno>) -> Reply {
         let result = match result {
-            Ok(pieces) => Ok(Content::Read { pieces, whole: false }),
+            Ok(pieces) => Ok(Content::Read { pieces: pieces.into(), whole: false }),
             Err(errno) => Err(Failure::new(errno, "refused")),
         };
         Reply { cookie: Cookie(cookie), offset: 0, result, payload_bytes: 0 }
@@ -214,7 +217,7 @@ mod tests {
         let pieces = vec![data(b"ab"), data(b"c"), Piece::Zeros(512), Piece::Zeros(512), data(b"d")];
         for style in [Style::Structured, Style::Extended] {
             let read =
-                |pieces: &[Piece], whole| chunks(style, 4096, Ok(Content::Read { pieces: pieces.to_vec(), whole }));
+                |pieces: &[Piece], whole| chunks(style, 4096, Ok(Content::Read { pieces: pieces.into(), whole }));
             let at = |offset: u64, rest: &[u8]| [&offset.to_be_bytes()[..], rest].concat();
             let expected =
                 [(false, 1, at(4096, b"abc")), (false, 2, at(4099, &1024u32.to_be_bytes())), (true, 1, at(5123, b"d"))];

@@ -1,27 +1,28 @@
-//! Accepts connections, counts them, and stops them in order: what is in flight is answered, what still comes is
-//! refused, who does not take their replies is cut off.
+//! The connections of one executor: counts them, and stops them in order: what is in flight is answered, what still
+//! comes is refused, who does not take their replies is cut off.
 
 use crate::device::{ExportInfo, Exports};
-use crate::nbd::connection::{Client, End};
+use crate::nbd::connection::{Client, End, Outcome, Settled};
 use crate::nbd::listener::Listener;
+use crate::nbd::reception::{Arrivals, ConnectionCounts, Counted, Newcomer, Reception, Via};
 use crate::nbd::stream::{Input, Output, StreamError};
 use crate::nbd::tls::TlsOffer;
-use futures::future::{Either, select};
-use glommio::net::{TcpListener, TcpStream};
+use futures::StreamExt;
+use futures::future::{Either, FutureExt, OptionFuture, join, select};
+use glommio::net::TcpStream;
 use nix::sys::socket::{Shutdown, setsockopt, shutdown, sockopt};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::future::{Future, poll_fn};
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::pin::pin;
 use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::task::{Poll, Waker};
-use std::time::Duration;
 use torus_schema::limits::{NBD_CONNECTIONS_MAX, NBD_STOP_GRACE};
 
-/// How long accepting rests when it failed (no file descriptor is left): clients wait in the backlog meanwhile.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// A peer that vanished without a word is noticed after idle + count × interval, in seconds.
 const KEEPALIVE_IDLE_S: u32 = 60;
 const KEEPALIVE_INTERVAL_S: u32 = 10;
@@ -35,7 +36,8 @@ pub struct Offer {
     pub read_only: bool,
     /// What the empty name means: "reserved for a "default" export".
     pub default_export: Option<String>,
-    /// When there are as many, the oldest that is still shaking hands makes room; without one, who comes is turned away.
+    /// Of one executor. When there are as many, the oldest that is still shaking hands makes room; without one, who
+    /// comes is turned away.
     pub connections_max: usize,
 }
 
@@ -67,52 +69,74 @@ pub async fn serve<E: Exports>(
     offer: Offer,
     stop: impl Future<Output = ()>,
 ) -> io::Result<()> {
-    let socket = listener.socket()?;
-    // SAFETY: the descriptor was duplicated for this and is owned by nobody else.
-    let acceptor = unsafe { TcpListener::from_raw_fd(socket.into_raw_fd()) };
-    let connections = Rc::new(Connections::new(offer));
-    tracing::info!(address = listener.address(), "serving NBD");
-    {
-        let accept = pin!(accept(&acceptor, &listener, &exports, &connections));
-        match select(pin!(stop), accept).await {
-            Either::Left(((), _)) => {}
-            Either::Right((never, _)) => match never {},
-        }
-    }
-    drop(acceptor);
-    tracing::info!(address = listener.address(), connections = connections.count(), "stopping NBD");
-    connections.stop().await;
+    let (reception, arrivals) = Reception::new(1);
+    let stop = stop.shared();
+    let accepting = reception.accept(&listener, stop.clone())?;
+    let serving = arrivals.into_iter().next().map(|arrivals| arrivals.serve(exports, offer, stop));
+    join(accepting, OptionFuture::from(serving)).await;
     Ok(())
 }
 
-async fn accept<E: Exports>(
-    acceptor: &TcpListener,
-    listener: &Listener,
-    exports: &E,
-    connections: &Rc<Connections>,
-) -> std::convert::Infallible {
-    loop {
-        let accepted = match acceptor.accept().await {
-            Ok(stream) => connections.begin(stream, listener),
-            Err(error) => Err(error.into()),
-        };
-        match accepted {
-            Ok(Some((client, open))) => {
-                let exports = exports.clone();
-                glommio::spawn_local(async move {
-                    let peer = client.peer.clone();
-                    let end = client.serve(exports, &open.connections.offer).await;
-                    log_end(&peer, &end);
-                    drop(open);
-                })
-                .detach();
-            }
-            Ok(None) => tracing::warn!(limit = connections.offer.connections_max, "a connection too many was closed"),
-            Err(error) => {
-                tracing::warn!(address = listener.address(), %error, "a connection could not be accepted");
-                glommio::timer::sleep(ACCEPT_PAUSE).await;
+impl Arrivals {
+    /// On the executor that these are for: serves until `stop`, like `serve`.
+    pub async fn serve<E: Exports>(mut self, exports: E, offer: Offer, stop: impl Future<Output = ()>) {
+        let connections = Rc::new(Connections::new(offer, self.counts.clone()));
+        {
+            let mut stop = pin!(stop);
+            while let Either::Left((Some(newcomer), _)) = select(self.newcomers.next(), stop.as_mut()).await {
+                self.begin(newcomer, &exports, &connections);
             }
         }
+        tracing::info!(executor = self.counts.executor, connections = connections.count(), "stopping NBD");
+        connections.stop().await;
+    }
+
+    fn begin<E: Exports>(&self, newcomer: Newcomer, exports: &E, connections: &Rc<Connections>) {
+        let Newcomer { socket, via, counted, turned_away, settled } = newcomer;
+        let (mut client, open) = match connections.begin(&socket, counted, &via) {
+            Ok(Some(begun)) => begun,
+            Ok(None) => return self.turn_away((socket, via, settled), turned_away, connections.offer.connections_max),
+            Err(error) => return tracing::warn!(address = via.address, %error, "a connection could not be served"),
+        };
+        let (exports, reception, here) = (exports.clone(), self.reception.clone(), self.counts.executor);
+        glommio::spawn_local(async move {
+            let peer = client.peer.clone();
+            let outcome = match settled {
+                Some(Settled { export, terms, received }) => {
+                    client.input.resume(received);
+                    Outcome::Over(client.go_on(exports, &export, terms).await)
+                }
+                None => client.serve(exports, &open.connections.offer, |home| reception.may_move(here, home)).await,
+            };
+            match outcome {
+                Outcome::Over(end) => log_end(&peer, &end),
+                Outcome::Moves { home, settled } => match open.socket() {
+                    Ok(socket) => {
+                        tracing::debug!(peer, from = here, to = home, "moves to where its export lives");
+                        open.connections.counts.served.fetch_sub(1, Ordering::Relaxed);
+                        reception.send(home, socket, via, 0, Some(settled));
+                    }
+                    Err(error) => tracing::warn!(peer, %error, "a connection could not move to where its export lives"),
+                },
+            }
+            drop(open);
+        })
+        .detach();
+    }
+
+    /// There may be room on another executor.
+    fn turn_away(
+        &self,
+        (socket, via, settled): (OwnedFd, Arc<Via>, Option<Settled>),
+        turned_away: usize,
+        limit: usize,
+    ) {
+        let executors = self.reception.executors.len();
+        if turned_away + 1 == executors {
+            return tracing::warn!(limit, executors, "a connection too many was closed");
+        }
+        let next = (self.counts.executor + 1) % executors;
+        self.reception.send(next, socket, via, turned_away + 1, settled);
     }
 }
 
@@ -126,6 +150,7 @@ fn log_end(peer: &str, end: &End) {
 
 struct Connections {
     offer: Offer,
+    counts: Arc<ConnectionCounts>,
     open: RefCell<BTreeMap<u64, Socket>>,
     next: Cell<u64>,
     stopping: Rc<Cell<bool>>,
@@ -143,6 +168,13 @@ struct Socket {
 struct Open {
     connections: Rc<Connections>,
     id: u64,
+    _counted: Counted,
+}
+
+impl Open {
+    fn socket(&self) -> io::Result<OwnedFd> {
+        self.connections.open.borrow()[&self.id].descriptor.try_clone()
+    }
 }
 
 impl Drop for Open {
@@ -163,9 +195,10 @@ impl Socket {
 }
 
 impl Connections {
-    fn new(offer: Offer) -> Self {
+    fn new(offer: Offer, counts: Arc<ConnectionCounts>) -> Self {
         Self {
             offer,
+            counts,
             open: RefCell::default(),
             next: Cell::default(),
             stopping: Rc::default(),
@@ -195,29 +228,29 @@ impl Connections {
     }
 
     /// Registers a connection, unless there are too many.
-    fn begin(self: &Rc<Self>, stream: TcpStream, listener: &Listener) -> io::Result<Option<(Client, Open)>> {
+    fn begin(self: &Rc<Self>, accepted: &OwnedFd, counted: Counted, via: &Via) -> io::Result<Option<(Client, Open)>> {
         if !self.has_room() {
             return Ok(None);
         }
         let id = self.next.get();
         self.next.set(id + 1);
-        let socket = duplicate(&stream)?;
-        let peer = match listener.tcp_address() {
-            Some(_) => {
-                tune(&socket)?;
-                stream.peer_addr().map_err(io::Error::from)?.to_string()
-            }
-            None => format!("{}#{id}", listener.address()),
+        let stream = stream_of(accepted)?;
+        let peer = if via.is_tcp {
+            tune(accepted)?;
+            stream.peer_addr().map_err(io::Error::from)?.to_string()
+        } else {
+            format!("{}#{}.{id}", via.address, self.counts.executor)
         };
-        // SAFETY: the descriptor was duplicated for this and is owned by nobody else.
-        let writer = unsafe { TcpStream::from_raw_fd(duplicate(&stream)?.into_raw_fd()) };
-        tracing::debug!(peer, "connected");
+        let writer = stream_of(accepted)?;
+        tracing::debug!(peer, executor = self.counts.executor, "connected");
+        self.counts.served.fetch_add(1, Ordering::Relaxed);
         let transmitting = Rc::new(Cell::new(false));
-        let entry = Socket { descriptor: socket, transmitting: transmitting.clone(), shut: Cell::new(false) };
+        let descriptor = accepted.try_clone()?;
+        let entry = Socket { descriptor, transmitting: transmitting.clone(), shut: Cell::new(false) };
         self.open.borrow_mut().insert(id, entry);
         let stopping = self.stopping.clone();
         let client = Client { input: Input::new(stream), output: Output::new(writer), peer, stopping, transmitting };
-        Ok(Some((client, Open { connections: self.clone(), id })))
+        Ok(Some((client, Open { connections: self.clone(), id, _counted: counted })))
     }
 
     /// Readers see the end of what was sent so far; the connections then end by themselves, or are cut off.
@@ -246,9 +279,11 @@ impl Connections {
     }
 }
 
-fn duplicate(stream: &TcpStream) -> io::Result<OwnedFd> {
-    // SAFETY: the stream is borrowed, so its descriptor stays open while it is duplicated.
-    unsafe { BorrowedFd::borrow_raw(stream.as_raw_fd()) }.try_clone_to_owned()
+/// A glommio stream is exclusive to whoever reads from it or writes to it: each gets one.
+fn stream_of(socket: &OwnedFd) -> io::Result<TcpStream> {
+    let copy = socket.try_clone()?;
+    // SAFETY: the descriptor was duplicated for this and is owned by nobody else.
+    Ok(unsafe { TcpStream::from_raw_fd(copy.into_raw_fd()) })
 }
 
 fn tune(socket: &OwnedFd) -> io::Result<()> {

@@ -12,7 +12,6 @@ use std::io::{self, IoSlice};
 use std::os::fd::AsRawFd;
 use std::rc::Rc;
 use thiserror::Error;
-use torus_rpc::runtime::glommio::stay_awake;
 
 /// Entries of one send; the kernel takes 1024, and a socket's buffer is full well before.
 const SEND_SEGMENTS_MAX: usize = 64;
@@ -47,6 +46,15 @@ impl Input {
         Self { stream, bytes: Receive::default(), tls: None }
     }
 
+    /// Of a client that another executor shook hands with: what it received and did not understand.
+    pub fn resume(&mut self, received: BytesMut) {
+        self.bytes.filled = received;
+    }
+
+    pub fn is_encrypted(&self) -> bool {
+        self.tls.is_some()
+    }
+
     /// What was received and not understood.
     pub fn filled(&mut self) -> &mut BytesMut {
         &mut self.bytes.filled
@@ -72,7 +80,6 @@ fn received(count: usize) -> Result<(), StreamError> {
     if count == 0 {
         return Err(StreamError::Closed);
     }
-    stay_awake();
     Ok(())
 }
 

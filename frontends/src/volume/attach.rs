@@ -9,7 +9,7 @@ use super::own::{Owned, give_up, keep_owning, own};
 use super::reconcile::reconcile;
 use super::regress::{check_not_regressed, contradicted};
 use super::replay::{Budget, ReplayBuffer};
-use super::replicas::Replicas;
+use super::replicas::{BelowMinimum, Replicas, ShardPosition};
 use super::resync::keep_in_sync;
 use super::resync_told::keep_telling;
 use super::session::{Failure, Open, Session, Shard, Verdict, verdict};
@@ -29,7 +29,7 @@ use torus_rpc::token::ClusterKey;
 use torus_schema::ids::{Epoch, Incarnation, NodeId, ShardId, SliceId, VolumeId};
 use torus_schema::limits::{LINK_DEAD_AFTER, VOLUME_OPERATIONS_MAX, VOLUME_OUTSTANDING_BYTES_MAX};
 use torus_schema::records::{
-    ClusterRecord, NameRecord, NodeRecord, OwnerRecord, VolumeRecord, VolumeState, decode, keys,
+    ClusterRecord, NameRecord, NodeRecord, OwnerRecord, StatusRecord, VolumeRecord, VolumeState, decode, keys,
 };
 use torus_schema::ring::placement::Placement;
 use torus_schema::ring::table::Ring;
@@ -145,10 +145,9 @@ async fn build<R: Runtime>(around: Surroundings<R>, owned: Owned) -> Result<Rc<S
     let cluster: ClusterRecord =
         decoded(&cluster.ok_or_else(|| record_error("there is no cluster; `torusadm init` makes one"))?)?;
     let key = ClusterKey::from_hex(&cluster.key).map_err(record_error)?;
-    check_record(&record, &owned.ring)?;
-    let placement = Placement::new(record.placement, record.width, owned.ring.slices());
-    let placed = placement.slices().iter().map(|slice| (*slice, owned.ring.replicas(*slice, record.replicas).to_vec()));
-    let replicas = Replicas::new(placed.collect(), usize::from(record.min_replicas), &owned.status.0);
+    let placement = placement_of(&record, &owned.ring)?;
+    let replicas = replicas_of(&record, &owned.ring, &owned.status.0)?;
+    let replicas = if owned.owner.repair { replicas.for_repair() } else { replicas };
     let mut shards = Vec::new();
     for id in replicas.shards() {
         shards.push(shard(&runtime, &owned, &cluster, &record, *id).await?);
@@ -167,6 +166,7 @@ async fn build<R: Runtime>(around: Surroundings<R>, owned: Owned) -> Result<Rc<S
         reading: Share::new(VOLUME_OPERATIONS_MAX, VOLUME_OUTSTANDING_BYTES_MAX),
         writing: Share::new(VOLUME_OPERATIONS_MAX, VOLUME_OUTSTANDING_BYTES_MAX),
         hedging: RefCell::new(Hedging::new(never_hedge)),
+        slow_reads: Rc::default(),
         size_bytes: Cell::new(record.size_bytes),
         record,
         owner: owned.owner,
@@ -211,6 +211,18 @@ fn status_keeper(owned: &Owned, volume_revision: Revision) -> StatusKeeper {
         distrusted: RefCell::default(),
         pending_since: Cell::new(None),
     }
+}
+
+fn placement_of(record: &VolumeRecord, ring: &Ring) -> Result<Placement, VolumeError> {
+    check_record(record, ring)?;
+    Ok(Placement::new(record.placement, record.width, ring.slices()))
+}
+
+/// Which shards hold each slice of the volume, and which of them are in sync.
+pub(super) fn replicas_of(record: &VolumeRecord, ring: &Ring, status: &StatusRecord) -> Result<Replicas, VolumeError> {
+    let placement = placement_of(record, ring)?;
+    let placed = placement.slices().iter().map(|slice| (*slice, ring.replicas(*slice, record.replicas).to_vec()));
+    Ok(Replicas::new(placed.collect(), usize::from(record.min_replicas), status))
 }
 
 /// Records come from a store that others write to.
@@ -286,13 +298,18 @@ async fn place_of<R: Runtime>(runtime: &R, node: NodeId, id: ShardId) -> Result<
     Ok((record.host.clone(), found.address.clone()))
 }
 
+pub(super) fn too_few(below: BelowMinimum) -> VolumeError {
+    let because = format!(
+        "slice {} has {} replicas in sync, at least {} are needed; bring back the nodes that hold them, or wait until \
+         they are filled (`torusadm status` tells how far that is)",
+        below.slice, below.remaining, below.min
+    );
+    VolumeError::NotReady { because }
+}
+
 pub(super) async fn open_and_reconcile<R: Runtime>(session: &Rc<Session<R>>) -> Result<(), VolumeError> {
     if let Some(below) = session.replicas.borrow().below_minimum() {
-        let because = format!(
-            "slice {} has {} replicas in sync, at least {} are needed; bring back the nodes that hold them",
-            below.slice, below.remaining, below.min
-        );
-        return Err(VolumeError::NotReady { because });
+        return Err(too_few(below));
     }
     let asked: Vec<_> =
         (0..session.shards.len()).filter(|shard| session.replicas.borrow().holds_in_sync(*shard)).collect();
@@ -322,13 +339,15 @@ pub(super) async fn open_and_reconcile<R: Runtime>(session: &Rc<Session<R>>) -> 
             _ => {}
         }
     }
-    for (shard, answer) in asked.iter().zip(answers) {
-        match answer {
-            Ok(opened) if opened.missing.is_empty() => {}
-            Ok(opened) => drop_missing(session, *shard, &opened.missing).await?,
-            Err(failure) => lose(session, *shard, &failure).await?,
+    for (shard, answer) in asked.iter().zip(&answers) {
+        if let Ok(opened) = answer
+            && !opened.missing.is_empty()
+        {
+            drop_missing(session, *shard, &opened.missing).await?;
         }
     }
+    let failed = asked.iter().zip(answers).filter_map(|(shard, answer)| Some((*shard, answer.err()?)));
+    lose_all(session, failed.collect()).await?;
     reconcile(session).await?;
     // Those that failed while it was reconciled, or restarted and opened again, may have been the only ones that had something.
     keepers.retain(|(shard, incarnation)| session.shards[*shard].incarnation.get() == *incarnation);
@@ -340,6 +359,30 @@ pub(super) async fn open_and_reconcile<R: Runtime>(session: &Rc<Session<R>>) -> 
 
 fn every_slice_has_one_of(replicas: &Replicas, keepers: &[usize]) -> bool {
     (0..replicas.slot_count()).all(|slot| keepers.iter().any(|shard| replicas.is_in_sync(slot, *shard)))
+}
+
+/// All of them or none: were one marked before it turns out that not all can be done without, it would be stale for
+/// nothing, and whoever comes next would wait for the other alone.
+async fn lose_all<R: Runtime>(
+    session: &Rc<Session<R>>,
+    failed: Vec<(ShardPosition, Failure)>,
+) -> Result<(), VolumeError> {
+    let shards = failed.iter().map(|(shard, _)| *shard).collect();
+    let without = session.replicas.borrow().clone().lose(&shards, session.flush_point.get());
+    without.map_err(|below| {
+        let named = failed.iter().map(|(shard, failure)| format!("shard {} ({failure})", session.shards[*shard].id));
+        let named = named.collect::<Vec<_>>().join(", ");
+        let (slice, remaining, min) = (below.slice, below.remaining, below.min);
+        let because = format!(
+            "{named} cannot be opened, and without it slice {slice} has {remaining} replicas in sync, at least {min} are \
+             needed; bring back the nodes that hold them"
+        );
+        VolumeError::NotReady { because }
+    })?;
+    for (shard, failure) in &failed {
+        lose(session, *shard, failure).await?;
+    }
+    Ok(())
 }
 
 pub(super) async fn lose<R: Runtime>(
@@ -438,12 +481,14 @@ async fn drop_missing<R: Runtime>(
     missing: &[SliceId],
 ) -> Result<(), VolumeError> {
     let mut next = session.replicas.borrow().clone();
-    next.lose_slices(shard, missing).map_err(|below| VolumeError::NotReady {
+    next.find_missing(shard, missing).map_err(|below| VolumeError::NotReady {
         because: format!(
-            "shard {} has lost its data; without it slice {} has {} replicas in sync, at least {} are needed",
-            session.shards[shard].id, below.slice, below.remaining, below.min
+            "shard {} has lost its data, and no other replica of slice {} is in sync",
+            session.shards[shard].id, below.slice
         ),
     })?;
     super::marking::replace(session, next).await;
-    session.check()
+    session.check()?;
+    // It is listed now, so that those that are left can fill it.
+    session.replicas.borrow().below_minimum().map_or(Ok(()), |below| Err(too_few(below)))
 }

@@ -1,8 +1,9 @@
 //! What happened to the volumes of a process, in numbers, for whoever watches it. Kept by the executors, read by any
 //! thread; written out as `torusblk serve --stats FILE` asks (Prometheus' text format).
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use torus_schema::latency::{StageCounts, Stages};
 
 /// Goes up only, or up and down.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,6 +49,8 @@ macro_rules! counters {
         #[derive(Default, Debug)]
         pub struct Counters {
             $(#[doc = $help] pub $name: Number,)*
+            /// Of each executor, since only one thread may write to them.
+            stages: Mutex<Vec<Arc<Stages>>>,
         }
 
         impl Counters {
@@ -74,6 +77,21 @@ counters! {
 }
 
 impl Counters {
+    /// For one more executor.
+    pub fn stages_of_executor(&self) -> Arc<Stages> {
+        let stages = Arc::<Stages>::default();
+        self.stages.lock().unwrap_or_else(PoisonError::into_inner).push(stages.clone());
+        stages
+    }
+
+    /// How long the stages of requests took, of all executors together.
+    pub fn stages(&self) -> StageCounts {
+        let mut all = StageCounts::default();
+        let stages = self.stages.lock().unwrap_or_else(PoisonError::into_inner);
+        stages.iter().for_each(|stages| all.merge(&stages.counts()));
+        all
+    }
+
     pub fn to_text(&self) -> String {
         let line = |(name, kind, help, value): (&str, Kind, &str, u64)| {
             let (kind, suffix) = match kind {

@@ -2,6 +2,7 @@
 //! used them for a while.
 
 use super::attach::{Attacher, Surroundings, attach, find, metadata_error};
+use super::attached::AttachedVolume;
 use super::counters::{Counters, Held, Number};
 use super::guard;
 use super::lease::{LeaseTerms, ProcessLease};
@@ -12,9 +13,7 @@ use super::replay::{Budget, ReplayLimits};
 use super::session::Session;
 use super::share::Share;
 use super::sizes::Sizes;
-use super::writer::Begun;
-use crate::device::{Device, ExportInfo, Exports, Piece, Run, VolumeError};
-use bytes::Bytes;
+use crate::device::{ExportInfo, Exports, VolumeError};
 use futures::channel::oneshot;
 use futures::future::{Either, select};
 use std::cell::{Cell, RefCell};
@@ -26,12 +25,11 @@ use torus_rpc::metadata::{Compare, Metadata, Transaction, Write};
 use torus_rpc::notify::Notify;
 use torus_rpc::runtime::{Class, Clock, Runtime, Spawn};
 use torus_schema::hash::Map;
-use torus_schema::ids::{Epoch, VolumeId};
+use torus_schema::ids::VolumeId;
+use torus_schema::latency::Stages;
 use torus_schema::limits::MARKS_IN_FLIGHT_MAX;
 use torus_schema::records::{EpochRecord, VolumeRecord, VolumeState, decode, encode, keys};
 
-/// A client that reconnects within this finds its volume still attached.
-const RELEASE_AFTER: Duration = Duration::from_secs(5);
 /// A request that waits for replicas longer than this, and whose client has gone, is given up.
 const RELEASE_WITHIN: Duration = Duration::from_secs(10);
 
@@ -56,18 +54,24 @@ impl<R: Runtime> Clone for VolumeExports<R> {
     }
 }
 
-struct Shared<R: Runtime> {
-    runtime: R,
+pub(super) struct Shared<R: Runtime> {
+    pub runtime: R,
     attacher: Attacher,
-    io_timeout: Option<Duration>,
+    pub io_timeout: Option<Duration>,
     terms: LeaseTerms,
     never_hedge: bool,
     links: Rc<Links<R>>,
     budget: Rc<Budget>,
-    counters: Arc<Counters>,
+    pub counters: Arc<Counters>,
+    /// Of requests to the volumes of this executor.
+    pub stages: Arc<Stages>,
     marking: Rc<Share>,
     lease: RefCell<Option<Rc<ProcessLease<R>>>>,
     volumes: RefCell<Map<VolumeId, Entry<R>>>,
+    /// Under way.
+    attaches: Cell<usize>,
+    /// Nothing is attached any more.
+    closing: Cell<bool>,
     changed: Notify,
     places: Places<R>,
     sizes: Sizes<R>,
@@ -84,10 +88,10 @@ enum Entry<R: Runtime> {
 }
 
 #[derive(Default)]
-struct Users {
-    count: Cell<usize>,
+pub(super) struct Users {
+    pub count: Cell<usize>,
     /// Counts how often it became unused, so that only the last timer releases.
-    idle: Cell<u64>,
+    pub idle: Cell<u64>,
 }
 
 impl<R: Runtime> VolumeExports<R> {
@@ -96,6 +100,11 @@ impl<R: Runtime> VolumeExports<R> {
     }
 
     pub fn with_settings(runtime: R, attacher: Attacher, settings: VolumeSettings) -> Self {
+        Self::counting(runtime, attacher, settings, Arc::default())
+    }
+
+    /// What happens is added to `counters`, which other executors may share.
+    pub fn counting(runtime: R, attacher: Attacher, settings: VolumeSettings, counters: Arc<Counters>) -> Self {
         let links = Links::new(runtime.clone());
         let places = Places::new(runtime.clone());
         let sizes = Sizes::new(runtime.clone());
@@ -109,10 +118,13 @@ impl<R: Runtime> VolumeExports<R> {
             never_hedge: settings.never_hedge,
             links,
             budget: Budget::new(settings.replay),
-            counters: Arc::default(),
+            stages: counters.stages_of_executor(),
+            counters,
             marking: Share::new(MARKS_IN_FLIGHT_MAX, 0),
             lease: RefCell::default(),
             volumes: RefCell::default(),
+            attaches: Cell::new(0),
+            closing: Cell::new(false),
             changed: Notify::default(),
         };
         Self { shared: Rc::new(shared) }
@@ -122,9 +134,23 @@ impl<R: Runtime> VolumeExports<R> {
         self.shared.counters.clone()
     }
 
-    /// Flushes and lets go of every volume: for an orderly end.
+    /// For the orderly end of a process: none is attached any more, and those that are, or are about to be, are released.
+    pub async fn end(&self) {
+        self.shared.close().await;
+        // Nobody knows when one that is still busy comes to its end; the lease takes it.
+        let attached =
+            |(volume, entry): (&VolumeId, &Entry<R>)| matches!(entry, Entry::Attached { .. }).then_some(*volume);
+        let volumes = self.shared.volumes.borrow().iter().filter_map(attached).collect();
+        self.release(volumes).await;
+    }
+
+    /// Flushes and lets go of every volume.
     pub async fn release_all(&self) {
-        let volumes: Vec<_> = self.shared.volumes.borrow().keys().copied().collect();
+        let volumes = self.shared.volumes.borrow().keys().copied().collect();
+        self.release(volumes).await;
+    }
+
+    async fn release(&self, volumes: Vec<VolumeId>) {
         for volume in volumes {
             let taken = self.shared.take(volume, |_| true).await;
             if let Some(session) = taken {
@@ -160,6 +186,7 @@ impl<R: Runtime> VolumeExports<R> {
             Some((session, _)) => Some(session),
             None => None,
         };
+        shared.check_open()?;
         shared.volumes.borrow_mut().insert(volume, Entry::Busy);
         if let Some(session) = ended {
             give_up(&shared.runtime, volume, session.status.owner_revision.get()).await;
@@ -184,12 +211,36 @@ impl<R: Runtime> VolumeExports<R> {
 }
 
 impl<R: Runtime> Shared<R> {
+    fn check_open(&self) -> Result<(), VolumeError> {
+        if self.closing.get() { Err(ended("the server is stopping")) } else { Ok(()) }
+    }
+
+    /// From now on nothing is attached. Who attaches is waited for, so that what they get is released; but not for ever:
+    /// the end of the process's lease takes their volumes from them, and gives them none.
+    async fn close(&self) {
+        self.closing.set(true);
+        let is_busy =
+            || self.attaches.get() > 0 || self.volumes.borrow().values().any(|entry| matches!(entry, Entry::Busy));
+        let settled = pin!(self.changed.until(|| (!is_busy()).then_some(())));
+        let too_long = pin!(self.runtime.clock().sleep(RELEASE_WITHIN));
+        if let Either::Right(_) = select(settled, too_long).await {
+            tracing::warn!(attaches = self.attaches.get(), "still attaching; the volumes are free with the lease");
+        }
+    }
+
     async fn attach(self: &Rc<Self>, name: &str) -> Result<Rc<Session<R>>, VolumeError> {
         let lease = self.lease.borrow().clone();
         let lease = match lease {
             Some(lease) => lease,
             None => {
                 let lease = ProcessLease::grant(self.runtime.clone(), self.terms).await.map_err(metadata_error)?;
+                if let Err(closing) = self.check_open() {
+                    // Nobody would give it back.
+                    if let Err(error) = self.runtime.metadata().revoke_lease(lease.id()).await {
+                        tracing::debug!(%error, "a lease nobody uses ends by itself");
+                    }
+                    return Err(closing);
+                }
                 self.keep_lease(lease)
             }
         };
@@ -238,7 +289,7 @@ impl<R: Runtime> Shared<R> {
     }
 
     /// Takes an attached volume out if `wanted`, leaving it busy; whoever takes it releases it.
-    async fn take(&self, volume: VolumeId, wanted: impl Fn(&Users) -> bool) -> Option<Rc<Session<R>>> {
+    pub async fn take(&self, volume: VolumeId, wanted: impl Fn(&Users) -> bool) -> Option<Rc<Session<R>>> {
         self.changed
             .until(|| {
                 let mut volumes = self.volumes.borrow_mut();
@@ -255,7 +306,7 @@ impl<R: Runtime> Shared<R> {
             .await
     }
 
-    async fn release(&self, session: Rc<Session<R>>) {
+    pub async fn release(&self, session: Rc<Session<R>>) {
         let volume = session.record.id;
         {
             let settled = std::pin::pin!(settle(&session));
@@ -336,8 +387,13 @@ impl<R: Runtime> Exports for VolumeExports<R> {
         // In a task of its own: a client that goes away must not leave the entry busy.
         let (attached, result) = oneshot::channel();
         let (exports, name) = (self.clone(), name.to_string());
+        self.shared.check_open()?;
+        self.shared.attaches.set(self.shared.attaches.get() + 1);
         self.shared.runtime.spawn().spawn(Class::Foreground, async move {
-            let _ = attached.send(exports.attach_volume(&name).await);
+            let result = exports.attach_volume(&name).await;
+            exports.shared.attaches.set(exports.shared.attaches.get() - 1);
+            exports.shared.changed.notify();
+            let _ = attached.send(result);
         });
         result.await.unwrap_or_else(|_| Err(ended("the process ends")))
     }
@@ -354,160 +410,4 @@ fn info(record: &VolumeRecord) -> ExportInfo {
 
 fn ended(because: &str) -> VolumeError {
     VolumeError::SessionEnded { because: because.to_string() }
-}
-
-/// One user of an attached volume.
-pub struct AttachedVolume<R: Runtime> {
-    shared: Rc<Shared<R>>,
-    session: Rc<Session<R>>,
-    users: Rc<Users>,
-}
-
-impl<R: Runtime> AttachedVolume<R> {
-    pub fn name(&self) -> &str {
-        &self.session.record.name
-    }
-
-    /// Whether everything that was answered in the epoch before is there, flushed or not.
-    pub fn keeps_all(&self) -> bool {
-        self.session.keeps_all.get()
-    }
-
-    fn new(shared: Rc<Shared<R>>, session: Rc<Session<R>>, users: Rc<Users>) -> Self {
-        users.count.set(users.count.get() + 1);
-        Self { shared, session, users }
-    }
-
-    /// In which it is written; later than that of every writer before.
-    pub fn epoch(&self) -> Epoch {
-        self.session.epoch
-    }
-
-    /// Runs in a task of its own: a caller that goes away abandons the waiting, never what was sent. What has sent
-    /// nothing yet when its time is over is given up, so that requests which were answered do not pile up.
-    async fn detached<F: Future<Output = Result<(), VolumeError>> + 'static>(
-        &self,
-        work: impl FnOnce(Rc<Session<R>>, Rc<Begun>) -> F,
-    ) -> Result<(), VolumeError> {
-        let (done, result) = oneshot::channel();
-        let begun = Rc::new(Begun::default());
-        let work = work(self.session.clone(), begun.clone());
-        let deadline = self.deadline();
-        self.session.runtime.spawn().spawn(Class::Foreground, async move {
-            let Some(deadline) = deadline else {
-                let _ = done.send(work.await);
-                return;
-            };
-            match select(Box::pin(work), Box::pin(deadline)).await {
-                Either::Left((result, _)) => _ = done.send(result),
-                Either::Right((timed_out, work)) => {
-                    let _ = done.send(Err(timed_out));
-                    if begun.get() {
-                        let _ = work.await;
-                    }
-                }
-            }
-        });
-        result.await.unwrap_or_else(|_| Err(ended("the process ends")))
-    }
-
-    /// What only looks may be given up at any time.
-    async fn timed<T>(&self, looking: impl Future<Output = Result<T, VolumeError>>) -> Result<T, VolumeError> {
-        let Some(deadline) = self.deadline() else {
-            return looking.await;
-        };
-        match select(pin!(looking), pin!(deadline)).await {
-            Either::Left((found, _)) => found,
-            Either::Right((timed_out, _)) => Err(timed_out),
-        }
-    }
-
-    /// Ready when a request that starts now has waited long enough; `None`: there is no such time.
-    fn deadline(&self) -> Option<impl Future<Output = VolumeError> + 'static> {
-        let timeout = self.shared.io_timeout?;
-        let sleep = self.shared.runtime.clock().sleep(timeout);
-        let counters = self.shared.counters.clone();
-        Some(async move {
-            sleep.await;
-            counters.io_timeouts.add(1);
-            VolumeError::TimedOut { waited_ms: timeout.as_millis() as u64 }
-        })
-    }
-}
-
-impl<R: Runtime> Clone for AttachedVolume<R> {
-    fn clone(&self) -> Self {
-        Self::new(self.shared.clone(), self.session.clone(), self.users.clone())
-    }
-}
-
-impl<R: Runtime> Drop for AttachedVolume<R> {
-    fn drop(&mut self) {
-        self.users.count.set(self.users.count.get() - 1);
-        if self.users.count.get() > 0 {
-            return;
-        }
-        let idle = self.users.idle.get() + 1;
-        self.users.idle.set(idle);
-        let (shared, volume, users) = (self.shared.clone(), self.session.record.id, self.users.clone());
-        self.shared.runtime.spawn().spawn(Class::Foreground, async move {
-            shared.runtime.clock().sleep(RELEASE_AFTER).await;
-            let unused =
-                |those: &Users| std::ptr::eq(those, &*users) && those.count.get() == 0 && those.idle.get() == idle;
-            let taken = shared.take(volume, unused).await;
-            if let Some(session) = taken {
-                shared.release(session).await;
-            }
-        });
-    }
-}
-
-impl<R: Runtime> Device for AttachedVolume<R> {
-    fn size_bytes(&self) -> u64 {
-        self.session.size_bytes.get()
-    }
-
-    fn read_only(&self) -> bool {
-        false
-    }
-
-    async fn read(&self, offset: u64, length: u64) -> Result<Vec<Piece>, VolumeError> {
-        self.timed(async {
-            let _part = self.session.part(&self.session.reading, length).await;
-            self.session.read(offset, length).await
-        })
-        .await
-    }
-
-    async fn write(&self, offset: u64, data: Bytes, durable: bool) -> Result<(), VolumeError> {
-        let write = |session: Rc<Session<R>>, begun: Rc<Begun>| async move {
-            let _part = session.part(&session.writing, data.len() as u64).await;
-            session.write(offset, data, durable, &begun).await
-        };
-        self.detached(write).await
-    }
-
-    async fn clear(&self, offset: u64, length: u64, durable: bool, advisory: bool) -> Result<(), VolumeError> {
-        let clear = |session: Rc<Session<R>>, begun: Rc<Begun>| async move {
-            let _part = session.part(&session.writing, 0).await;
-            session.clear(offset, length, durable, advisory, &begun).await
-        };
-        self.detached(clear).await
-    }
-
-    async fn map(&self, offset: u64, length: u64) -> Result<Vec<Run>, VolumeError> {
-        self.timed(async {
-            let _part = self.session.part(&self.session.reading, 0).await;
-            self.session.map(offset, length).await
-        })
-        .await
-    }
-
-    async fn ended(&self) -> String {
-        self.session.changed.until(|| self.session.ended.borrow().clone()).await
-    }
-
-    async fn flush(&self) -> Result<(), VolumeError> {
-        self.detached(|session, _| async move { session.flush().await }).await
-    }
 }

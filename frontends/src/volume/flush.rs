@@ -1,9 +1,11 @@
 //! Flush: an fdatasync on every shard with replicas in sync or on their way back that has answered a write since its last one, then the flush point moves
 //! (protocol rule 8).
 
+use super::course::Course;
 use super::replay::Flushable;
-use super::replicas::ShardPosition;
+use super::replicas::{ShardPosition, Shards};
 use super::session::Session;
+use super::writer::all;
 use crate::device::VolumeError;
 use bytes::Bytes;
 use std::rc::Rc;
@@ -14,14 +16,15 @@ use torus_schema::ids::Version;
 impl<R: Runtime> Session<R> {
     /// Everything answered before the call is durable after it.
     pub async fn flush(self: &Rc<Self>) -> Result<(), VolumeError> {
+        self.flush_for(&Course::default()).await
+    }
+
+    pub async fn flush_for(self: &Rc<Self>, course: &Course) -> Result<(), VolumeError> {
         self.check()?;
         // Taken now: what is settled later may not be covered by what follows (interleaving 4).
         let settled = self.window.borrow().settled_through();
-        let dirty: Vec<_> = (0..self.shards.len()).filter(|shard| self.is_dirty(*shard)).collect();
-        let flushes = dirty.into_iter().map(|shard| self.flush_shard(shard));
-        for flushed in futures::future::join_all(flushes).await {
-            flushed?;
-        }
+        let dirty: Shards = (0..self.shards.len()).filter(|shard| self.is_dirty(*shard)).collect();
+        all(dirty.into_iter().map(|shard| self.flush_shard(shard, course))).await?;
         self.status_told().await?;
         self.check()?;
         let flushed = Version::new(self.epoch, settled);
@@ -56,12 +59,12 @@ impl<R: Runtime> Session<R> {
         state.written.get() != state.synced.get() && self.replicas.borrow().requires(shard)
     }
 
-    async fn flush_shard(self: &Rc<Self>, position: ShardPosition) -> Result<(), VolumeError> {
+    async fn flush_shard(self: &Rc<Self>, position: ShardPosition, course: &Course) -> Result<(), VolumeError> {
         let shard = &self.shards[position];
         // A write that is answered meanwhile leaves the shard dirty (interleaving 9).
         let covered = shard.written.get();
         let required = || self.replicas.borrow().requires(position);
-        if self.require(position, required, &Operation::Flush, &Bytes::new()).await?.is_some() {
+        if self.require(position, required, &Operation::Flush, &Bytes::new(), course).await? {
             shard.synced.set(shard.synced.get().max(covered));
         }
         Ok(())

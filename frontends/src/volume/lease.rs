@@ -4,9 +4,9 @@
 //! (protocol rule 7): whoever takes over waits TTL + drift after the lease ended, with the TTL and drift that this
 //! process wrote beside its name.
 //!
-//! The lease may live only as long as every executor that answers data turns (rule 2). This is the one there is: the
-//! loop below runs on it, so that an executor that hangs, or a process that is stopped, sends no keepalive. Sessions on
-//! more than one executor would need a keepalive that asks each of them first.
+//! The lease may live only as long as the executor that answers data turns (rule 2). So each executor of a server has
+//! one of its own, for the volumes that live there: the loop below runs on it, so that an executor that hangs, or a
+//! process that is stopped, sends no keepalive.
 
 use futures::future::{Either, select};
 use std::cell::Cell;
@@ -116,8 +116,8 @@ impl<R: Runtime> ProcessLease<R> {
     }
 
     /// No other process can own our volumes at this moment.
-    pub fn is_valid(&self) -> bool {
-        self.runtime.clock().now() < self.valid_until.get()
+    pub fn is_valid(&self, now: Instant) -> bool {
+        now < self.valid_until.get()
     }
 
     /// Waits until the lease `generation` has been replaced by another.

@@ -35,6 +35,9 @@ pub struct Links<R: Runtime> {
     generations: std::cell::Cell<u64>,
 }
 
+/// With when the request was handed to the link.
+pub type Answered = (Reply, Bytes, Instant);
+
 #[derive(Clone, Copy)]
 enum Lane {
     Writes,
@@ -77,30 +80,45 @@ impl<R: Runtime> Links<R> {
         })
     }
 
+    /// The answer, and when the request that was answered was handed to the link. `now`: the clock, read just before.
     pub async fn call(
         &self,
         peer: &Peer,
         envelope: &Envelope,
         operation: &Operation,
         payload: &Bytes,
-    ) -> Result<(Reply, Bytes), LinkError> {
+        now: Instant,
+    ) -> Result<Answered, LinkError> {
+        let lane = Lane::of(operation);
+        let failed = match self.open_link(peer, lane) {
+            Some(link) => match self.attempt(peer, link, (envelope, operation, payload)).await {
+                Ok((reply, payload)) => return Ok((reply, payload, now)),
+                Err(error) => Some(error),
+            },
+            None => None,
+        };
+        // Apart, since every request would be as large as what it takes to connect.
+        Box::pin(self.call_on(peer, envelope, operation, payload, failed)).await
+    }
+
+    /// From where the first attempt failed, or found no link.
+    async fn call_on(
+        &self,
+        peer: &Peer,
+        envelope: &Envelope,
+        operation: &Operation,
+        payload: &Bytes,
+        mut failed: Option<LinkError>,
+    ) -> Result<Answered, LinkError> {
         let mut started = None;
         let lane = Lane::of(operation);
         loop {
-            let error = match self.link(peer, lane).await {
-                Ok((link, generation)) => match link.call(envelope, operation, payload).await {
-                    Ok(answer) => {
-                        self.answered(peer);
-                        return Ok(answer);
-                    }
-                    Err(error) => {
-                        if !matches!(error, LinkError::Overdue { .. }) {
-                            self.discard(peer, lane, generation);
-                        }
-                        error
-                    }
+            let error = match failed.take() {
+                Some(error) => error,
+                None => match self.connect_and_attempt(peer, lane, (envelope, operation, payload)).await {
+                    Ok(answered) => return Ok(answered),
+                    Err(error) => error,
                 },
-                Err(error) => error,
             };
             let now = self.runtime.clock().now();
             let started = *started.get_or_insert(now);
@@ -119,6 +137,34 @@ impl<R: Runtime> Links<R> {
                 self.runtime.clock().sleep(RETRY_AFTER).await;
             }
         }
+    }
+
+    async fn connect_and_attempt(
+        &self,
+        peer: &Peer,
+        lane: Lane,
+        request: (&Envelope, &Operation, &Bytes),
+    ) -> Result<Answered, LinkError> {
+        let link = self.link(peer, lane).await?;
+        let sent = self.runtime.clock().now();
+        let (reply, payload) = self.attempt(peer, link, request).await?;
+        Ok((reply, payload, sent))
+    }
+
+    /// A link that fails is not used again.
+    async fn attempt(
+        &self,
+        peer: &Peer,
+        (link, generation): (R::Link, u64),
+        (envelope, operation, payload): (&Envelope, &Operation, &Bytes),
+    ) -> Result<(Reply, Bytes), LinkError> {
+        let answered = link.call(envelope, operation, payload).await;
+        match &answered {
+            Ok(_) => self.answered(peer),
+            Err(LinkError::Overdue { .. }) => {}
+            Err(_) => self.discard(peer, Lane::of(operation), generation),
+        }
+        answered
     }
 
     fn answered(&self, peer: &Peer) {
@@ -142,6 +188,13 @@ impl<R: Runtime> Links<R> {
             looked_up.insert(node, now);
         }
         may
+    }
+
+    fn open_link(&self, peer: &Peer, lane: Lane) -> Option<(R::Link, u64)> {
+        match self.links[lane as usize].borrow().get(peer) {
+            Some(Entry::Open { link, generation }) => Some((link.clone(), *generation)),
+            _ => None,
+        }
     }
 
     /// The link to `peer`, connected by the first who asks.

@@ -1,7 +1,8 @@
 //! What of a range is stored: asked of replicas as a read is, without the data, an extent at a time.
 
+use super::course::Course;
 use super::plan::{Piece, blocks_touched};
-use super::reads::{Look, malformed};
+use super::reads::{Found, Look, malformed};
 use super::session::{Failure, Session};
 use crate::device::{Run, VolumeError};
 use bytes::Bytes;
@@ -27,7 +28,7 @@ impl Look for Allocation {
         Operation::Map { first: piece.first, count: piece.count }
     }
 
-    fn take(piece: Piece, answer: Answer, _payload: Bytes) -> Result<Vec<BlockRun>, Failure> {
+    fn take(piece: Piece, answer: Answer, _payload: Bytes) -> Result<Found<BlockRun>, Failure> {
         let Answer::Mapped { runs } = answer else {
             return Err(malformed(format!("a map was answered by {answer:?}")));
         };
@@ -46,7 +47,7 @@ impl<R: Runtime> Session<R> {
         let looks = extents(blocks_touched(offset, length)).take(VOLUME_MAP_EXTENTS_MAX as usize).map(async |piece| {
             // One at a time: a writer behind it waits for those before it in one extent, not in all.
             self.locks.passed(piece.first.0..piece.first.0 + u64::from(piece.count)).await;
-            self.look::<Allocation>(piece).await
+            self.look::<Allocation>(piece, &Course::default()).await
         });
         let mut found = Vec::new();
         for looked in futures::future::join_all(looks).await {
@@ -126,7 +127,7 @@ mod tests {
             let answer = Answer::Mapped { runs: counts.iter().map(block_run).collect() };
             Allocation::take(piece, answer, Bytes::new())
         };
-        assert_eq!(mapped(&[1, 3]).expect("whole"), [(1, false), (3, false)]);
+        assert_eq!(mapped(&[1, 3]).expect("whole")[..], [(1, false), (3, false)]);
         for bad in [&[3][..], &[1, 4], &[4, 0], &[]] {
             assert!(mapped(bad).is_err(), "{bad:?}");
         }

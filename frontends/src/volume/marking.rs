@@ -12,6 +12,7 @@
 //! was guarded by. So where nothing is left to be changed while one such is about, what is listed is stored as it is:
 //! either that is applied, and the earlier can never be, or the earlier is found.
 
+use super::own::own_again;
 use super::replicas::{BelowMinimum, Replicas, ShardPosition};
 use super::session::Session;
 use super::status::Loss;
@@ -46,12 +47,12 @@ struct Round {
 pub(super) async fn keep_status<R: Runtime>(session: Rc<Session<R>>) {
     loop {
         // Of a thousand volumes that lost the same node, some at a time; what fails meanwhile goes with it.
-        let crowded = session.marking.is_taken(0);
-        let turn = session.marking.take(0).await;
-        if crowded {
+        if session.marking.is_taken(0) {
+            // Before the turn: whoever waits in it keeps the next one waiting, thirty times over for a thousand.
             let jitter_us = session.runtime.random().u64() % MARK_JITTER.as_micros() as u64;
             session.runtime.clock().sleep(Duration::from_micros(jitter_us)).await;
         }
+        let turn = session.marking.take(0).await;
         let failed = session.status.failed.take();
         let finished = finishing(&session, &failed);
         let distrusted = session.status.distrusted.take();
@@ -107,10 +108,10 @@ impl Round {
     fn propose<R: Runtime>(&mut self, session: &Session<R>) -> Option<Proposal> {
         let withdrawn = session.status.withdrawn.borrow();
         self.failed.retain(|(shard, loss)| !(loss.may_be_mended() && withdrawn.contains(shard)));
-        let restarted = |shard: &ShardPosition| session.shards[*shard].restarted.get();
-        let restarted: BTreeSet<_> = (0..session.shards.len()).filter(restarted).collect();
+        let in_doubt = |shard: &ShardPosition| session.shards[*shard].recovering.get();
+        let in_doubt: BTreeSet<_> = (0..session.shards.len()).filter(in_doubt).collect();
         let replicas = session.replicas.borrow().clone();
-        let (mut next, lost, refused) = lose_in_order(&replicas, &self.failed, &restarted, self.since);
+        let (mut next, lost, refused) = lose_in_order(&replicas, &self.failed, &in_doubt, self.since);
         if !refused.is_empty() {
             // Each is told once, and comes again by itself.
             self.failed.retain(|(shard, loss)| !refused.iter().any(|(other, why, _)| other == shard && why == loss));
@@ -132,12 +133,13 @@ pub(super) async fn replace<R: Runtime>(session: &Rc<Session<R>>, next: Replicas
     }
 }
 
-/// `restarted`: shards that may have to be given up yet. One that is merely unreachable is kept as long as they could
-/// not both go.
+/// `in_doubt`: shards of which it is being found out what became of them, which may have to be given up yet. One that is
+/// merely unreachable is kept as long as the volume cannot do without both: it may be the only one that has what was
+/// answered and not flushed, if the other turns out to have lost its power.
 fn lose_in_order(
     replicas: &Replicas,
     failed: &BTreeSet<(ShardPosition, Loss)>,
-    restarted: &BTreeSet<ShardPosition>,
+    in_doubt: &BTreeSet<ShardPosition>,
     since: Version,
 ) -> (Replicas, BTreeSet<ShardPosition>, Vec<(ShardPosition, Loss, BelowMinimum)>) {
     let (mut next, mut lost, mut refused) = (replicas.clone(), BTreeSet::new(), Vec::new());
@@ -149,9 +151,8 @@ fn lose_in_order(
             Loss::Missing(slices) => without.lose_slices(*shard, slices),
             Loss::Lost | Loss::Restarted => without.lose(&BTreeSet::from([*shard]), since),
             Loss::Unreachable => {
-                let with_restarted = restarted.iter().copied().chain([*shard]).collect();
-                let both = next.clone().lose(&with_restarted, since);
-                both.and_then(|()| without.lose(&BTreeSet::from([*shard]), since))
+                let spared = next.can_spare(*shard, in_doubt);
+                spared.and_then(|()| without.lose(&BTreeSet::from([*shard]), since))
             }
         };
         match losing {
@@ -206,6 +207,8 @@ async fn store<R: Runtime>(
                         return Some(proposal);
                     }
                     Settled::Ended => return None,
+                    // Who would find that out, if not we: an attach has nobody else who looks at the key.
+                    Settled::Unowned => own_again(session).await,
                     Settled::Again => {}
                 }
             }
@@ -255,6 +258,8 @@ fn dated<R: Runtime>(session: &Session<R>, status: &StatusRecord) -> StatusRecor
 
 enum Settled {
     Applied(Proposal),
+    /// There is no owner key: it went with its lease, or the metadata store was restored from a backup.
+    Unowned,
     Again,
     Ended,
 }
@@ -274,8 +279,7 @@ fn settle<'a, R: Runtime>(
     }
     let ours = session.status.owner_revision.get();
     match owner {
-        // The lease ran out; `own` takes it again, or ends the session.
-        None => Settled::Again,
+        None => Settled::Unowned,
         Some(owner)
             if owner.create_revision != ours && session.lease.generation() != session.status.owner_lease.get() =>
         {
@@ -326,6 +330,16 @@ mod tests {
         assert!(lost.is_empty() && refused.len() == 1);
         let (_, lost, _) = lose_in_order(&three_nodes(1), &failed, &restarted, since());
         assert_eq!(lost, BTreeSet::from([0]), "both could go");
+    }
+
+    #[test]
+    fn of_two_that_are_away_neither_goes_if_both_cannot() {
+        let failed = BTreeSet::from([(0, Loss::Unreachable), (1, Loss::Unreachable)]);
+        let in_doubt = BTreeSet::from([0, 1]);
+        let (_, lost, refused) = lose_in_order(&three_nodes(2), &failed, &in_doubt, since());
+        assert!(lost.is_empty() && refused.len() == 2);
+        let (_, lost, _) = lose_in_order(&three_nodes(1), &failed, &in_doubt, since());
+        assert_eq!(lost, failed.iter().map(|(shard, _)| *shard).collect());
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Volumes: the one writer of each, on the executor that attached it.
 //!
 //! * `exports`    the volumes of a cluster by name, attached at first use and released when idle
+//! * `attached`   a volume as its users have it
 //! * `attach`     becoming the writer: `own` the volume, open its replicas, `reconcile` what the last writer left
 //! * `session`    one epoch of one volume, and the loop that gets a request to a replica
 //! * `writer`, `reads`, `flush`   the three things it does; `map` what is stored
@@ -15,12 +16,16 @@
 //! * `wanted`     volumes that are owned only for repair are let go when a client wants them
 //! * `lease`      what ownership hangs on; `guard` notices that it is gone
 //! * `links`      connections to shards, shared by all volumes of the executor
-//! * `counters`   what happened, in numbers
-//! * `hedge`      when a read is asked of a second replica (pure); `share` what a volume's requests may take at once
+//! * `counters`   what happened, in numbers; `course` where the time of a request went; `detached` one that is not given up
+//! * `hedge`      when a read is asked of a second replica (pure); `alarms` tell when it is time; `share` what a volume's requests may take at once
 //! * `plan`, `locks`, `window`    ranges cut into frames, ranges under way, sequences under way (pure)
 
+mod alarms;
 mod attach;
+mod attached;
 mod counters;
+mod course;
+mod detached;
 mod exports;
 mod flush;
 mod guard;
@@ -52,8 +57,9 @@ mod window;
 mod writer;
 
 pub use attach::{Attacher, find};
+pub use attached::AttachedVolume;
 pub use counters::Counters;
-pub use exports::{AttachedVolume, VolumeExports, VolumeSettings};
+pub use exports::{VolumeExports, VolumeSettings};
 pub use lease::LeaseTerms;
 pub use repair_owner::RepairOwner;
 pub use replay::ReplayLimits;

@@ -1,9 +1,10 @@
 //! Owning a volume in the metadata store: taking it in one transaction, by force if asked to, keeping it, and giving
 //! it up (protocol rule 2).
 
-use super::attach::{Attacher, decoded, metadata_error, record_error};
+use super::attach::{Attacher, decoded, metadata_error, record_error, replicas_of, too_few};
 use super::lease::ProcessLease;
 use super::regress::refuse_regressed;
+use super::replicas::BelowMinimum;
 use super::session::Session;
 use super::wanted::{want, want_no_more};
 use crate::device::VolumeError;
@@ -63,6 +64,12 @@ async fn own_in_turn<R: Runtime>(
         let epoch = epoch_of(runtime, volume).await?;
         let unowned = runtime.metadata().get(&keys::owner(volume)).await.map_err(metadata_error)?.is_none();
         refuse_regressed(name, &epoch.record)?;
+        // Nobody can be served before a repair has got on; interrupted by each attempt it never would.
+        if !attacher.repair
+            && let Some(below) = too_few_in(&look(runtime, volume).await?.reads)?
+        {
+            return Err(too_few(below));
+        }
         let wait_ms = epoch.record.wait_out_ms;
         if wait_ms > 0 && waited_for != Some(epoch.record.epoch) && unowned {
             tracing::warn!(name, wait_ms, "waiting out the last owner");
@@ -191,6 +198,13 @@ fn owned(
         ring: Ring::from_record(decoded::<RingRecord>(ring)?).map_err(record_error)?,
         flush_point: epoch.record.flush_point.into(),
     })
+}
+
+/// In what `attach_reads` names.
+fn too_few_in(reads: &[Option<Entry>]) -> Result<Option<BelowMinimum>, VolumeError> {
+    let [_, Some(volume), status, Some(ring), _] = reads else { return Ok(None) };
+    let ring = Ring::from_record(decoded::<RingRecord>(ring)?).map_err(record_error)?;
+    Ok(replicas_of(&decoded(volume)?, &ring, &status_of(status.as_ref())?.0)?.below_minimum())
 }
 
 fn status_of(entry: Option<&Entry>) -> Result<(StatusRecord, Option<Revision>), VolumeError> {
@@ -342,7 +356,12 @@ async fn try_own_again<R: Runtime>(
     }
     if let Some(entry) = &now.reads[1] {
         let owner: OwnerRecord = decoded(entry)?;
-        // Ours, by a transaction whose outcome was unknown; or not yet gone with its lease.
+        let is_ours = OwnerRecord { lease: session.owner.lease.clone(), ..owner.clone() } == session.owner;
+        if !is_ours {
+            session.end(format!("{} on {} owns the volume in our epoch", owner.process, owner.host));
+            return Ok(None);
+        }
+        // By a transaction whose outcome was unknown; or not yet gone with its lease.
         return Ok((owner.lease == lease.0.to_string()).then_some(entry.create_revision));
     }
     let owner = OwnerRecord { lease: lease.0.to_string(), ..session.owner.clone() };

@@ -18,7 +18,10 @@ use super::replicas::ShardPosition;
 use super::session::Session;
 use super::status::Loss;
 use crate::device::VolumeError;
-use std::cell::{Cell, RefCell};
+use futures::channel::oneshot;
+use futures::future::select;
+use std::cell::RefCell;
+use std::pin::pin;
 use std::rc::{Rc, Weak};
 use std::time::Duration;
 use torus_rpc::metadata::{Event, Metadata, MetadataError, Revision, Watch};
@@ -34,7 +37,8 @@ const RETRY_AFTER: Duration = Duration::from_secs(2);
 /// The sessions that are told, and the ring as it was last seen.
 pub(super) struct Places<R: Runtime> {
     shared: Rc<Shared<R>>,
-    following: Cell<bool>,
+    /// Whoever follows ends with this.
+    following: RefCell<Option<oneshot::Sender<()>>>,
 }
 
 struct Shared<R: Runtime> {
@@ -46,7 +50,7 @@ struct Shared<R: Runtime> {
 impl<R: Runtime> Places<R> {
     pub fn new(runtime: R) -> Self {
         let shared = Rc::new(Shared { runtime, sessions: RefCell::default(), ring: RefCell::default() });
-        Self { shared, following: Cell::new(false) }
+        Self { shared, following: RefCell::default() }
     }
 
     /// From now on, until the session ends. A change since its attach that was seen already is told at once.
@@ -56,9 +60,12 @@ impl<R: Runtime> Places<R> {
         if let Some(ring) = seen {
             session.follow_ring(&ring);
         }
-        if !self.following.replace(true) {
-            let shared = Rc::downgrade(&self.shared);
-            self.shared.runtime.spawn().spawn(Class::Foreground, follow(self.shared.runtime.clone(), shared));
+        if self.following.borrow().is_none() {
+            let (alive, over) = oneshot::channel();
+            self.following.replace(Some(alive));
+            let watching = follow(self.shared.runtime.clone(), Rc::downgrade(&self.shared));
+            let following = async move { drop(select(pin!(watching), over).await) };
+            self.shared.runtime.spawn().spawn(Class::Foreground, following);
         }
     }
 }

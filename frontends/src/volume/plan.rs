@@ -22,10 +22,21 @@ pub fn blocks_touched(offset: u64, length: u64) -> Range<u64> {
     offset / BLOCK_BYTES..(offset + length).div_ceil(BLOCK_BYTES)
 }
 
+pub fn is_whole_blocks(offset: u64, length: u64) -> bool {
+    offset.is_multiple_of(BLOCK_BYTES) && length.is_multiple_of(BLOCK_BYTES)
+}
+
 /// The blocks that the bytes cover whole; empty (never reversed) if there are none.
 pub fn blocks_covered(offset: u64, length: u64) -> Range<u64> {
     let first = offset.div_ceil(BLOCK_BYTES);
     first..((offset + length) / BLOCK_BYTES).max(first)
+}
+
+/// All of it, if one piece holds it.
+pub fn only_piece(blocks: &Range<u64>) -> Option<Piece> {
+    let mut pieces = pieces(blocks.clone());
+    let first = pieces.next()?;
+    pieces.next().is_none().then_some(first)
 }
 
 pub fn pieces(blocks: Range<u64>) -> impl Iterator<Item = Piece> {

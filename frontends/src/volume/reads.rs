@@ -1,21 +1,27 @@
 //! Reads: from one in-sync replica while nobody else can own the volume, else from as many as prove that nobody does
 //! (protocol rule 7); from another replica when one fails.
 
-use super::plan::{Piece, blocks_touched, pieces};
-use super::replicas::ShardPosition;
+use super::course::Course;
+use super::plan::{Piece, blocks_touched, only_piece, pieces};
+use super::replicas::{ShardPosition, Shards};
 use super::session::{Failure, Session, Verdict, verdict};
-use crate::device::{Piece as DevicePiece, VolumeError};
+use crate::device::{Piece as DevicePiece, Pieces, VolumeError};
 use bytes::Bytes;
 use futures::future::{Either, select};
-use std::pin::pin;
+use smallvec::SmallVec;
+use std::ops::Range;
+use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::time::Duration;
 use torus_rpc::message::{Answer, Operation, Refusal, Run};
-use torus_rpc::runtime::{Clock, Runtime};
+use torus_rpc::runtime::{Clock, Instant, Runtime};
 use torus_schema::ids::Incarnation;
 use torus_schema::limits::{BLOCK_BYTES, LOCAL_READ_ADVANTAGE};
 
 const RETRY_AFTER: Duration = Duration::from_millis(100);
+
+/// What was found, in order; mostly it is of one kind.
+pub(super) type Found<T> = SmallVec<[T; 1]>;
 
 /// What a reader wants to know of a piece.
 pub(super) trait Look {
@@ -24,7 +30,7 @@ pub(super) trait Look {
     const TELLS_SERVICE_TIME: bool;
     fn operation(piece: Piece) -> Operation;
     /// The answer, if it is one about the whole piece.
-    fn take(piece: Piece, answer: Answer, payload: Bytes) -> Result<Vec<Self::Found>, Failure>;
+    fn take(piece: Piece, answer: Answer, payload: Bytes) -> Result<Found<Self::Found>, Failure>;
 }
 
 /// Its content.
@@ -38,7 +44,7 @@ impl Look for Data {
         Operation::Read { first: piece.first, count: piece.count }
     }
 
-    fn take(piece: Piece, answer: Answer, payload: Bytes) -> Result<Vec<DevicePiece>, Failure> {
+    fn take(piece: Piece, answer: Answer, payload: Bytes) -> Result<Pieces, Failure> {
         match answer {
             Answer::Read { runs, checksums } => assemble(piece, &runs, &checksums, payload),
             other => Err(malformed(format!("a read was answered by {other:?}"))),
@@ -47,21 +53,14 @@ impl Look for Data {
 }
 
 impl<R: Runtime> Session<R> {
-    pub async fn read(self: &Rc<Self>, offset: u64, length: u64) -> Result<Vec<DevicePiece>, VolumeError> {
+    pub async fn read(self: &Rc<Self>, offset: u64, length: u64, course: &Course) -> Result<Pieces, VolumeError> {
         self.check_range(offset, length)?;
         let touched = blocks_touched(offset, length);
         self.locks.passed(touched.clone()).await;
-        let reads: Vec<_> = pieces(touched.clone()).map(|piece| self.read_piece(piece)).collect();
-        let mut found = Vec::with_capacity(reads.len());
-        if reads.len() == 1 {
-            for read in reads {
-                found.extend(read.await?);
-            }
-        } else {
-            for read in futures::future::join_all(reads).await {
-                found.extend(read?);
-            }
-        }
+        let found = match only_piece(&touched) {
+            Some(piece) => self.look::<Data>(piece, course).await?,
+            None => Box::pin(self.read_pieces(touched.clone(), course)).await?,
+        };
         // What was found may be of a write that began meanwhile. Until that is answered no flush covers it, and what was read
         // before a flush has to outlive it.
         self.locks.passed(touched.clone()).await;
@@ -70,11 +69,25 @@ impl<R: Runtime> Session<R> {
         Ok(trim(found, skip, length))
     }
 
+    async fn read_pieces(self: &Rc<Self>, blocks: Range<u64>, course: &Course) -> Result<Pieces, VolumeError> {
+        let reads = pieces(blocks).map(|piece| self.look::<Data>(piece, course));
+        let mut found = Pieces::new();
+        for read in futures::future::join_all(reads).await {
+            found.extend(read?);
+        }
+        Ok(found)
+    }
+
     /// For a writer, which holds the lock of these blocks.
-    pub(super) async fn read_into(self: &Rc<Self>, offset: u64, into: &mut [u8]) -> Result<(), VolumeError> {
+    pub(super) async fn read_into(
+        self: &Rc<Self>,
+        offset: u64,
+        into: &mut [u8],
+        course: &Course,
+    ) -> Result<(), VolumeError> {
         let mut at = 0;
         for piece in pieces(blocks_touched(offset, into.len() as u64)) {
-            for part in self.read_piece(piece).await? {
+            for part in self.look::<Data>(piece, course).await? {
                 match part {
                     DevicePiece::Data(data) => {
                         into[at..at + data.len()].copy_from_slice(&data);
@@ -91,84 +104,104 @@ impl<R: Runtime> Session<R> {
         Ok(())
     }
 
-    async fn read_piece(self: &Rc<Self>, piece: Piece) -> Result<Vec<DevicePiece>, VolumeError> {
-        self.look::<Data>(piece).await
-    }
-
     /// At one piece, as a reader: what is found is no older than what was acknowledged before.
-    pub(super) async fn look<L: Look>(self: &Rc<Self>, piece: Piece) -> Result<Vec<L::Found>, VolumeError> {
+    pub(super) async fn look<L: Look>(
+        self: &Rc<Self>,
+        piece: Piece,
+        course: &Course,
+    ) -> Result<Found<L::Found>, VolumeError> {
         let slot = self.placement.slot_of(piece.first.extent());
         // Replicas where the range is damaged: what they lack another one has.
         let mut damaged = Vec::new();
         loop {
             self.check()?;
-            let (candidates, confirmations) = self.candidates(slot, &damaged);
-            if candidates.is_empty() && !damaged.is_empty() {
-                let because = format!("all {} in-sync replicas are damaged there", damaged.len());
-                return Err(VolumeError::Unreadable { block: piece.first.0, because });
-            }
-            if candidates.len() < confirmations {
-                // The lease is not valid, and too few replicas are left to prove that nobody else has the volume.
-                self.runtime.clock().sleep(RETRY_AFTER).await;
-                continue;
-            }
-            let chosen = &candidates[..confirmations];
-            if chosen.iter().any(|shard| self.shards[*shard].recovering.get()) {
-                self.recovered(slot).await;
-                continue;
-            }
-            if confirmations == 1 {
-                match self.read_hedged::<L>(&candidates, piece, &mut damaged).await {
-                    Some(data) => return Ok(data),
-                    None => continue,
+            let now = self.runtime.clock().now();
+            let (candidates, confirmations) = self.candidates(slot, &damaged, now);
+            let found = match confirmations == 1 && !self.shards[candidates[0]].recovering.get() {
+                true => self.read_hedged::<L>(&candidates, (piece, course), now, &mut damaged).await,
+                // Apart, since every read would be as large as the rarest of its parts.
+                false => {
+                    let chosen = &candidates[..confirmations];
+                    Box::pin(self.read_confirmed::<L>(slot, chosen, (piece, course), &mut damaged)).await?
                 }
-            }
-            self.counters.reads_confirmed.add(1);
-            let reads = chosen.iter().map(|shard| self.read_from::<L>(*shard, piece));
-            let mut found = None;
-            let mut failed = false;
-            for (shard, read) in chosen.iter().zip(futures::future::join_all(reads).await) {
-                match read {
-                    Ok(data) => found = found.or(Some(data)),
-                    Err((asked_of, failure)) => {
-                        failed = true;
-                        self.read_failed(*shard, asked_of, failure, &mut damaged).await;
-                    }
-                }
-            }
-            match found {
-                Some(data) if !failed => return Ok(data),
-                _ => {}
+            };
+            if let Some(found) = found {
+                return Ok(found);
             }
         }
     }
 
+    /// From all of these, or none if they have to be waited for.
+    async fn read_confirmed<L: Look>(
+        self: &Rc<Self>,
+        slot: usize,
+        chosen: &[ShardPosition],
+        (piece, course): (Piece, &Course),
+        damaged: &mut Vec<ShardPosition>,
+    ) -> Result<Option<Found<L::Found>>, VolumeError> {
+        if chosen.is_empty() && !damaged.is_empty() {
+            let because = format!("all {} in-sync replicas are damaged there", damaged.len());
+            return Err(VolumeError::Unreadable { block: piece.first.0, because });
+        }
+        if chosen.is_empty() {
+            // None is in sync just now: what becomes of one is being decided.
+            self.runtime.clock().sleep(RETRY_AFTER).await;
+            return Ok(None);
+        }
+        if chosen.iter().any(|shard| self.shards[*shard].recovering.get()) {
+            self.recovered(slot).await;
+            return Ok(None);
+        }
+        self.counters.reads_confirmed.add(1);
+        let now = self.runtime.clock().now();
+        let reads = chosen.iter().map(|shard| self.read_from::<L>(*shard, piece, course, now));
+        let mut found = None;
+        let mut failed = false;
+        for (shard, read) in chosen.iter().zip(futures::future::join_all(reads).await) {
+            match read {
+                Ok(data) => found = found.or(Some(data)),
+                Err((asked_of, failure)) => {
+                    failed = true;
+                    self.read_failed(*shard, asked_of, failure, damaged).await;
+                }
+            }
+        }
+        Ok(found.filter(|_| !failed))
+    }
+
     /// In-sync replicas in the order in which to try them, and how many have to answer.
-    fn candidates(&self, slot: usize, without: &[ShardPosition]) -> (Vec<ShardPosition>, usize) {
-        let in_sync: Vec<_> = self.replicas.borrow().in_sync(slot).collect();
-        let mut candidates: Vec<_> = in_sync.iter().copied().filter(|shard| !without.contains(shard)).collect();
+    fn candidates(&self, slot: usize, without: &[ShardPosition], now: Instant) -> (Shards, usize) {
+        let replicas = self.replicas.borrow();
+        let mut candidates: Shards = replicas.in_sync(slot).filter(|shard| !without.contains(shard)).collect();
         if candidates.len() > 1 {
-            let (a, b) = (self.lot(candidates.len()), self.lot(candidates.len()));
-            let mut better = if self.cost(candidates[a]) <= self.cost(candidates[b]) { a } else { b };
-            let local = candidates.iter().position(|shard| self.shards[*shard].local);
-            if let Some(local) = local
-                && self.cost(candidates[local]) <= LOCAL_READ_ADVANTAGE * self.cost(candidates[better])
-            {
-                better = local;
+            candidates.sort_by_key(|shard| !self.shards[*shard].local);
+            let local = candidates.iter().filter(|shard| self.shards[**shard].local).count();
+            let cost = |at: usize| self.cost(candidates[at]);
+            let better_of_two = |first: usize| {
+                let (a, b) = (self.lot(first), self.lot(first));
+                if cost(a) <= cost(b) { a } else { b }
+            };
+            let mut better = better_of_two(candidates.len());
+            if (1..candidates.len()).contains(&local) {
+                let near = better_of_two(local);
+                if cost(near) <= LOCAL_READ_ADVANTAGE * cost(better) {
+                    better = near;
+                }
             }
             candidates.swap(0, better);
             // Those whose fate is being decided come last.
             candidates.sort_by_key(|shard| self.is_doubtful(*shard));
         }
-        let alone = self.may_read_alone();
-        // A new writer has opened at least the minimum of the in-sync replicas: among this many is one of them.
-        let min = usize::from(self.record.min_replicas).min(in_sync.len());
-        (candidates, if alone { 1 } else { in_sync.len() - min + 1 })
+        // A new owner of the volume has opened one of the in-sync replicas at least, which will not confirm: all are asked.
+        // The minimum does not tell how many it was: that can be changed, and who repairs may have found one alone. Those
+        // `without` have confirmed when they said that they are damaged.
+        let asked = if self.may_read_alone(now) { candidates.len().min(1) } else { candidates.len() };
+        (candidates, asked)
     }
 
     /// By the clock, nobody else can own the volume.
-    fn may_read_alone(&self) -> bool {
-        self.lease.is_valid() && self.lease.generation() == self.status.owner_lease.get()
+    fn may_read_alone(&self, now: Instant) -> bool {
+        self.lease.is_valid(now) && self.lease.generation() == self.status.owner_lease.get()
     }
 
     fn is_doubtful(&self, position: ShardPosition) -> bool {
@@ -181,30 +214,46 @@ impl<R: Runtime> Session<R> {
     async fn read_hedged<L: Look>(
         self: &Rc<Self>,
         candidates: &[ShardPosition],
-        piece: Piece,
+        (piece, course): (Piece, &Course),
+        now: Instant,
         damaged: &mut Vec<ShardPosition>,
-    ) -> Option<Vec<L::Found>> {
-        let (first, began) = (candidates[0], self.runtime.clock().now());
+    ) -> Option<Found<L::Found>> {
+        let first = candidates[0];
         let after = {
             let mut hedging = self.hedging.borrow_mut();
             hedging.earn();
             hedging.after()
         };
-        let mut asked = pin!(self.read_from::<L>(first, piece));
+        let mut asked = pin!(self.read_from::<L>(first, piece, course, now));
         let second = candidates.get(1).copied().filter(|second| !self.is_doubtful(*second));
         let Some(second) = second else { return self.taken(first, asked.await, damaged).await };
-        let slow = pin!(self.runtime.clock().sleep(after));
+        let slow = self.slow_reads.set(&self.runtime, now.after(after));
         if let Either::Left((answer, _)) = select(asked.as_mut(), slow).await {
             return self.taken(first, answer, damaged).await;
         }
-        if !self.hedging.borrow_mut().pay() {
+        Box::pin(self.hedge::<L>(asked, (first, second), (piece, course), now, damaged)).await
+    }
+
+    /// The first has been asked since `began`.
+    async fn hedge<L: Look>(
+        self: &Rc<Self>,
+        asked: Pin<&mut impl Future<Output = Result<Found<L::Found>, (Incarnation, Failure)>>>,
+        (first, second): (ShardPosition, ShardPosition),
+        (piece, course): (Piece, &Course),
+        began: Instant,
+        damaged: &mut Vec<ShardPosition>,
+    ) -> Option<Found<L::Found>> {
+        // Meanwhile it may have lost everything, and be open again to be filled.
+        let slot = self.placement.slot_of(piece.first.extent());
+        let is_second = self.replicas.borrow().is_in_sync(slot, second) && !self.is_doubtful(second);
+        if !is_second || !self.hedging.borrow_mut().pay() {
             return self.taken(first, asked.await, damaged).await;
         }
         self.counters.reads_hedged.add(1);
-        let also = pin!(self.read_from::<L>(second, piece));
+        let also = pin!(self.read_from::<L>(second, piece, course, self.runtime.clock().now()));
         let (answered, answer, other, rest) = match select(asked, also).await {
-            Either::Left((answer, rest)) => (first, answer, second, rest),
-            Either::Right((answer, rest)) => (second, answer, first, rest),
+            Either::Left((answer, rest)) => (first, answer, second, Either::Left(rest)),
+            Either::Right((answer, rest)) => (second, answer, first, Either::Right(rest)),
         };
         if answer.is_ok() && answered == second {
             self.counters.reads_hedged_won.add(1);
@@ -226,7 +275,7 @@ impl<R: Runtime> Session<R> {
         match answer {
             Ok(data) => Some(data),
             Err((asked_of, failure)) => {
-                self.read_failed(position, asked_of, failure, damaged).await;
+                Box::pin(self.read_failed(position, asked_of, failure, damaged)).await;
                 None
             }
         }
@@ -248,15 +297,19 @@ impl<R: Runtime> Session<R> {
         &self,
         position: ShardPosition,
         piece: Piece,
-    ) -> Result<Vec<L::Found>, (Incarnation, Failure)> {
+        course: &Course,
+        now: Instant,
+    ) -> Result<Found<L::Found>, (Incarnation, Failure)> {
         let shard = &self.shards[position];
         self.counters.reads.add(1);
-        let asked = self.runtime.clock().now();
         let asked_of = shard.incarnation.get();
         let failed = |failure| (asked_of, failure);
-        let (answer, payload) = self.ask(shard, &L::operation(piece), &Bytes::new()).await.map_err(failed)?;
+        let (operation, nothing) = (L::operation(piece), Bytes::new());
+        let asked = self.ask_measured(shard, asked_of, &operation, &nothing, now);
+        let (answer, payload, leg) = asked.await.map_err(failed)?;
+        course.heard(leg);
         if L::TELLS_SERVICE_TIME {
-            self.note_service(position, self.runtime.clock().now().since(asked));
+            self.note_service(position, leg.answered.since(leg.sent));
         }
         L::take(piece, answer, payload).map_err(failed)
     }
@@ -297,7 +350,7 @@ pub(super) fn malformed(because: String) -> Failure {
 }
 
 /// Checks that the answer is the whole range with the data its checksums were made of.
-fn assemble(piece: Piece, runs: &[Run], checksums: &[u32], payload: Bytes) -> Result<Vec<DevicePiece>, Failure> {
+fn assemble(piece: Piece, runs: &[Run], checksums: &[u32], payload: Bytes) -> Result<Pieces, Failure> {
     let total: u64 = runs.iter().map(|run| u64::from(run.count)).sum();
     let with_data: usize = runs.iter().filter(|run| run.data).map(|run| run.count as usize).sum();
     let block_bytes = BLOCK_BYTES as usize;
@@ -317,9 +370,10 @@ fn assemble(piece: Piece, runs: &[Run], checksums: &[u32], payload: Bytes) -> Re
         }
     }
     let mut at = 0;
-    let pieces = runs.iter().map(|run| {
-        let length = run.count as usize * block_bytes;
-        if !run.data {
+    // Runs differ by their versions too, which nobody asked for here.
+    let pieces = runs.chunk_by(|run, next| run.data == next.data).map(|alike| {
+        let length = alike.iter().map(|run| run.count as usize).sum::<usize>() * block_bytes;
+        if !alike[0].data {
             return DevicePiece::Zeros(length as u64);
         }
         at += length;
@@ -329,9 +383,8 @@ fn assemble(piece: Piece, runs: &[Run], checksums: &[u32], payload: Bytes) -> Re
 }
 
 /// Drops `skip` bytes in front and everything behind `length`.
-fn trim(pieces: Vec<DevicePiece>, mut skip: u64, mut length: u64) -> Vec<DevicePiece> {
-    let mut kept = Vec::with_capacity(pieces.len());
-    for piece in pieces {
+fn trim(pieces: Pieces, mut skip: u64, mut length: u64) -> Pieces {
+    let kept = pieces.into_iter().filter_map(|piece| {
         let bytes = match &piece {
             DevicePiece::Data(data) => data.len() as u64,
             DevicePiece::Zeros(bytes) => *bytes,
@@ -339,20 +392,21 @@ fn trim(pieces: Vec<DevicePiece>, mut skip: u64, mut length: u64) -> Vec<DeviceP
         let (start, end) = (skip.min(bytes), (skip + length).min(bytes));
         skip -= start;
         length -= end - start;
-        if start < end {
-            kept.push(match piece {
-                DevicePiece::Data(data) => DevicePiece::Data(data.slice(start as usize..end as usize)),
-                DevicePiece::Zeros(_) => DevicePiece::Zeros(end - start),
-            });
+        match piece {
+            _ if start == end => None,
+            whole if end - start == bytes => Some(whole),
+            DevicePiece::Data(data) => Some(DevicePiece::Data(data.slice(start as usize..end as usize))),
+            DevicePiece::Zeros(_) => Some(DevicePiece::Zeros(end - start)),
         }
-    }
-    kept
+    });
+    kept.collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use torus_schema::ids::{BlockIndex, Version};
+    use smallvec::smallvec;
+    use torus_schema::ids::{BlockIndex, Epoch, Version};
 
     fn piece(count: u32) -> Piece {
         Piece { first: BlockIndex(7), count }
@@ -370,10 +424,21 @@ mod tests {
     }
 
     #[test]
+    fn blocks_that_were_written_one_by_one_are_one_piece() {
+        let run = |sequence, data| Run { count: 1, version: Version::new(Epoch(1), sequence), data };
+        let payload = Bytes::from_iter((0..3u8).flat_map(|block| [block; 4096]));
+        let checksums: Vec<u32> = payload.chunks_exact(4096).map(crc32c::crc32c).collect();
+        let runs = [run(9, true), run(5, true), run(0, false), run(7, false), run(3, true)];
+        let pieces = assemble(piece(5), &runs, &checksums, payload.clone()).unwrap();
+        let data = |range| DevicePiece::Data(payload.slice(range));
+        assert_eq!(pieces[..], [data(0..8192), DevicePiece::Zeros(8192), data(8192..12288)]);
+    }
+
+    #[test]
     fn a_range_inside_blocks_is_cut_out_of_them() {
         let data = Bytes::from_iter((0..200u8).cycle().take(4096));
-        let pieces = vec![DevicePiece::Zeros(4096), DevicePiece::Data(data.clone())];
+        let pieces = smallvec![DevicePiece::Zeros(4096), DevicePiece::Data(data.clone())];
         let kept = trim(pieces, 4000, 100);
-        assert_eq!(kept, [DevicePiece::Zeros(96), DevicePiece::Data(data.slice(0..4))]);
+        assert_eq!(kept[..], [DevicePiece::Zeros(96), DevicePiece::Data(data.slice(0..4))]);
     }
 }

@@ -17,11 +17,15 @@ use torus_schema::limits::BLOCKS_PER_EXTENT;
 
 type ByShard = BTreeMap<ShardPosition, Vec<Descriptor>>;
 
+/// Nobody who has the newest version of a block can read it.
+struct Unreadable {
+    shards: Vec<ShardPosition>,
+    version: Revoked,
+}
+
 enum Failed {
     /// A replica failed while it was needed; the rest goes on without it.
     Replica { shard: ShardPosition, failure: Failure },
-    /// Nobody who has the newest version of a block can read it.
-    Unreadable { shards: Vec<ShardPosition>, version: Revoked },
     /// Two valid, different copies of one version: for the operator, never a vote (interleaving 23).
     Conflict { block: BlockIndex, version: Version, shards: [ShardPosition; 2] },
 }
@@ -40,24 +44,27 @@ pub(super) async fn reconcile<R: Runtime>(session: &Rc<Session<R>>) -> Result<()
     loop {
         session.check()?;
         match attempt(session).await {
-            Ok(()) => {
+            Ok(unreadable) if unreadable.is_empty() => {
                 session.flush_point.set(Version::new(session.epoch, 0));
                 return Ok(());
+            }
+            Ok(_) if reads < READS_MAX => {
+                reads += 1;
+                session.runtime.clock().sleep(READ_AGAIN_AFTER).await;
+            }
+            // All else that those who have it had is with the others now.
+            Ok(unreadable) => {
+                for Unreadable { shards, version } in unreadable {
+                    for shard in shards {
+                        do_without(session, shard, version).await?;
+                    }
+                }
             }
             Err(Failed::Replica { shard, failure }) => {
                 let attempts = attempts.entry(shard).or_insert(1);
                 *attempts += 1;
                 if *attempts > ATTEMPTS_MAX || !opens_again(session, shard, &failure).await? {
                     lose(session, shard, &failure).await?;
-                }
-            }
-            Err(Failed::Unreadable { .. }) if reads < READS_MAX => {
-                reads += 1;
-                session.runtime.clock().sleep(READ_AGAIN_AFTER).await;
-            }
-            Err(Failed::Unreadable { shards, version }) => {
-                for shard in shards {
-                    do_without(session, shard, version).await?;
                 }
             }
             Err(Failed::Conflict { block, version, shards: [a, b] }) => {
@@ -96,7 +103,8 @@ async fn do_without<R: Runtime>(
     }
 }
 
-async fn attempt<R: Runtime>(session: &Session<R>) -> Result<(), Failed> {
+/// What could not be brought to everybody, since it cannot be read; everything else is, durably.
+async fn attempt<R: Runtime>(session: &Session<R>) -> Result<Vec<Unreadable>, Failed> {
     let shards: Vec<_> =
         (0..session.shards.len()).filter(|shard| session.replicas.borrow().holds_in_sync(*shard)).collect();
     let described = futures::future::join_all(shards.iter().map(|shard| describe(session, *shard))).await;
@@ -107,9 +115,9 @@ async fn attempt<R: Runtime>(session: &Session<R>) -> Result<(), Failed> {
             of_shard.entry(*shard).or_default().push(descriptor);
         }
     }
-    let mut copied = 0;
+    let (mut copied, mut unreadable) = (0, Vec::new());
     for (extent, by_shard) in extents {
-        copied += level(session, extent, by_shard).await?;
+        copied += level(session, extent, by_shard, &mut unreadable).await?;
     }
     let flushes = shards.iter().map(|shard| async move {
         let flushed = session.ask(&session.shards[*shard], &Operation::Flush, &Bytes::new()).await;
@@ -118,8 +126,9 @@ async fn attempt<R: Runtime>(session: &Session<R>) -> Result<(), Failed> {
     for flushed in futures::future::join_all(flushes).await {
         flushed?;
     }
-    tracing::info!(volume = %session.record.name, epoch = %session.epoch, blocks_copied = copied, "reconciled");
-    Ok(())
+    let blocks_unreadable = unreadable.len();
+    tracing::info!(volume = %session.record.name, epoch = %session.epoch, blocks_copied = copied, blocks_unreadable, "reconciled");
+    Ok(unreadable)
 }
 
 /// All of the shard's records above the flush point.
@@ -153,7 +162,12 @@ struct Newest {
 }
 
 /// Brings one extent to the same records on all its in-sync replicas; returns the blocks copied.
-async fn level<R: Runtime>(session: &Session<R>, extent: ExtentIndex, by_shard: ByShard) -> Result<u64, Failed> {
+async fn level<R: Runtime>(
+    session: &Session<R>,
+    extent: ExtentIndex,
+    by_shard: ByShard,
+    unreadable: &mut Vec<Unreadable>,
+) -> Result<u64, Failed> {
     let slot = session.placement.slot_of(extent);
     let replicas: Vec<_> = session.replicas.borrow().in_sync(slot).collect();
     let nothing = Vec::new();
@@ -175,7 +189,11 @@ async fn level<R: Runtime>(session: &Session<R>, extent: ExtentIndex, by_shard: 
             (0..replicas.len()).partition(|replica| held[*replica][block] == Some(newest));
         let having: Vec<_> = having.into_iter().map(|replica| replicas[replica]).collect();
         for replica in lacking {
-            copy(session, first, newest, &having, replicas[replica]).await?;
+            if !copy(session, first, newest, &having, replicas[replica]).await? {
+                let version = Revoked { block: first, version: newest.version };
+                unreadable.push(Unreadable { shards: having, version });
+                break;
+            }
             copied += 1;
         }
     }
@@ -209,29 +227,33 @@ fn conflict(held: &[Vec<Option<Newest>>], block: usize, newest: Newest) -> Optio
     })
 }
 
-/// Under its original version: the same record, not a new write.
+/// Under its original version: the same record, not a new write. False: it cannot be read anywhere.
 async fn copy<R: Runtime>(
     session: &Session<R>,
     first: BlockIndex,
     newest: Newest,
     sources: &[ShardPosition],
     target: ShardPosition,
-) -> Result<(), Failed> {
+) -> Result<bool, Failed> {
     let of_target = |failure| Failed::Replica { shard: target, failure };
     let Some(checksum) = newest.checksum else {
         let slice = session.placement.slice_of(first.extent());
         let clear = Operation::Clear { first, count: 1, slice, version: newest.version, durable: false };
         session.ask(&session.shards[target], &clear, &Bytes::new()).await.map_err(of_target)?;
-        return Ok(());
+        return Ok(true);
     };
     for source in sources {
         let Some(payload) = read(session, first, newest.version, checksum, *source).await? else { continue };
-        let write = Operation::Write { first, version: newest.version, durable: false, checksums: vec![checksum] };
+        let write = Operation::Write {
+            first,
+            version: newest.version,
+            durable: false,
+            checksums: [checksum].as_slice().into(),
+        };
         session.ask(&session.shards[target], &write, &payload).await.map_err(of_target)?;
-        return Ok(());
+        return Ok(true);
     }
-    let version = Revoked { block: first, version: newest.version };
-    Err(Failed::Unreadable { shards: sources.to_vec(), version })
+    Ok(false)
 }
 
 /// `None`: it is damaged there.

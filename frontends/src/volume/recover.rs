@@ -85,7 +85,7 @@ impl<R: Runtime> Session<R> {
                     }
                     let loss = if shard.restarted.get() { Loss::Restarted } else { Loss::Unreachable };
                     if waiting.is_none() {
-                        self.siblings_too(position, &failure).await;
+                        self.others_too(position, &failure).await;
                     }
                     let below = match self.marked_or_back(position, loss).await {
                         Outcome::Settled => return,
@@ -119,10 +119,28 @@ impl<R: Runtime> Session<R> {
         }
     }
 
+    /// What else is to be known before the shard is given up.
+    ///
     /// Of a node that is gone all shards are: those that do not answer now are marked in the same transaction, instead of
     /// one by one, each after 2 s of its own, as requests come to them.
-    async fn siblings_too(self: &Rc<Self>, position: ShardPosition, failure: &Failure) {
-        let Failure::Link(error) = failure else { return };
+    async fn others_too(self: &Rc<Self>, position: ShardPosition, failure: &Failure) {
+        let silent = match failure {
+            Failure::Link(error) => self.silent_siblings(position).await.into_iter().map(|of| (of, error)).collect(),
+            Failure::Refused(_) => vec![],
+        };
+        let gone: Vec<_> = silent.iter().map(|((sibling, _), _)| *sibling).chain([position]).collect();
+        self.ask_who_stays(&gone).await;
+        for ((sibling, asked_of), error) in silent {
+            let shard = &self.shards[sibling];
+            if self.is_needed(sibling) && shard.incarnation.get() == asked_of && !shard.recovering.get() {
+                self.status.failed.borrow_mut().insert((sibling, Loss::Unreachable));
+                self.recover(sibling, asked_of, Failure::Link(error.clone()), Verdict::Unreachable);
+            }
+        }
+    }
+
+    /// Other shards of its node that do not answer, with the lives that were asked.
+    async fn silent_siblings(self: &Rc<Self>, position: ShardPosition) -> Vec<(ShardPosition, Incarnation)> {
         let node = self.shards[position].id.node;
         let is_asked = |other: &ShardPosition| {
             let shard = &self.shards[*other];
@@ -130,21 +148,57 @@ impl<R: Runtime> Session<R> {
         };
         let siblings: Vec<_> = (0..self.shards.len()).filter(is_asked).collect();
         let asked = siblings.into_iter().map(|sibling| async move {
-            let shard = &self.shards[sibling];
-            let asked_of = shard.incarnation.get();
-            let (ping, none) = (Operation::Ping, Bytes::new());
-            let answer = pin!(self.ask(shard, &ping, &none));
-            let answers = match select(answer, pin!(self.runtime.clock().sleep(SIBLING_ANSWERS_WITHIN))).await {
-                Either::Left((Err(found), _)) => verdict(&found) != Verdict::Unreachable,
-                Either::Left((Ok(_), _)) => true,
-                Either::Right(_) => false,
+            let asked_of = self.shards[sibling].incarnation.get();
+            let answer = self.answer_soon(sibling, &Operation::Ping).await;
+            let is_silent =
+                answer.is_none_or(|answer| answer.is_err_and(|found| verdict(&found) == Verdict::Unreachable));
+            is_silent.then_some((sibling, asked_of))
+        });
+        futures::future::join_all(asked).await.into_iter().flatten().collect()
+    }
+
+    /// What was answered and not flushed stays with those that hold the same slices, if they are what they were and their
+    /// power does not fail either: they are asked to flush it. One that does not is in doubt, and who is merely away is not
+    /// given up for it (`marking`), since he may be the only one who has it.
+    async fn ask_who_stays(self: &Rc<Self>, gone: &[ShardPosition]) {
+        let staying = {
+            let replicas = self.replicas.borrow();
+            let holds_with = |other: &ShardPosition| gone.iter().any(|gone| replicas.share_in_sync(*gone, *other));
+            let is_asked = |other: &ShardPosition| {
+                !gone.contains(other) && !self.shards[*other].recovering.get() && holds_with(other)
             };
-            if !answers && self.is_needed(sibling) && !shard.recovering.get() {
-                self.status.failed.borrow_mut().insert((sibling, Loss::Unreachable));
-                self.recover(sibling, asked_of, Failure::Link(error.clone()), Verdict::Unreachable);
+            (0..self.shards.len()).filter(is_asked).collect::<Vec<_>>()
+        };
+        let asked = staying.into_iter().map(|other| async move {
+            let shard = &self.shards[other];
+            let asked_of = shard.incarnation.get();
+            match self.answer_soon(other, &Operation::Flush).await {
+                Some(Ok(_)) => {}
+                Some(Err(found)) => match verdict(&found) {
+                    // Not of the shard, or not for long.
+                    Verdict::Busy | Verdict::Full | Verdict::Local => {}
+                    verdict => self.recover(other, asked_of, found, verdict),
+                },
+                None => {
+                    let address = shard.peer.borrow().address.clone();
+                    let waited_ms = SIBLING_ANSWERS_WITHIN.as_millis() as u64;
+                    let silent = Failure::Link(LinkError::Overdue { address, waited_ms });
+                    // It is asked what it is before anything else becomes of it: a flush may take its time.
+                    self.recover(other, asked_of, silent, Verdict::Restarted);
+                }
             }
         });
         futures::future::join_all(asked).await;
+    }
+
+    /// `None`: not soon.
+    async fn answer_soon(&self, position: ShardPosition, operation: &Operation) -> Option<Result<(), Failure>> {
+        let none = Bytes::new();
+        let answer = pin!(self.ask(&self.shards[position], operation, &none));
+        match select(answer, pin!(self.runtime.clock().sleep(SIBLING_ANSWERS_WITHIN))).await {
+            Either::Left((answer, _)) => Some(answer.map(drop)),
+            Either::Right(_) => None,
+        }
     }
 
     /// Marking waits for the metadata store, which may be away for long: a replica that is back before it is marked is

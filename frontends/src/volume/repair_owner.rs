@@ -72,8 +72,8 @@ struct Shared<R: Runtime> {
 struct Backoff {
     until: Instant,
     attempts: u32,
-    /// The stale nodes that were up then: when another comes, it is worth trying at once.
-    with: BTreeSet<NodeId>,
+    /// The nodes that were up then: when another comes, it is worth trying at once.
+    up: BTreeSet<NodeId>,
 }
 
 /// Why a repair ended.
@@ -256,14 +256,14 @@ impl<R: Runtime> Shared<R> {
             let with: BTreeSet<NodeId> = stale.intersection(&up).copied().collect();
             let rank = rank(*volume, self.node, up.iter().copied()) as u32;
             let due = now.since(*since) >= REPAIR_OWNER_AFTER * (1 + rank) + *jitter;
-            if with.is_empty() || !due || self.is_held_back(*volume, &with, now) {
+            if with.is_empty() || !due || self.is_held_back(*volume, &up, now) {
                 continue;
             }
             begun = true;
             self.repairing.borrow_mut().insert(*volume);
-            let (shared, volume) = (self.clone(), *volume);
+            let (shared, volume, up) = (self.clone(), *volume, up.clone());
             self.runtime.spawn().spawn(Class::Background, async move {
-                shared.repair(volume, with).await;
+                shared.repair(volume, up).await;
                 shared.repairing.borrow_mut().remove(&volume);
                 shared.changed.notify();
             });
@@ -271,9 +271,10 @@ impl<R: Runtime> Shared<R> {
         Ok(if begun { LOOK_AGAIN } else { LOOK_LATER })
     }
 
-    fn is_held_back(&self, volume: VolumeId, with: &BTreeSet<NodeId>, now: Instant) -> bool {
+    /// Who failed waits, unless a node is up now that was not then: it may be what was lacking, stale or not.
+    fn is_held_back(&self, volume: VolumeId, up: &BTreeSet<NodeId>, now: Instant) -> bool {
         let backoff = self.backoff.borrow();
-        backoff.get(&volume).is_some_and(|backoff| now < backoff.until && with.is_subset(&backoff.with))
+        backoff.get(&volume).is_some_and(|backoff| now < backoff.until && up.is_subset(&backoff.up))
     }
 
     async fn up(&self) -> Result<BTreeSet<NodeId>, MetadataError> {
@@ -282,7 +283,7 @@ impl<R: Runtime> Shared<R> {
         Ok(beats.map(|beat| beat.node).collect())
     }
 
-    async fn repair(self: &Rc<Self>, volume: VolumeId, with: BTreeSet<NodeId>) {
+    async fn repair(self: &Rc<Self>, volume: VolumeId, up: BTreeSet<NodeId>) {
         let result = self.try_repair(volume).await;
         match &result {
             Ok(Outcome::InSync) => {
@@ -300,7 +301,7 @@ impl<R: Runtime> Shared<R> {
         let attempts = backoff.get(&volume).map_or(0, |backoff| backoff.attempts);
         let attempts = if matches!(result, Ok(Outcome::Wanted)) { 0 } else { attempts.min(16) };
         let until = now.after((REPAIR_BACKOFF_MIN * 2u32.pow(attempts)).min(REPAIR_BACKOFF_MAX));
-        backoff.insert(volume, Backoff { until, attempts: attempts + 1, with });
+        backoff.insert(volume, Backoff { until, attempts: attempts + 1, up });
     }
 
     async fn try_repair(self: &Rc<Self>, volume: VolumeId) -> Result<Outcome, VolumeError> {
@@ -318,9 +319,8 @@ impl<R: Runtime> Shared<R> {
         let lease = self.lease().await?;
         let session = begin(self.around(lease), (volume, &record.name), &self.attacher).await?;
         tracing::info!(volume = %record.name, "owned for repair");
-        self.places.follow(&session);
         let result = {
-            let work = pin!(work(&session));
+            let work = pin!(work(&session, &self.places));
             let stopping = pin!(self.changed.until(|| self.stopping.get().then_some(())));
             let wanted = pin!(wanting.wanted());
             match select(work, select(wanted, stopping)).await {
@@ -372,8 +372,10 @@ fn each(events: Vec<Event>, mut tell: impl FnMut(&str, Option<&[u8]>)) {
 }
 
 /// Opens the volume; its session brings back what is stale by itself, and here it is watched.
-async fn work<R: Runtime>(session: &Rc<Session<R>>) -> Result<Outcome, VolumeError> {
+async fn work<R: Runtime>(session: &Rc<Session<R>>, places: &Places<R>) -> Result<Outcome, VolumeError> {
     open_and_reconcile(session).await?;
+    // Not before: a place that is given to another node must not change hands beside it.
+    places.follow(session);
     session.serve();
     let mut moved = (session.runtime.clock().now(), session.resync_mark());
     loop {

@@ -12,12 +12,15 @@
 //! to be taken back. In the last state the transaction may have been carried out already, so that the replica can no
 //! longer be done without; it is not read from either, until that is known.
 
+use smallvec::SmallVec;
 use std::collections::{BTreeMap, BTreeSet};
 use torus_schema::ids::{NodeNumber, ShardId, SliceId, Version};
 use torus_schema::records::{StaleReplica, StatusRecord};
 
 /// A shard, as its position in the session's list.
 pub type ShardPosition = usize;
+/// Of one slot, mostly; so many replicas have room in place.
+pub type Shards = SmallVec<[ShardPosition; 4]>;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Health {
@@ -62,6 +65,8 @@ pub struct Replicas {
     shards: Vec<ShardId>,
     slots: Vec<Vec<(ShardPosition, Health)>>,
     min: usize,
+    /// So many have to be in sync for the volume to be owned at all.
+    least: usize,
 }
 
 /// A slice would have too few replicas left in sync.
@@ -86,7 +91,13 @@ impl Replicas {
                 .collect()
         });
         let slots = slots.collect();
-        Self { slices: placed.into_iter().map(|(slice, _)| slice).collect(), shards, slots, min }
+        Self { slices: placed.into_iter().map(|(slice, _)| slice).collect(), shards, slots, min, least: min }
+    }
+
+    /// For who only repairs: as long as one replica has everything the others can be filled from it. Nobody is answered
+    /// meanwhile, so nothing is promised that fewer than the minimum have.
+    pub fn for_repair(self) -> Self {
+        Self { least: 1, ..self }
     }
 
     pub fn shards(&self) -> &[ShardId] {
@@ -236,14 +247,46 @@ impl Replicas {
         Ok(())
     }
 
-    /// One shard never had these slices: nothing of them can be trusted.
+    /// Whether a slice is in sync on both.
+    pub fn share_in_sync(&self, one: ShardPosition, other: ShardPosition) -> bool {
+        (0..self.slots.len()).any(|slot| self.is_in_sync(slot, one) && self.is_in_sync(slot, other))
+    }
+
+    /// Each slice that is in sync on the shard keeps the minimum without it and without all of these.
+    pub fn can_spare(&self, shard: ShardPosition, others: &BTreeSet<ShardPosition>) -> Result<(), BelowMinimum> {
+        for slot in (0..self.slots.len()).filter(|slot| self.is_in_sync(*slot, shard)) {
+            let remaining = self.in_sync(slot).filter(|other| *other != shard && !others.contains(other)).count();
+            if remaining < self.min {
+                return Err(BelowMinimum { slice: self.slices[slot], remaining, min: self.min });
+            }
+        }
+        Ok(())
+    }
+
+    /// One shard never had these slices: nothing of them can be trusted. Who serves clients does not go on if fewer than
+    /// the minimum are left.
     pub fn lose_slices(&mut self, lost: ShardPosition, missing: &[SliceId]) -> Result<(), BelowMinimum> {
+        self.lose_slices_down_to(self.least, lost, missing)
+    }
+
+    /// The same at an attach, which found it so and answered nobody yet: the one replica that has everything is enough to
+    /// fill the others. Without any nothing is changed: it may turn up again.
+    pub fn find_missing(&mut self, lost: ShardPosition, missing: &[SliceId]) -> Result<(), BelowMinimum> {
+        self.lose_slices_down_to(1, lost, missing)
+    }
+
+    fn lose_slices_down_to(
+        &mut self,
+        least: usize,
+        lost: ShardPosition,
+        missing: &[SliceId],
+    ) -> Result<(), BelowMinimum> {
         for slot in 0..self.slots.len() {
             let slice = self.slices[slot];
             if missing.contains(&slice) && self.is_in_sync(slot, lost) {
                 let remaining = self.in_sync(slot).count() - 1;
-                if remaining < self.min {
-                    return Err(BelowMinimum { slice, remaining, min: self.min });
+                if remaining < least {
+                    return Err(BelowMinimum { slice, remaining, min: least });
                 }
                 for (shard, health) in &mut self.slots[slot] {
                     if *shard == lost {
@@ -260,11 +303,11 @@ impl Replicas {
         self.slots.iter().flatten().filter_map(|(_, health)| health.since()).min()
     }
 
-    /// Below the minimum already, so that writes would have too few copies.
+    /// Below the minimum already, so that writes would have too few copies; for who repairs: there is none.
     pub fn below_minimum(&self) -> Option<BelowMinimum> {
         (0..self.slots.len()).find_map(|slot| {
-            let remaining = self.in_sync(slot).count();
-            (remaining < self.min).then_some(BelowMinimum { slice: self.slices[slot], remaining, min: self.min })
+            let (remaining, min) = (self.in_sync(slot).count(), self.least);
+            (remaining < min).then_some(BelowMinimum { slice: self.slices[slot], remaining, min })
         })
     }
 
@@ -372,6 +415,19 @@ mod tests {
         replicas.abort_sync(1);
         replicas.adopt(&next);
         assert!(!replicas.is_syncing(1) && !replicas.holds_in_sync(2));
+    }
+
+    #[test]
+    fn who_repairs_may_find_that_one_is_left_and_not_give_up_any_of_its_own_accord() {
+        let mut replicas = Replicas::new(three_nodes(), 2, &StatusRecord::default()).for_repair();
+        replicas.lose(&BTreeSet::from([0]), Version::ZERO).unwrap();
+        assert!(replicas.lose(&BTreeSet::from([1]), Version::ZERO).is_err());
+        replicas.lose_slices(1, &[SliceId(0), SliceId(3)]).unwrap();
+        assert_eq!(replicas.below_minimum(), None);
+        assert!(replicas.lose_slices(2, &[SliceId(3)]).is_err());
+        let mut client = Replicas::new(three_nodes(), 2, &replicas.to_status());
+        assert!(client.find_missing(2, &[SliceId(3)]).is_err() && client.lose_slices(2, &[SliceId(2)]).is_err());
+        assert_eq!(client.below_minimum().map(|below| (below.slice, below.remaining)), Some((SliceId(0), 1)));
     }
 
     #[test]

@@ -9,6 +9,7 @@
 //! of these messages in any order, and for one that is lost. While a replica is being marked, `since` is decided and
 //! not yet listed; then it bounds what is said like one that is (`StatusKeeper::pending_since`).
 
+use super::course::Course;
 use super::session::Session;
 use crate::device::VolumeError;
 use bytes::Bytes;
@@ -52,7 +53,7 @@ impl<R: Runtime> Session<R> {
             let operation = &operation;
             async move {
                 let required = || self.replicas.borrow().requires(position);
-                self.require(position, required, operation, &Bytes::new()).await
+                self.require(position, required, operation, &Bytes::new(), &Course::default()).await
             }
         });
         for told in futures::future::join_all(told).await {
@@ -64,7 +65,14 @@ impl<R: Runtime> Session<R> {
     }
 
     /// One at a time. What is to be acknowledged may wait for it, so it has a foreground's share.
+    ///
+    /// An attach that is not yet done with what the last writer left tells them itself at its end. It must be alone until
+    /// then: to be told, a shard that restarted would be opened again beside it, which knows nothing of the last
+    /// writer's records and would let it count as one that still has those it was asked for in its former life.
     pub fn tell_retention_soon(self: &Rc<Self>) {
+        if self.flush_point.get().epoch != self.epoch {
+            return;
+        }
         self.retaining.again.set(true);
         if self.retaining.running.replace(true) {
             return;

@@ -1,7 +1,9 @@
 //! One epoch of one volume: who its replicas are, and the loop that gets a request to one of them until it is done or
 //! no longer required.
 
+use super::alarms::Alarms;
 use super::counters::Counters;
+use super::course::{Course, Leg};
 use super::hedge::Hedging;
 use super::lease::ProcessLease;
 use super::links::Links;
@@ -24,7 +26,7 @@ use std::time::Duration;
 use torus_rpc::error::LinkError;
 use torus_rpc::message::{Answer, Envelope, Operation, Refusal, Token};
 use torus_rpc::notify::Notify;
-use torus_rpc::runtime::{Clock, Peer, Runtime};
+use torus_rpc::runtime::{Clock, Instant, Peer, Runtime};
 use torus_schema::ids::{Epoch, Incarnation, RingGeneration, ShardId, Version};
 use torus_schema::records::{OwnerRecord, VolumeRecord};
 use torus_schema::ring::placement::Placement;
@@ -44,6 +46,7 @@ pub(super) struct Session<R: Runtime> {
     pub reading: Rc<Share>,
     pub writing: Rc<Share>,
     pub hedging: RefCell<Hedging>,
+    pub slow_reads: Rc<Alarms>,
     /// As it was when it was attached: its size is below.
     pub record: VolumeRecord,
     pub size_bytes: Cell<u64>,
@@ -74,7 +77,7 @@ pub(super) struct Session<R: Runtime> {
     /// Recoveries that wait for a replica which can neither answer nor be done without.
     pub waiting: Cell<usize>,
     pub ended: RefCell<Option<String>>,
-    /// Replicas, window, `ended` or what is recovering changed.
+    /// Replicas, window, `ended`, the size or what is recovering changed.
     pub changed: Notify,
     /// State of the lots by which reads choose a replica.
     pub lots: Cell<u64>,
@@ -217,6 +220,20 @@ impl<R: Runtime> Session<R> {
         operation: &Operation,
         payload: &Bytes,
     ) -> Result<(Answer, Bytes), Failure> {
+        let now = self.runtime.clock().now();
+        let (answer, payload, _) = self.ask_measured(shard, incarnation, operation, payload, now).await?;
+        Ok((answer, payload))
+    }
+
+    /// `now`: the clock, read just before.
+    pub async fn ask_measured(
+        &self,
+        shard: &Shard,
+        incarnation: Incarnation,
+        operation: &Operation,
+        payload: &Bytes,
+        now: Instant,
+    ) -> Result<(Answer, Bytes, Leg), Failure> {
         let envelope = Envelope {
             volume: self.record.id,
             epoch: self.epoch,
@@ -227,31 +244,32 @@ impl<R: Runtime> Session<R> {
         let peer = shard.peer.borrow().clone();
         shard.outstanding.set(shard.outstanding.get() + 1);
         let outstanding = Outstanding(&shard.outstanding);
-        let answered = self.links.call(&peer, &envelope, operation, payload).await;
+        let answered = self.links.call(&peer, &envelope, operation, payload, now).await;
         drop(outstanding);
-        let (reply, payload) = answered.map_err(Failure::Link)?;
+        let (reply, payload, sent) = answered.map_err(Failure::Link)?;
         shard.full.set(reply.full);
         match reply.answer {
             Answer::Refused(refusal) => Err(Failure::Refused(refusal)),
-            answer => Ok((answer, payload)),
+            answer => Ok((answer, payload, Leg { sent, answered: self.runtime.clock().now(), took: reply.took })),
         }
     }
 
-    /// Until the shard has done it, or (`Ok(None)`) is no longer required to: then it is marked stale in the
-    /// metadata store, or the session has ended with an error.
+    /// Until the shard has done it, or is no longer required to: then it is marked stale in the metadata store, or the
+    /// session has ended with an error. True: it was done.
     pub async fn require(
         self: &Rc<Self>,
         position: ShardPosition,
         required: impl Fn() -> bool,
         operation: &Operation,
         payload: &Bytes,
-    ) -> Result<Option<Answer>, VolumeError> {
+        course: &Course,
+    ) -> Result<bool, VolumeError> {
         let shard = &self.shards[position];
         let mut refused = 0;
         loop {
             self.check()?;
             if !required() {
-                return Ok(None);
+                return Ok(false);
             }
             let needless = || self.ended.borrow().is_some() || !required();
             if shard.recovering.get() {
@@ -260,38 +278,53 @@ impl<R: Runtime> Session<R> {
             }
             let asked_of = shard.incarnation.get();
             // Waiting ends when nobody needs the answer any more; what was sent is carried out or not.
-            let asked = pin!(self.ask(shard, operation, payload));
+            let now = self.runtime.clock().now();
+            let asked = pin!(self.ask_measured(shard, asked_of, operation, payload, now));
             let released = pin!(self.changed.until(|| needless().then_some(())));
             let failure = match select(asked, released).await {
-                Either::Left((Ok((answer, _)), _)) => return Ok(Some(answer)),
+                Either::Left((Ok((_, _, leg)), _)) => {
+                    course.heard(leg);
+                    return Ok(true);
+                }
                 Either::Left((Err(failure), _)) => failure,
                 Either::Right(_) => continue,
             };
-            let verdict = verdict(&failure);
-            // Nobody waits for a replica that can be done without.
-            let patient = verdict == Verdict::Fenced || (verdict == Verdict::Busy && refused < BUSY_ATTEMPTS);
-            if !patient && shard.incarnation.get() == asked_of && self.failed_on_its_way_back(position, &failure).await
-            {
-                continue;
+            // Apart, since every request would be as large as the rarest of its parts.
+            Box::pin(self.attempt_failed(position, asked_of, failure, &mut refused)).await;
+        }
+    }
+
+    /// Sees to it; returns when another attempt may be made. `refused`: how often there was nothing to do but to wait.
+    async fn attempt_failed(
+        self: &Rc<Self>,
+        position: ShardPosition,
+        asked_of: Incarnation,
+        failure: Failure,
+        refused: &mut u32,
+    ) {
+        let (shard, verdict) = (&self.shards[position], verdict(&failure));
+        // Nobody waits for a replica that can be done without.
+        let patient = verdict == Verdict::Fenced || (verdict == Verdict::Busy && *refused < BUSY_ATTEMPTS);
+        if !patient && shard.incarnation.get() == asked_of && self.failed_on_its_way_back(position, &failure).await {
+            return;
+        }
+        match verdict {
+            Verdict::Busy if *refused >= BUSY_ATTEMPTS => {
+                self.recover(position, asked_of, failure, Verdict::Unreachable);
             }
-            match verdict {
-                Verdict::Busy if refused >= BUSY_ATTEMPTS => {
-                    self.recover(position, asked_of, failure, Verdict::Unreachable);
+            Verdict::Busy | Verdict::Full | Verdict::Local => {
+                if *refused == BUSY_ATTEMPTS {
+                    tracing::warn!(volume = %self.record.name, shard = %shard.id, %failure, "waiting");
                 }
-                Verdict::Busy | Verdict::Full | Verdict::Local => {
-                    if refused == BUSY_ATTEMPTS {
-                        tracing::warn!(volume = %self.record.name, shard = %shard.id, %failure, "waiting");
-                    }
-                    refused += 1;
-                    if verdict == Verdict::Full {
-                        // What was overwritten counts until F says that nothing takes the newer back; the next attempt
-                        // carries it.
-                        self.flush_soon();
-                    }
-                    self.runtime.clock().sleep(RETRY_AFTER).await;
+                *refused += 1;
+                if verdict == Verdict::Full {
+                    // What was overwritten counts until F says that nothing takes the newer back; the next attempt
+                    // carries it.
+                    self.flush_soon();
                 }
-                verdict => self.recover(position, asked_of, failure, verdict),
+                self.runtime.clock().sleep(RETRY_AFTER).await;
             }
+            verdict => self.recover(position, asked_of, failure, verdict),
         }
     }
 

@@ -6,7 +6,10 @@
 //! stores something itself and finds the record at another revision (`Session::take_record`), whichever is first.
 
 use super::session::Session;
-use std::cell::{Cell, RefCell};
+use futures::channel::oneshot;
+use futures::future::select;
+use std::cell::RefCell;
+use std::pin::pin;
 use std::rc::{Rc, Weak};
 use torus_rpc::metadata::{Entry, Event, Metadata, MetadataError, Revision, Watch};
 use torus_rpc::runtime::{Class, Clock, Runtime, Spawn};
@@ -16,7 +19,8 @@ use torus_schema::records::{VolumeRecord, decode, keys};
 /// The sessions that are told.
 pub(super) struct Sizes<R: Runtime> {
     shared: Rc<Shared<R>>,
-    following: Cell<bool>,
+    /// Whoever follows ends with this.
+    following: RefCell<Option<oneshot::Sender<()>>>,
 }
 
 struct Shared<R: Runtime> {
@@ -26,16 +30,18 @@ struct Shared<R: Runtime> {
 
 impl<R: Runtime> Sizes<R> {
     pub fn new(runtime: R) -> Self {
-        Self { shared: Rc::new(Shared { runtime, sessions: RefCell::default() }), following: Cell::new(false) }
+        Self { shared: Rc::new(Shared { runtime, sessions: RefCell::default() }), following: RefCell::default() }
     }
 
     /// From now on, until the session ends.
     pub fn follow(&self, session: &Rc<Session<R>>) {
         self.shared.sessions.borrow_mut().push(Rc::downgrade(session));
         let runtime = self.shared.runtime.clone();
-        if !self.following.replace(true) {
+        if self.following.borrow().is_none() {
+            let (alive, over) = oneshot::channel();
+            self.following.replace(Some(alive));
             let watching = follow(runtime.clone(), Rc::downgrade(&self.shared));
-            runtime.spawn().spawn(Class::Foreground, watching);
+            runtime.spawn().spawn(Class::Foreground, async move { drop(select(pin!(watching), over).await) });
         }
         // The watch may have told of a change since the attach before this session was among those it tells.
         let session = Rc::downgrade(session);
@@ -113,6 +119,7 @@ impl<R: Runtime> Session<R> {
         }
         self.size_bytes.set(size_bytes);
         self.status.volume_revision.set(entry.mod_revision);
+        self.changed.notify();
         true
     }
 }

@@ -8,8 +8,7 @@
 //! A replica that was merely away, and is back with all it should have before the transaction took place, is taken off
 //! again (`withdraw`): until then it is required, so that it has everything that was answered, and whoever else may
 //! have been let in by a transaction of unknown outcome finds what was answered on the others too. The reads that have
-//! to be confirmed ask |in sync| − min + 1 replicas; of those at most the withdrawn one is not in sync by the other
-//! count, which is one smaller as well, so that the proof holds either way.
+//! to be confirmed ask all that are in sync, so that one of them is of those that whoever was let in has opened.
 
 use super::marking;
 use super::replicas::{BelowMinimum, ShardPosition};

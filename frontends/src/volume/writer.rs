@@ -1,22 +1,21 @@
 //! Writes and clears: fan-out to every replica in sync or on its way back at once, acknowledged when all have it
 //! (protocol rule 6).
 
-use super::plan::{Piece, blocks_covered, blocks_touched, pieces};
+use super::course::Course;
+use super::plan::{Piece, blocks_covered, blocks_touched, is_whole_blocks, only_piece, pieces};
 use super::replay::{Kept, cost};
-use super::replicas::ShardPosition;
+use super::replicas::{ShardPosition, Shards};
 use super::session::Session;
 use crate::device::VolumeError;
 use bytes::{Bytes, BytesMut};
+use futures::FutureExt;
 use std::cell::Cell;
 use std::ops::Range;
 use std::rc::Rc;
-use torus_rpc::message::{Answer, Operation};
+use torus_rpc::message::{Answer, Checksums, Operation};
 use torus_rpc::runtime::Runtime;
 use torus_schema::ids::{BlockIndex, Version};
 use torus_schema::limits::{BLOCK_BYTES, UNFLUSHED_BYTES_WHEN_FULL_MAX};
-
-/// Whether a request has drawn a version: from then on it can be waited for or not, but no longer be given up.
-pub type Begun = Cell<bool>;
 
 impl<R: Runtime> Session<R> {
     pub async fn write(
@@ -24,21 +23,40 @@ impl<R: Runtime> Session<R> {
         offset: u64,
         data: Bytes,
         durable: bool,
-        begun: &Begun,
+        course: &Course,
     ) -> Result<(), VolumeError> {
         self.check_range(offset, data.len() as u64)?;
         let touched = blocks_touched(offset, data.len() as u64);
         let guard = self.locks.lock(touched.clone()).await;
-        self.check_space(touched.clone()).await?;
-        let data = self.whole_blocks(offset, data, touched.clone()).await?;
+        // What is rare stands apart, in boxes, since every write would be as large as the rarest of its parts.
+        if self.shards.iter().any(|shard| shard.full.get()) {
+            Box::pin(self.check_space(touched.clone())).await?;
+        }
+        let data = match is_whole_blocks(offset, data.len() as u64) {
+            true => data,
+            false => Box::pin(self.whole_blocks(offset, data, touched.clone(), course)).await?,
+        };
         let durable = durable || self.record.write_through;
-        let writes = pieces(touched.clone()).map(|piece| {
-            let start = ((piece.first.0 - touched.start) * BLOCK_BYTES) as usize;
-            self.write_piece(piece, data.slice(start..start + piece.bytes()), durable, begun)
-        });
-        let written = all(writes.collect()).await;
+        let written = match only_piece(&touched) {
+            Some(piece) => self.write_piece(piece, data, durable, course).await,
+            None => Box::pin(self.write_pieces(touched, data, durable, course)).await,
+        };
         drop(guard);
         written
+    }
+
+    async fn write_pieces(
+        self: &Rc<Self>,
+        blocks: Range<u64>,
+        data: Bytes,
+        durable: bool,
+        course: &Course,
+    ) -> Result<(), VolumeError> {
+        let writes = pieces(blocks.clone()).map(|piece| {
+            let start = ((piece.first.0 - blocks.start) * BLOCK_BYTES) as usize;
+            self.write_piece(piece, data.slice(start..start + piece.bytes()), durable, course)
+        });
+        all(writes).await
     }
 
     /// The range reads as zeros. `advisory`: blocks at the edges that are covered in part stay as they are.
@@ -48,7 +66,7 @@ impl<R: Runtime> Session<R> {
         length: u64,
         durable: bool,
         advisory: bool,
-        begun: &Begun,
+        course: &Course,
     ) -> Result<(), VolumeError> {
         self.check_range(offset, length)?;
         let (touched, covered) = (blocks_touched(offset, length), blocks_covered(offset, length));
@@ -59,7 +77,7 @@ impl<R: Runtime> Session<R> {
             for edge in [offset..head, tail..offset + length] {
                 if edge.start < edge.end {
                     let zeros = Bytes::from(vec![0; (edge.end - edge.start) as usize]);
-                    Box::pin(self.write(edge.start, zeros, durable, begun)).await?;
+                    Box::pin(self.write(edge.start, zeros, durable, course)).await?;
                 }
             }
         }
@@ -68,8 +86,8 @@ impl<R: Runtime> Session<R> {
         }
         let guard = self.locks.lock(covered.clone()).await;
         let slots = self.slots_of(&covered).into_iter();
-        let clears = slots.map(|slot| self.clear_slot(slot, covered.clone(), durable, begun));
-        let cleared = all(clears.collect()).await;
+        let clears = slots.map(|slot| self.clear_slot(slot, covered.clone(), durable, course));
+        let cleared = all(clears).await;
         drop(guard);
         cleared
     }
@@ -83,12 +101,9 @@ impl<R: Runtime> Session<R> {
         }
     }
 
-    /// The client hears of a full cluster before any replica has to refuse (protocol rule 16), and only if the write
+    /// Some shard is full. The client hears of a full cluster before any replica has to refuse (protocol rule 16), and only if the write
     /// needs room: what replaces data gives back as much as it takes, once it is flushed. Nothing was sent yet.
     async fn check_space(self: &Rc<Self>, blocks: Range<u64>) -> Result<(), VolumeError> {
-        if !self.shards.iter().any(|shard| shard.full.get()) {
-            return Ok(());
-        }
         // Both generations take room until then.
         if self.replay.borrow().bytes() >= UNFLUSHED_BYTES_WHEN_FULL_MAX {
             self.flush().await?;
@@ -110,7 +125,7 @@ impl<R: Runtime> Session<R> {
     async fn find_full(self: &Rc<Self>, blocks: &Range<u64>) -> Option<ShardPosition> {
         for piece in pieces(blocks.clone()) {
             let slot = self.placement.slot_of(piece.first.extent());
-            let replicas: Vec<_> = self.replicas.borrow().in_sync(slot).collect();
+            let replicas: Shards = self.replicas.borrow().in_sync(slot).collect();
             for position in replicas.into_iter().filter(|position| self.shards[*position].full.get()) {
                 let shard = &self.shards[position];
                 let map = Operation::Map { first: piece.first, count: piece.count };
@@ -136,19 +151,17 @@ impl<R: Runtime> Session<R> {
         offset: u64,
         data: Bytes,
         touched: Range<u64>,
+        course: &Course,
     ) -> Result<Bytes, VolumeError> {
         let (start, end) = (touched.start * BLOCK_BYTES, touched.end * BLOCK_BYTES);
         let data_end = offset + data.len() as u64;
-        if start == offset && end == data_end {
-            return Ok(data);
-        }
         let mut whole = BytesMut::zeroed((end - start) as usize);
         let last = end - BLOCK_BYTES;
         if start != offset || (start == last && end != data_end) {
-            self.read_into(start, &mut whole[..BLOCK_BYTES as usize]).await?;
+            self.read_into(start, &mut whole[..BLOCK_BYTES as usize], course).await?;
         }
         if end != data_end && start != last {
-            self.read_into(last, &mut whole[(last - start) as usize..]).await?;
+            self.read_into(last, &mut whole[(last - start) as usize..], course).await?;
         }
         whole[(offset - start) as usize..(data_end - start) as usize].copy_from_slice(&data);
         Ok(whole.freeze())
@@ -159,15 +172,15 @@ impl<R: Runtime> Session<R> {
         piece: Piece,
         payload: Bytes,
         durable: bool,
-        begun: &Begun,
+        course: &Course,
     ) -> Result<(), VolumeError> {
         let blocks = payload.chunks_exact(BLOCK_BYTES as usize);
-        let checksums: Vec<u32> = blocks.map(crc32c::crc32c).collect();
+        let checksums: Checksums = blocks.map(crc32c::crc32c).collect();
         assert_eq!(checksums.len(), piece.count as usize);
         let slot = self.placement.slot_of(piece.first.extent());
         let operation = |version| Operation::Write { first: piece.first, version, durable, checksums };
-        let (record, replicas) = self.begin(slot, operation, payload, begun).await?;
-        self.replicate(&record, replicas, durable).await?;
+        let (record, replicas) = self.begin(slot, operation, payload, course).await?;
+        self.replicate(&record, replicas, durable, course).await?;
         self.status_told().await?;
         self.settle(record.sequence);
         Ok(())
@@ -178,7 +191,7 @@ impl<R: Runtime> Session<R> {
         slot: usize,
         blocks: Range<u64>,
         durable: bool,
-        begun: &Begun,
+        course: &Course,
     ) -> Result<(), VolumeError> {
         self.retaining.cleared.set(true);
         let operation = |version| Operation::Clear {
@@ -188,8 +201,8 @@ impl<R: Runtime> Session<R> {
             version,
             durable,
         };
-        let (record, replicas) = self.begin(slot, operation, Bytes::new(), begun).await?;
-        self.replicate(&record, replicas, durable).await?;
+        let (record, replicas) = self.begin(slot, operation, Bytes::new(), course).await?;
+        self.replicate(&record, replicas, durable, course).await?;
         self.status_told().await?;
         self.settle(record.sequence);
         Ok(())
@@ -203,15 +216,18 @@ impl<R: Runtime> Session<R> {
         slot: usize,
         operation: impl FnOnce(Version) -> Operation,
         payload: Bytes,
-        begun: &Begun,
-    ) -> Result<(Rc<Kept>, Vec<ShardPosition>), VolumeError> {
-        self.room(cost(payload.len() as u64)).await;
+        course: &Course,
+    ) -> Result<(Rc<Kept>, Shards), VolumeError> {
+        let cost = cost(payload.len() as u64);
+        if !self.replay.borrow().has_room(cost) {
+            Box::pin(self.room(cost)).await;
+        }
         self.check()?;
         let Some(sequence) = self.window.borrow_mut().begin() else {
             self.end("the epoch has no sequence left; attach the volume again".to_string());
             return Err(VolumeError::SessionEnded { because: "no sequence left".to_string() });
         };
-        begun.set(true);
+        course.begun.set(true);
         let operation = operation(Version::new(self.epoch, sequence));
         let record = Rc::new(Kept { sequence, slot, operation, payload });
         self.replay.borrow_mut().keep(record.clone());
@@ -220,9 +236,6 @@ impl<R: Runtime> Session<R> {
 
     /// There is some at once when it returns, or the session has ended.
     async fn room(self: &Rc<Self>, cost: u64) {
-        if self.replay.borrow().has_room(cost) {
-            return;
-        }
         let _short = CountedDown::count(&self.short_of_room);
         self.relieve();
         let budget = self.replay.borrow().budget();
@@ -243,20 +256,24 @@ impl<R: Runtime> Session<R> {
     async fn replicate(
         self: &Rc<Self>,
         record: &Kept,
-        replicas: Vec<ShardPosition>,
+        replicas: Shards,
         durable: bool,
+        course: &Course,
     ) -> Result<(), VolumeError> {
         let slot = record.slot;
-        let sends = replicas.into_iter().map(|position| async move {
+        let send = async |position| {
             let required = || self.replicas.borrow().is_required(slot, position);
-            let done = self.require(position, required, &record.operation, &record.payload).await?;
-            if done.is_some() && !durable {
+            let done = self.require(position, required, &record.operation, &record.payload, course).await?;
+            if done && !durable {
                 let shard = &self.shards[position];
                 shard.written.set(shard.written.get() + 1);
             }
             Ok(())
-        });
-        all(sends.collect()).await
+        };
+        match replicas[..] {
+            [only] => send(only).await,
+            _ => all(replicas.into_iter().map(send)).await,
+        }
     }
 
     /// Slots with an extent in the range: few for a small range, all for a large one.
@@ -294,9 +311,16 @@ impl Drop for CountedDown<'_> {
 }
 
 /// All of them to their end, then the first error: what was sent is never left half way.
-async fn all<F: Future<Output = Result<(), VolumeError>>>(mut futures: Vec<F>) -> Result<(), VolumeError> {
-    if futures.len() == 1 {
-        return futures.remove(0).await;
-    }
-    futures::future::join_all(futures).await.into_iter().collect()
+pub(super) async fn all<F: Future<Output = Result<(), VolumeError>>>(
+    futures: impl Iterator<Item = F>,
+) -> Result<(), VolumeError> {
+    let error = Cell::new(None);
+    let note = |result: Result<(), VolumeError>| {
+        if let Err(later) = result {
+            error.set(error.take().or(Some(later)));
+        }
+    };
+    // Results that are nothing take no memory.
+    futures::future::join_all(futures.map(|future| future.map(note))).await;
+    error.take().map_or(Ok(()), Err)
 }

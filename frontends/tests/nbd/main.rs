@@ -4,6 +4,7 @@
 //! * `clients`       the tools that people use
 //! * `lifecycle`     overlap, bounds, errors, ends
 //! * `misbehaviour`  what no client should send
+//! * `spread`        several executors
 //! * `tls`           encryption and certificates
 //! * `support`       the server under test, and a client that may say anything
 
@@ -11,5 +12,6 @@ mod chunks;
 mod clients;
 mod lifecycle;
 mod misbehaviour;
+mod spread;
 mod support;
 mod tls;

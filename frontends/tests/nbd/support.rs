@@ -2,15 +2,19 @@
 
 use bytes::{BufMut, BytesMut};
 use futures::channel::oneshot;
+use futures::future::{FutureExt, OptionFuture, join};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
 use std::process::{Command, Output};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use torus_frontends::nbd::memory::{MemoryDevice, MemoryExports};
 use torus_frontends::nbd::wire::{Cookie, Request, Style};
-use torus_frontends::nbd::{Listener, Offer, serve};
+use torus_frontends::nbd::{ConnectionCounts, Listener, Offer, Reception, serve};
+use torus_frontends::spread::{Handoffs, Place, places};
+use torus_rpc::runtime::glommio::{Here, run as run_executor};
 
 /// Longer than anything here takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -23,11 +27,20 @@ pub struct Server {
     /// Without an export: for `--list`.
     pub base_uri: String,
     pub address: Option<SocketAddr>,
+    /// Of each executor.
+    pub connections: Vec<Arc<ConnectionCounts>>,
+    pub handoffs: Vec<Arc<Handoffs>>,
     stop: Option<oneshot::Sender<()>>,
-    thread: Option<JoinHandle<()>>,
+    threads: Vec<JoinHandle<()>>,
 }
 
 impl Server {
+    /// Over so many executors.
+    pub fn spread(executors: usize, offer: Offer, size_bytes: u64) -> Self {
+        let listener = Listener::tcp("127.0.0.1:0").expect("a free port");
+        Self::over(executors, listener, offer, size_bytes)
+    }
+
     /// Exports `disk`, writable, of that size, and `frozen`, read-only, of 1 MiB.
     pub fn start(size_bytes: u64) -> Self {
         Self::offering(Offer::default(), size_bytes)
@@ -42,23 +55,48 @@ impl Server {
     }
 
     fn listening(listener: Listener, offer: Offer, size_bytes: u64) -> Self {
-        let device = MemoryDevice::new(size_bytes, false);
-        let exports = MemoryExports::default().with("disk", "memory of a test", device.clone()).with(
-            "frozen",
-            "cannot be written",
-            MemoryDevice::new(MIB, true),
-        );
+        let (device, exports) = exports(size_bytes);
+        let (mut server, stopped) = Self::prepared(&listener, device);
+        server.threads.push(std::thread::spawn(move || {
+            let serving = serve(listener, exports, offer, async { stopped.await.unwrap_or_default() });
+            run_executor("nbd", None, serving).expect("an executor").expect("the listener is good");
+        }));
+        server
+    }
+
+    fn over(executors: usize, listener: Listener, offer: Offer, size_bytes: u64) -> Self {
+        let (device, exports) = exports(size_bytes);
+        let (mut server, stopped) = Self::prepared(&listener, device);
+        let stopped = stopped.map(|_| ()).boxed().shared();
+        let (reception, arrivals) = Reception::new(executors);
+        let places = places(executors);
+        server.connections = reception.counts();
+        server.handoffs = places.iter().map(Place::handoffs).collect();
+        let mut listener = Some(listener);
+        for (place, arrivals) in places.into_iter().zip(arrivals) {
+            let (exports, offer, stopped) = (exports.clone(), offer.clone(), stopped.clone());
+            let accepting = listener.take().map(|listener| (listener, reception.clone()));
+            let part = move || {
+                let part = async move {
+                    let spread = place.open(exports, Here::new());
+                    let accepting = accepting.as_ref().map(|(listener, reception)| {
+                        reception.accept(listener, stopped.clone()).expect("the listener is good")
+                    });
+                    join(OptionFuture::from(accepting), arrivals.serve(spread.clone(), offer, stopped.clone())).await;
+                    spread.leave().await;
+                };
+                run_executor("nbd", None, part).expect("an executor");
+            };
+            server.threads.push(std::thread::spawn(part));
+        }
+        server
+    }
+
+    fn prepared(listener: &Listener, device: MemoryDevice) -> (Self, oneshot::Receiver<()>) {
         let (uri, base_uri, address) = (listener.uri("disk"), listener.uri(""), listener.tcp_address());
         let (stop, stopped) = oneshot::channel::<()>();
-        let thread = std::thread::spawn(move || {
-            let served = torus_rpc::runtime::glommio::run(
-                "nbd",
-                None,
-                serve(listener, exports, offer, async { stopped.await.unwrap_or_default() }),
-            );
-            served.expect("an executor").expect("the listener is good");
-        });
-        Self { device, uri, base_uri, address, stop: Some(stop), thread: Some(thread) }
+        let (connections, handoffs, threads) = (Vec::new(), Vec::new(), Vec::new());
+        (Self { device, uri, base_uri, address, connections, handoffs, stop: Some(stop), threads }, stopped)
     }
 
     pub fn begin_stop(&mut self) {
@@ -67,7 +105,7 @@ impl Server {
 
     pub fn join(&mut self) {
         self.begin_stop();
-        if let Some(thread) = self.thread.take() {
+        for thread in self.threads.drain(..) {
             thread.join().expect("the server does not panic");
         }
     }
@@ -110,6 +148,17 @@ impl Drop for Server {
             self.join();
         }
     }
+}
+
+/// `disk`, and all that is exported.
+fn exports(size_bytes: u64) -> (MemoryDevice, MemoryExports) {
+    let device = MemoryDevice::new(size_bytes, false);
+    let exports = MemoryExports::default().with("disk", "memory of a test", device.clone()).with(
+        "frozen",
+        "cannot be written",
+        MemoryDevice::new(MIB, true),
+    );
+    (device, exports)
 }
 
 /// A client that sends any bytes.

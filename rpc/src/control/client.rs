@@ -2,7 +2,8 @@
 //! that ends with the answer. For tools; nothing on a data path asks here.
 
 use super::instances::get_instances;
-use super::{ScrubOrder, ScrubStatus, ShardDamage, ShardInstances, get_damage, get_scrub_status};
+use super::stages::get_stages;
+use super::{ScrubOrder, ScrubStatus, ShardDamage, ShardInstances, ShardStages, get_damage, get_scrub_status};
 use capnp::message::ReaderOptions;
 use capnp_rpc::{RpcSystem, rpc_twoparty_capnp, twoparty};
 use futures::channel::oneshot;
@@ -55,6 +56,21 @@ pub async fn ask_instances(
         request.get().set_volume(volume.map_or_else(String::new, |volume| volume.to_string()));
         let response = request.send().promise.await?;
         response.get()?.get_shards()?.iter().map(get_instances).collect()
+    })
+    .await
+}
+
+/// Of one volume, or of all.
+pub async fn ask_stages(
+    address: &str,
+    volume: Option<VolumeId>,
+    deadline: Duration,
+) -> Result<Vec<ShardStages>, ControlError> {
+    ask(address, deadline, async move |client| {
+        let mut request = client.stages_request();
+        request.get().set_volume(volume.map_or_else(String::new, |volume| volume.to_string()));
+        let response = request.send().promise.await?;
+        response.get()?.get_shards()?.iter().map(get_stages).collect()
     })
     .await
 }

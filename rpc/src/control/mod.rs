@@ -1,13 +1,15 @@
 //! What a node's control port tells of scrub and damage, as Rust types; `control.capnp` ⇄ these. `client` asks,
-//! `instances` is what it holds.
+//! `instances` is what it holds, `stages` how long its requests take.
 //!
 //! Status has types of its own where it is served (`torus_engine::control`).
 
 mod client;
 mod instances;
+mod stages;
 
-pub use client::{ControlError, ask_damage, ask_instances, ask_scrub};
+pub use client::{ControlError, ask_damage, ask_instances, ask_scrub, ask_stages};
 pub use instances::{HeldSlices, HeldVolume, ShardInstances, set_instances};
+pub use stages::{ShardStages, set_stages};
 
 use torus_schema::control_capnp::{
     self, ScrubOrder as WireOrder, conflicting_block, damaged_block, scrub_pass, scrub_status, shard_damage,

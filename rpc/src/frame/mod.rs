@@ -17,6 +17,7 @@
 
 mod reply;
 mod request;
+mod words;
 
 pub use reply::{decode_reply, encode_reply};
 pub use request::{decode_request, encode_request};
@@ -88,16 +89,11 @@ fn check_length(part: &'static str, found: u64, limit: u64, unit: u64) -> Result
     Ok(())
 }
 
-/// Appends prefix and header; the caller appends `payload_bytes` of payload.
-fn append_frame(
-    out: &mut Vec<u8>,
-    request_id: u64,
-    payload_bytes: usize,
-    message: &capnp::message::Builder<impl capnp::message::Allocator>,
-) {
+/// Appends prefix and header, which `put_header` appends; the caller appends `payload_bytes` of payload.
+fn append_frame(out: &mut Vec<u8>, request_id: u64, payload_bytes: usize, put_header: impl FnOnce(&mut Vec<u8>)) {
     let start = out.len();
     out.resize(start + PREFIX_BYTES, 0);
-    capnp::serialize::write_message(&mut *out, message).expect("writing to memory does not fail");
+    put_header(out);
     let header_bytes = out.len() - start - PREFIX_BYTES;
     assert!(header_bytes as u64 <= HEADER_BYTES_MAX, "a header of {header_bytes} bytes");
     assert!((payload_bytes as u64).is_multiple_of(BLOCK_BYTES) && payload_bytes as u64 <= PAYLOAD_BYTES_MAX);
@@ -112,6 +108,10 @@ fn append_frame(
     prefix[28..32].copy_from_slice(&checksum.to_le_bytes());
 }
 
+fn put_message(out: &mut Vec<u8>, message: &capnp::message::Builder<impl capnp::message::Allocator>) {
+    capnp::serialize::write_message(out, message).expect("writing to memory does not fail");
+}
+
 /// A header is small; what it could make a reader walk is bounded all the same.
 fn reader_options() -> capnp::message::ReaderOptions {
     let mut options = capnp::message::ReaderOptions::new();
@@ -119,7 +119,7 @@ fn reader_options() -> capnp::message::ReaderOptions {
     options
 }
 
-/// First segment of a header on the stack: all but opens and descriptions fit, so that encoding allocates nothing.
+/// First segment of a header on the stack: all but opens and descriptions fit.
 const SCRATCH_BYTES: usize = 1024;
 
 #[repr(align(8))]

@@ -1,18 +1,30 @@
 //! `Reply` of data.capnp ⇄ `Reply`.
 
-use super::{Prefix, SCRATCH_BYTES, Scratch, append_frame, get_version, reader_options, set_version};
+use super::{
+    Prefix, SCRATCH_BYTES, Scratch, append_frame, get_version, put_message, reader_options, set_version, words,
+};
 use crate::error::FrameError;
-use crate::message::{Answer, Descriptor, Opened, Refusal, Reply, Resynced, Run};
+use crate::message::{Answer, Descriptor, Few, Opened, Refusal, Reply, Resynced, Run, Took};
 use capnp::message::{Builder, ScratchSpaceHeapAllocator};
 use torus_schema::data_capnp::{described, opened, read_result, refusal, reply, resynced, run};
 use torus_schema::ids::{BlockIndex, Epoch, Incarnation, SliceId};
 
 /// Appends the frame up to its payload, of which `payload_bytes` are to follow.
-pub fn encode_reply(out: &mut Vec<u8>, request_id: u64, answer: &Reply, payload_bytes: usize) {
+pub fn encode_reply(out: &mut Vec<u8>, request_id: u64, reply: &Reply, payload_bytes: usize) {
+    append_frame(out, request_id, payload_bytes, |out| {
+        if !words::put_reply(out, reply) {
+            build(out, reply);
+        }
+    });
+}
+
+fn build(out: &mut Vec<u8>, answer: &Reply) {
     let mut scratch = Scratch([0; SCRATCH_BYTES]);
     let mut message = Builder::new(ScratchSpaceHeapAllocator::new(&mut scratch.0));
     let mut builder = message.init_root::<reply::Builder<'_>>();
     builder.set_full(answer.full);
+    builder.set_queue_us(answer.took.queue_us);
+    builder.set_service_us(answer.took.service_us);
     match &answer.answer {
         Answer::Hello { protocol } => builder.set_hello(*protocol),
         Answer::Pong => builder.set_pong(()),
@@ -29,7 +41,7 @@ pub fn encode_reply(out: &mut Vec<u8>, request_id: u64, answer: &Reply, payload_
         Answer::Resynced(done) => set_resynced(builder.init_resynced(), done),
         Answer::Refused(because) => set_refusal(builder.init_refused(), because),
     }
-    append_frame(out, request_id, payload_bytes, &message);
+    put_message(out, &message);
 }
 
 fn set_opened(mut builder: opened::Builder<'_>, opened: &Opened) {
@@ -138,7 +150,8 @@ pub fn decode_reply(prefix: &Prefix, header: &[u8]) -> Result<Reply, FrameError>
         }
         reply::Refused(refusal) => Answer::Refused(get_refusal(refusal?)?),
     };
-    Ok(Reply { full: reply.get_full(), answer })
+    let took = Took { queue_us: reply.get_queue_us(), service_us: reply.get_service_us() };
+    Ok(Reply { full: reply.get_full(), took, answer })
 }
 
 fn get_opened(opened: opened::Reader<'_>) -> Result<Opened, FrameError> {
@@ -156,8 +169,8 @@ fn get_read(read: read_result::Reader<'_>) -> Result<Answer, FrameError> {
     Ok(Answer::Read { runs: get_runs(read.get_runs()?)?, checksums: read.get_checksums()?.iter().collect() })
 }
 
-fn get_runs(list: capnp::struct_list::Reader<'_, run::Owned>) -> Result<Vec<Run>, FrameError> {
-    let mut runs = Vec::with_capacity(list.len() as usize);
+fn get_runs(list: capnp::struct_list::Reader<'_, run::Owned>) -> Result<Few<Run>, FrameError> {
+    let mut runs = Few::with_capacity(list.len() as usize);
     for run in list.iter() {
         runs.push(Run { count: run.get_count(), data: run.get_data(), version: get_version(run.get_version()?)? });
     }
@@ -227,11 +240,11 @@ mod tests {
                 status_changes: 9,
             }),
             Answer::Read {
-                runs: vec![
+                runs: Few::from_vec(vec![
                     Run { count: 1, version, data: true },
                     Run { count: 2, version: Version::ZERO, data: false },
-                ],
-                checksums: vec![7],
+                ]),
+                checksums: [7].as_slice().into(),
             },
             Answer::Written,
             Answer::Cleared,
@@ -240,7 +253,7 @@ mod tests {
             Answer::Described { descriptors: vec![], next: None },
             Answer::Retained,
             Answer::Revoked,
-            Answer::Mapped { runs: vec![Run { count: 3, version, data: true }] },
+            Answer::Mapped { runs: [Run { count: 3, version, data: true }].into() },
             Answer::Resynced(Resynced { next: Some(BlockIndex(7)), examined: 1, pulled: 2, revoked: 3 }),
             Answer::Resynced(Resynced::default()),
         ];
@@ -268,7 +281,7 @@ mod tests {
     #[test]
     fn every_answer_survives_its_encoding() {
         for answer in answers() {
-            let reply = Reply { full: true, answer };
+            let reply = Reply { full: true, took: Took { queue_us: 7, service_us: u32::MAX }, answer };
             let mut out = Vec::new();
             encode_reply(&mut out, 5, &reply, 0);
             let prefix = Prefix::parse(&out).unwrap().unwrap();
@@ -277,15 +290,45 @@ mod tests {
     }
 
     #[test]
+    fn answers_that_are_written_word_by_word_are_what_the_builder_makes() {
+        let run = |number: u64| Run {
+            count: number as u32,
+            version: Version::new(Epoch(3), number << 40 | number),
+            data: number % 2 == 1,
+        };
+        let read = |number: u64| Answer::Read {
+            runs: [run(number)].into(),
+            checksums: (0..number).map(|at| at as u32 | 1 << 31).collect(),
+        };
+        let reads = (1..100).map(read);
+        for answer in reads.chain([Answer::Written, Answer::Cleared, Answer::Flushed]) {
+            for full in [false, true] {
+                let took = Took { queue_us: 7, service_us: u32::MAX };
+                let reply = Reply { full, took, answer: answer.clone() };
+                let (mut words, mut built) = (Vec::new(), Vec::new());
+                assert!(words::put_reply(&mut words, &reply), "{reply:?}");
+                build(&mut built, &reply);
+                assert_eq!(hex::encode(words), hex::encode(built), "{reply:?}");
+            }
+        }
+        let mut out = Vec::new();
+        let others = [Answer::Pong, Answer::Read { runs: [run(2)].into(), checksums: Default::default() }];
+        assert!(others.into_iter().all(|other| !words::put_reply(&mut out, &Reply::of(other))));
+        assert!(out.is_empty());
+    }
+
+    #[test]
     fn the_bytes_of_an_answer_do_not_change_by_accident() {
         let mut out = Vec::new();
-        let runs = vec![Run { count: 1, version: Version::new(Epoch(1), 2), data: true }];
-        encode_reply(&mut out, 1, &Reply { full: false, answer: Answer::Read { runs, checksums: vec![3] } }, 4096);
+        let runs = [Run { count: 1, version: Version::new(Epoch(1), 2), data: true }].into();
+        let took = Took { queue_us: 5, service_us: 9 };
+        let reply = Reply { took, ..Reply::of(Answer::Read { runs, checksums: [3].as_slice().into() }) };
+        encode_reply(&mut out, 1, &reply, 4096);
         assert_eq!(hex::encode(&out), GOLDEN_READ);
     }
 
     const GOLDEN_READ: &str = "\
-        544f52316000000000100000000000000100000000000000a0f2813b6b3e52df000000000b0000000000000001000100\
-        000004000000000000000000000002000500000017000000150000000c00000004000000010001000100000001000000\
-        0000000002000000010000000000000002000000000000000300000000000000";
+        544f523168000000001000000000000001000000000000007edf3030dcf93eee000000000c0000000000000002000100\
+        0000040000000000050000000900000000000000000002000500000017000000150000000c0000000400000001000100\
+        01000000010000000000000002000000010000000000000002000000000000000300000000000000";
 }

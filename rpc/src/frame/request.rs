@@ -1,7 +1,7 @@
 //! `Request` of data.capnp ⇄ `Envelope` and `Operation`.
 
 use super::{Prefix, SCRATCH_BYTES, Scratch, append_frame, from_halves, get_version, reader_options, set_version};
-use super::{to_halves, version};
+use super::{put_message, to_halves, version, words};
 use crate::error::FrameError;
 use crate::message::{Envelope, Operation, Resync, Retention, Revoked, Source, Token};
 use capnp::message::{Builder, ScratchSpaceHeapAllocator};
@@ -19,6 +19,14 @@ pub fn encode_request(
     operation: &Operation,
     payload_bytes: usize,
 ) {
+    append_frame(out, request_id, payload_bytes, |out| {
+        if !words::put_request(out, envelope, operation) {
+            build(out, envelope, operation);
+        }
+    });
+}
+
+fn build(out: &mut Vec<u8>, envelope: &Envelope, operation: &Operation) {
     let mut scratch = Scratch([0; SCRATCH_BYTES]);
     let mut message = Builder::new(ScratchSpaceHeapAllocator::new(&mut scratch.0));
     let mut request = message.init_root::<request::Builder<'_>>();
@@ -32,7 +40,7 @@ pub fn encode_request(
     request.set_flush_epoch(envelope.flush_point.epoch.0);
     request.set_flush_sequence(envelope.flush_point.sequence);
     set_operation(request.init_operation(), operation);
-    append_frame(out, request_id, payload_bytes, &message);
+    put_message(out, &message);
 }
 
 fn set_operation(mut builder: request::operation::Builder<'_>, operation: &Operation) {
@@ -341,7 +349,7 @@ mod tests {
             },
             Operation::Open { token: Token([8; 32]), owner: "host/12".to_string(), slices },
             Operation::Read { first: BlockIndex(1 << 40), count: 256 },
-            Operation::Write { first: BlockIndex(5), version, durable: true, checksums: vec![1, 2, 3] },
+            Operation::Write { first: BlockIndex(5), version, durable: true, checksums: [1, 2, 3].as_slice().into() },
             Operation::Clear { first: BlockIndex(0), count: 1 << 30, slice: SliceId(17), version, durable: false },
             Operation::Flush,
             Operation::Describe { above: version, from: BlockIndex(1024), slice: None },
@@ -386,6 +394,27 @@ mod tests {
             assert_eq!(Prefix::parse(&out).unwrap().unwrap().request_id, 42);
             assert_eq!(decode(&out), Ok((envelope(), operation)));
         }
+    }
+
+    #[test]
+    fn requests_that_are_written_word_by_word_are_what_the_builder_makes() {
+        let write = |number: u64| Operation::Write {
+            first: BlockIndex(number << 33),
+            version: Version::new(Epoch(9), number),
+            durable: number % 2 == 1,
+            checksums: (0..number).map(|at| at as u32 | 1 << 31).collect(),
+        };
+        let writes = (1..100).map(write);
+        let read = Operation::Read { first: BlockIndex(1 << 40), count: u32::MAX };
+        for operation in writes.chain([read, Operation::Flush]) {
+            let (mut words, mut built) = (Vec::new(), Vec::new());
+            assert!(words::put_request(&mut words, &envelope(), &operation), "{operation:?}");
+            build(&mut built, &envelope(), &operation);
+            assert_eq!(hex::encode(words), hex::encode(built), "{operation:?}");
+        }
+        let mut out = Vec::new();
+        assert!(!words::put_request(&mut out, &envelope(), &Operation::Ping));
+        assert!(!words::put_request(&mut out, &envelope(), &write(0)) && out.is_empty());
     }
 
     #[test]

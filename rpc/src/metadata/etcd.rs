@@ -111,6 +111,7 @@ impl Connection for Member {
         let mut events = EtcdEvents { stream, member: self.clone(), from };
         // The first message says that the watch stands.
         events.next().await?;
+        self.has_reached(prefix, from).await?;
         Ok(events)
     }
 
@@ -139,6 +140,17 @@ impl Connection for Member {
 }
 
 impl Member {
+    /// A cluster that was restored from a backup draws revisions again that a watch has seen before, and tells it
+    /// nothing until they are passed. Asked of the cluster, not of this member, which may be behind the others.
+    async fn has_reached(&self, key: &str, from: Revision) -> Attempt<()> {
+        let revision = self.range(key, false).await?.revision;
+        if revision.0 + 1 < from.0 {
+            let oldest = Revision(revision.0 + 1);
+            return Err(Failure::Definite(MetadataError::Compacted { from, oldest }));
+        }
+        Ok(())
+    }
+
     fn entry(&self, kv: &KeyValue) -> Attempt<Entry> {
         let key = kv.key_str().map_err(|_| self.refused("read", format!("the key {:?} is not UTF-8", kv.key())))?;
         Ok(Entry {

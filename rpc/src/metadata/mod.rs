@@ -109,8 +109,11 @@ pub enum MetadataError {
     Unknown { tried: String, operation: &'static str, waited: Duration, because: String },
     #[error("the lease {0:?} does not exist any more: it expired or was revoked")]
     LeaseGone(LeaseId),
-    /// The watch fell behind what the store keeps; read the range again and watch from there.
-    #[error("history from revision {from:?} is no longer kept; the oldest is {oldest:?}")]
+    /// The watch fell behind what the store keeps, or the store went back behind the watch: it was restored from a
+    /// backup. Read the range again and watch from there.
+    #[error(
+        "there is no history from revision {from:?} on (compacted, or restored from a backup); it begins at {oldest:?}"
+    )]
     Compacted { from: Revision, oldest: Revision },
     #[error(
         "the metadata URL {found:?} is not understood; expected etcd://host:port[,host:port…], torus://host:port or embedded"

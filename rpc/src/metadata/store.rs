@@ -240,12 +240,14 @@ impl Store {
     }
 
     /// Events of keys with this prefix from `from` on, a revision never split; an error is the oldest revision kept.
+    /// Who asks for what is to come after revisions that are not there either saw them before this store was restored
+    /// from a backup: what he would be sent would lack whatever gets their numbers.
     pub fn events(&self, prefix: &str, from: Revision) -> Result<Batch, Revision> {
-        if from < self.oldest {
+        if from < self.oldest || from.0 > self.revision.0 + 1 {
             return Err(self.oldest);
         }
         let start = self.history.partition_point(|(revision, _)| *revision < from);
-        let mut batch = Batch { events: Vec::new(), next: from.max(Revision(self.revision.0 + 1)) };
+        let mut batch = Batch { events: Vec::new(), next: Revision(self.revision.0 + 1) };
         let mut bytes = 0;
         for (revision, events) in self.history.range(start..) {
             let matching: Vec<Event> = events.iter().filter(|event| event.key().starts_with(prefix)).cloned().collect();

@@ -1,11 +1,12 @@
 //! The production runtime: one executor per thread on glommio, and how such a thread is started.
 
 use super::watchdog::Watchdog;
-use super::{Class, Clock, Disk, Instant, NoDisk, Random, Runtime, Spawn};
-use crate::client::{TcpConnect, TcpLink};
+use super::{Class, Clock, Connect, Disk, Instant, NoDisk, Random, Runtime, Spawn};
+use crate::client::TcpConnect;
 use crate::metadata::Metadata;
-use glommio::{Latency, LocalExecutorBuilder, Placement, Shares, TaskQueueHandle};
-use std::cell::Cell;
+use glommio::{CpuSet, Latency, LocalExecutorBuilder, Placement, Shares, TaskQueueHandle};
+use nix::sched::{CpuSet as Affinity, sched_getaffinity};
+use nix::unistd::Pid;
 use std::future::Future;
 use std::marker::PhantomData;
 use std::sync::Arc;
@@ -13,14 +14,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use thiserror::Error;
 
-/// Default would be 100 ms, for which a busy task queue then holds up timers and disk completions; the shorter, the
-/// more often glommio parks by mistake (`tick`).
+/// Default would be 100 ms, for which a busy task queue then holds up timers and disk completions.
 const PREEMPT_TIMER: Duration = Duration::from_millis(5);
-/// What a park by mistake (`tick`) costs at most, and for how many ticks after the last traffic.
-const AWAKE_TICK: Duration = Duration::from_millis(2);
-const AWAKE_TICKS: u32 = 50;
-/// The same without traffic: 27 wakes a second are a thousandth of a core.
-const IDLE_TICK: Duration = Duration::from_millis(50);
+/// Several of these to each look of the watchdog.
+const TICK: Duration = Duration::from_millis(250);
 /// Registered buffers of an executor's disk I/O, pinned (glommio's default).
 const IO_MEMORY_BYTES: usize = 10 << 20;
 /// Below this glommio cannot set up its rings.
@@ -41,24 +38,66 @@ pub enum StartError {
     Executor { placement: String, because: String },
 }
 
-/// Runs `task` on this thread in an executor of its own, pinned to `cpu` if one is given.
+/// How the thread of an executor uses the machine.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Thread {
+    /// The core that it is pinned to, or any that the process may use.
+    pub cpu: Option<usize>,
+    /// So long it looks for something to do before it sleeps: what comes meanwhile (a disk's answer, the next request of
+    /// a client that sends one at a time) costs no sleep and no wake.
+    pub spin: Duration,
+}
+
+/// Runs `task` on this thread in an executor of its own, pinned to `cpu` if one is given. It does not spin.
 pub fn run<T>(name: &str, cpu: Option<usize>, task: impl Future<Output = T>) -> Result<T, StartError> {
+    run_on(name, Thread { cpu, spin: Duration::ZERO }, task)
+}
+
+/// Runs `task` on this thread in an executor of its own.
+pub fn run_on<T>(name: &str, thread: Thread, task: impl Future<Output = T>) -> Result<T, StartError> {
     check_memlock()?;
-    let placement = cpu.map_or(Placement::Unbound, Placement::Fixed);
-    let describe = cpu.map_or("any cpu".to_string(), |cpu| format!("cpu {cpu}"));
-    let executor = LocalExecutorBuilder::new(placement)
+    let describe = thread.cpu.map_or("any cpu".to_string(), |cpu| format!("cpu {cpu}"));
+    let executor = LocalExecutorBuilder::new(placement(name, thread))
         .name(name)
         .preempt_timer(PREEMPT_TIMER)
         .io_memory(IO_MEMORY_BYTES)
+        .spin_before_park(thread.spin)
         .make()
         .map_err(|error| start_error(describe, &error.to_string()))?;
     let watchdog = Watchdog::new(name)
         .map_err(|error| StartError::Executor { placement: "a watchdog".to_string(), because: error.to_string() })?;
     Ok(executor.run(async {
-        glommio::spawn_local(tick(1, watchdog.turns())).detach();
-        glommio::spawn_local(tick(3, watchdog.turns())).detach();
+        glommio::spawn_local(tick(watchdog.turns())).detach();
         task.await
     }))
+}
+
+/// glommio spins only on an executor that is bound to cores: one that is not is bound to all that it may use anyway.
+fn placement(name: &str, thread: Thread) -> Placement {
+    if let Some(cpu) = thread.cpu {
+        return Placement::Fixed(cpu);
+    }
+    if thread.spin.is_zero() {
+        return Placement::Unbound;
+    }
+    match allowed_cpus() {
+        Ok(cpus) => Placement::Fenced(cpus),
+        Err(because) => {
+            tracing::warn!(name, because, "which cores may be used is not known, so this executor sleeps at once");
+            Placement::Unbound
+        }
+    }
+}
+
+fn allowed_cpus() -> Result<CpuSet, String> {
+    let affinity = sched_getaffinity(Pid::from_raw(0)).map_err(|error| format!("sched_getaffinity: {error}"))?;
+    let is_allowed = |cpu: usize| cpu < Affinity::count() && affinity.is_set(cpu).unwrap_or(false);
+    let online = CpuSet::online().map_err(|error| format!("/sys/devices/system/cpu: {error}"))?;
+    let allowed = online.filter(|location| is_allowed(location.cpu));
+    match allowed.len() {
+        0 => Err("none of the cores that are online may be used".to_string()),
+        _ => Ok(allowed),
+    }
 }
 
 fn start_error(placement: String, because: &str) -> StartError {
@@ -79,33 +118,18 @@ fn check_memlock() -> Result<(), StartError> {
     Ok(())
 }
 
-thread_local! {
-    /// Ticks left at the short interval.
-    static AWAKE: Cell<u32> = const { Cell::new(0) };
-}
-
-/// To be called where there is traffic: the executor's ticks come faster for a while.
-pub fn stay_awake() {
-    AWAKE.set(AWAKE_TICKS);
-}
-
-/// If glommio's preempt timer expires between its look at I/O and its look at the task queues (the thread lost its
-/// core), it takes "nothing ran" for "nothing to run" and parks with tasks runnable until some other event: on a loaded
-/// machine requests were seen to wait for seconds. A timer that is always set is such an event; there are two of
-/// different length, since the task of one may be among those that the park leaves behind.
-async fn tick(stretch: u32, turns: Arc<AtomicU64>) {
+/// For the watchdog: an idle executor turns too.
+async fn tick(turns: Arc<AtomicU64>) {
     loop {
         turns.fetch_add(1, Ordering::Relaxed);
-        let left = AWAKE.get();
-        AWAKE.set(left.saturating_sub(1));
-        glommio::timer::sleep(stretch * if left > 0 { AWAKE_TICK } else { IDLE_TICK }).await;
+        glommio::timer::sleep(TICK).await;
     }
 }
 
-/// `D`: the disk of a shard's executor, or none on a client's.
-pub struct GlommioRuntime<M, D = NoDisk> {
+/// `D`: the disk of a shard's executor, or none on a client's. `C`: how shards are reached.
+pub struct GlommioRuntime<M, D = NoDisk, C = TcpConnect> {
     here: Here,
-    connect: TcpConnect,
+    connect: C,
     metadata: M,
     disk: PhantomData<fn() -> D>,
 }
@@ -113,17 +137,17 @@ pub struct GlommioRuntime<M, D = NoDisk> {
 impl<M: Metadata, D: Disk> GlommioRuntime<M, D> {
     /// Inside an executor.
     pub fn new(metadata: M) -> Self {
-        let background = glommio::executor().create_task_queue(
-            Shares::Static(BACKGROUND_SHARES),
-            Latency::NotImportant,
-            "background",
-        );
-        let here = Here { background };
-        Self { here, connect: TcpConnect, metadata, disk: PhantomData }
+        Self::connecting(metadata, Here::new(), TcpConnect)
     }
 }
 
-impl<M: Clone, D> Clone for GlommioRuntime<M, D> {
+impl<M: Metadata, D: Disk, C: Connect> GlommioRuntime<M, D, C> {
+    pub fn connecting(metadata: M, here: Here, connect: C) -> Self {
+        Self { here, connect, metadata, disk: PhantomData }
+    }
+}
+
+impl<M: Clone, D, C: Clone> Clone for GlommioRuntime<M, D, C> {
     fn clone(&self) -> Self {
         Self {
             here: self.here.clone(),
@@ -134,11 +158,11 @@ impl<M: Clone, D> Clone for GlommioRuntime<M, D> {
     }
 }
 
-impl<M: Metadata, D: Disk> Runtime for GlommioRuntime<M, D> {
+impl<M: Metadata, D: Disk, C: Connect> Runtime for GlommioRuntime<M, D, C> {
     type Disk = D;
     type Clock = Here;
-    type Link = TcpLink;
-    type Connect = TcpConnect;
+    type Link = C::Link;
+    type Connect = C;
     type Metadata = M;
     type Spawn = Here;
     type Random = Here;
@@ -146,7 +170,7 @@ impl<M: Metadata, D: Disk> Runtime for GlommioRuntime<M, D> {
     fn clock(&self) -> &Here {
         &self.here
     }
-    fn connect(&self) -> &TcpConnect {
+    fn connect(&self) -> &C {
         &self.connect
     }
     fn metadata(&self) -> &M {
@@ -166,15 +190,38 @@ pub struct Here {
     background: TaskQueueHandle,
 }
 
+impl Here {
+    /// Inside an executor.
+    pub fn new() -> Self {
+        let background = glommio::executor().create_task_queue(
+            Shares::Static(BACKGROUND_SHARES),
+            Latency::NotImportant,
+            "background",
+        );
+        Self { background }
+    }
+}
+
+impl Default for Here {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 fn boot_time() -> Duration {
     use nix::time::{ClockId, clock_gettime};
     let time = clock_gettime(ClockId::CLOCK_BOOTTIME).expect("Linux has had CLOCK_BOOTTIME since 2.6.39");
     Duration::from(time)
 }
 
+/// The clock of every executor.
+pub fn now() -> Instant {
+    Instant(boot_time())
+}
+
 impl Clock for Here {
     fn now(&self) -> Instant {
-        Instant(boot_time())
+        now()
     }
     fn sleep(&self, wait: Duration) -> impl Future<Output = ()> + 'static {
         glommio::timer::sleep(wait)

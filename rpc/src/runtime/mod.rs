@@ -4,6 +4,7 @@
 //! Awaits stand only at Disk, Link, Clock and Metadata; everything between them is a synchronous state change.
 //! Dropping a future abandons the waiting, never what was submitted.
 
+pub mod ends_process;
 pub mod glommio;
 pub mod simulated;
 mod watchdog;

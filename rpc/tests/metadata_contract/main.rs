@@ -78,6 +78,18 @@ fn etcd_survives_kill_9_and_its_clients_go_on() {
 }
 
 #[test]
+fn a_watch_of_the_embedded_store_ends_when_it_was_restored_from_a_backup() {
+    let mut server = EmbeddedProcess::start();
+    run(async { restart::a_watch_ends_when_the_store_went_back(&mut server).await });
+}
+
+#[test]
+fn a_watch_of_etcd_ends_when_it_was_restored_from_a_backup() {
+    let mut server = Etcd::start();
+    run(async { restart::a_watch_ends_when_the_store_went_back(&mut server).await });
+}
+
+#[test]
 fn the_embedded_store_loses_nothing_it_answered_however_it_is_killed() {
     let mut server = EmbeddedProcess::start();
     run(async { restart::nothing_that_was_answered_is_lost(&mut server).await });

@@ -6,7 +6,7 @@ use crate::{DEADLINE, connect, eventually, within};
 use std::cell::{Cell, RefCell};
 use std::time::Duration;
 use torus_rpc::metadata::any::AnyMetadata;
-use torus_rpc::metadata::{Metadata, MetadataError, Revision, Transaction};
+use torus_rpc::metadata::{Metadata, MetadataError, Revision, Transaction, Watch};
 
 pub async fn clients_go_on(server: &mut impl Server) {
     let store = connect(server);
@@ -47,6 +47,32 @@ pub async fn clients_go_on(server: &mut impl Server) {
     eventually("the other client is served", async || other.get("restart/1").await.is_ok()).await;
     put(&other, "restart/4", b"four").await;
     assert_eq!(brief(&events(&mut watch, 1).await), [("restart/4", Some(&b"four"[..]))]);
+}
+
+/// A watch that has seen revisions which the store, restored from a backup, has yet to draw would be told nothing until
+/// they are passed, and lack what they then are.
+pub async fn a_watch_ends_when_the_store_went_back(server: &mut impl Server) {
+    let store = connect(server);
+    let first = put(&store, "back/1", b"one").await;
+    server.kill();
+    server.back_up();
+    server.start_again();
+    let mut watch = within(store.watch("back/", first)).await.expect("a watch");
+    for _ in 0..10 {
+        put(&store, "back/2", b"two").await;
+    }
+    assert_eq!(events(&mut watch, 11).await.len(), 11);
+    server.kill();
+    server.restore();
+    server.start_again();
+    let ended = within(watch.next()).await;
+    let Err(MetadataError::Compacted { from, oldest }) = ended else { panic!("it did not end: {ended:?}") };
+    assert!(from > oldest, "from {from:?}, {oldest:?}");
+    let now = within(store.range("back/")).await.expect("the store is there");
+    assert_eq!(now.entries.len(), 1, "it went back");
+    let mut watch = within(store.watch("back/", Revision(now.revision.0 + 1))).await.expect("a watch");
+    put(&store, "back/3", b"three").await;
+    assert_eq!(brief(&events(&mut watch, 1).await), [("back/3", Some(&b"three"[..]))]);
 }
 
 /// Writes one key after the other while the server is killed under them, round after round.

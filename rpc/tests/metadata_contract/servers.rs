@@ -17,6 +17,23 @@ pub trait Server {
     fn kill(&mut self);
     /// At the same address, on the same directory.
     fn start_again(&mut self);
+    /// Where it keeps everything.
+    fn directory(&self) -> &Path;
+
+    /// It must not run, here and in `restore`.
+    fn back_up(&self) {
+        copy(self.directory(), &self.directory().with_extension("backup"));
+    }
+
+    fn restore(&self) {
+        std::fs::remove_dir_all(self.directory()).expect("it ran before");
+        std::fs::rename(self.directory().with_extension("backup"), self.directory()).expect("there is a backup");
+    }
+}
+
+fn copy(from: &Path, to: &Path) {
+    let copied = Command::new("cp").arg("-a").arg(from).arg(to).status().expect("every machine has it");
+    assert!(copied.success(), "{} was not copied", from.display());
 }
 
 /// Killed when it is dropped, however the test ends.
@@ -45,6 +62,9 @@ impl EmbeddedProcess {
 }
 
 impl Server for EmbeddedProcess {
+    fn directory(&self) -> &Path {
+        self.directory.path()
+    }
     fn url(&self) -> String {
         format!("torus://{}", self.address)
     }
@@ -112,6 +132,9 @@ impl Etcd {
 }
 
 impl Server for Etcd {
+    fn directory(&self) -> &Path {
+        self.directory.path()
+    }
     fn url(&self) -> String {
         format!("etcd://{}", self.address())
     }

@@ -281,7 +281,7 @@ impl Cluster {
             let shard = serving.clone();
             async move {
                 if matches!(operation, Operation::Ping | Operation::Hello { .. }) {
-                    return (Reply { full: false, answer: Answer::Pong }, Vec::new());
+                    return (Reply::of(Answer::Pong), Vec::new());
                 }
                 let (reply, chunks) = shard.handle(envelope, operation, payload).await;
                 (reply, joined(&chunks))

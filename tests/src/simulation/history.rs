@@ -24,6 +24,8 @@ struct Written {
     /// A later writer had attached already.
     fenced: bool,
     answered: bool,
+    /// The power failed before it was answered, on all that may have had it.
+    power_lost: bool,
 }
 
 #[derive(Debug, Default)]
@@ -61,7 +63,7 @@ impl History {
 
     pub fn submitted(&mut self, sector: u64, value: u64, epoch: u64) {
         let fenced = epoch != 0 && epoch < self.newest_epoch;
-        let written = Written { value, epoch, fenced, answered: false };
+        let written = Written { value, epoch, fenced, answered: false, power_lost: false };
         self.sectors.entry(sector).or_default().writes.push(written);
     }
 
@@ -75,6 +77,10 @@ impl History {
             self.broken.get_or_insert_with(|| {
                 format!("sector {sector}: {value}, begun in epoch {epoch} after {newest} had attached, was answered")
             });
+            return;
+        }
+        // The replicas had answered and the writer stood still until it was succeeded: it could not replay.
+        if state.writes[position].power_lost && epoch != 0 && epoch < self.newest_epoch {
             return;
         }
         state.floor = state.floor.max(position + 1);
@@ -107,6 +113,7 @@ impl History {
         for (sector, state) in &mut self.sectors {
             if lost(BlockIndex(sector / SECTORS_PER_BLOCK)) {
                 state.floor = state.flushed;
+                state.writes.iter_mut().filter(|write| !write.answered).for_each(|write| write.power_lost = true);
             }
         }
     }
@@ -241,6 +248,19 @@ mod tests {
         history.flushed(before, 1);
         history.power_lost();
         assert!(read(&mut history, 1, 0).is_ok());
+    }
+
+    #[test]
+    fn a_writer_that_stood_still_while_the_power_failed_and_it_was_succeeded_promises_nothing_by_its_answer() {
+        for succeeded in [false, true] {
+            let mut history = History::default();
+            history.attached(1);
+            history.submitted(1, 10, 1);
+            history.power_lost();
+            history.attached(if succeeded { 2 } else { 1 });
+            history.answered(1, 10, 1);
+            assert_eq!(read(&mut history, 1, 0).is_ok(), succeeded);
+        }
     }
 
     #[test]

@@ -48,15 +48,22 @@ pub struct Run {
     min_replicas: usize,
 }
 
+/// RUST_LOG=debug tells the story of a seed; several tests in one process share the subscriber.
+pub(super) fn tell_by_environment() {
+    if std::env::var_os("RUST_LOG").is_none() {
+        return;
+    }
+    let filter = tracing_subscriber::EnvFilter::from_default_env();
+    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_test_writer().without_time().try_init();
+}
+
 /// Builds the world of `seed`, runs `scenario` in it and reports what the checker found.
 pub fn simulate<F: Future<Output = ()> + 'static>(
     seed: u64,
     min_replicas: u8,
     scenario: impl FnOnce(Rc<Run>) -> F + 'static,
 ) {
-    // RUST_LOG=debug tells the story of a seed; several tests in one process share the subscriber.
-    let filter = tracing_subscriber::EnvFilter::from_default_env();
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_test_writer().without_time().try_init();
+    tell_by_environment();
     let world = World::new(seed);
     let here = world.clone();
     world.block_on(async move {

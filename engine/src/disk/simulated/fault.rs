@@ -51,6 +51,10 @@ pub enum Damage {
     Twin,
 }
 
+/// One proof may be what is damaged next.
+const PROOFS: usize = 3;
+const DURABLE_WRITES_KNOWN: usize = 32;
+
 #[derive(Default)]
 pub(super) struct FaultState {
     pub faults: Faults,
@@ -60,6 +64,21 @@ pub(super) struct FaultState {
     pub vanished: bool,
     /// How often what is on the disk, or what was read from it, was made something else.
     pub damages: u64,
+    /// For each page the number of the first write that can begin after it became durable.
+    durable_before: BTreeMap<u64, u64>,
+    /// The newest durable writes: number, first page.
+    durable_writes: BTreeMap<u64, u64>,
+}
+
+impl FaultState {
+    /// The write of that number to these pages became durable; `next` is the number of the next one.
+    pub fn became_durable(&mut self, number: u64, pages: std::ops::Range<u64>, next: u64) {
+        self.durable_writes.insert(number, pages.start);
+        if self.durable_writes.len() > DURABLE_WRITES_KNOWN {
+            self.durable_writes.pop_first();
+        }
+        self.durable_before.extend(pages.map(|page| (page, next)));
+    }
 }
 
 impl<C: Clock> SimulatedDisk<C> {
@@ -82,9 +101,17 @@ impl<C: Clock> SimulatedDisk<C> {
         state.fault.damages += 1;
     }
 
-    /// Pages that hold something durably, ascending.
-    pub fn durable_pages(&self) -> Vec<u64> {
-        self.state.borrow().durable.numbers()
+    /// Pages that hold something durably of which a log that begins at `log` can know that it was durable: several of
+    /// its writes that began after that are durable themselves. Not what was written over since. Ascending.
+    pub fn proven_pages(&self, log: u64) -> Vec<u64> {
+        let state = self.state.borrow();
+        let fault = &state.fault;
+        let proofs = fault.durable_writes.iter().rev().filter(|(_, page)| **page >= log);
+        let Some((proof, _)) = proofs.take(PROOFS).nth(PROOFS - 1) else { return Vec::new() };
+        let volatile = state.volatile.values().flat_map(|write| pages_of(write.offset, write.bytes.len()));
+        let volatile: BTreeSet<u64> = volatile.collect();
+        let proven = fault.durable_before.iter().filter(|(page, next)| *next <= proof && !volatile.contains(page));
+        proven.map(|(page, _)| *page).collect()
     }
 
     /// Damages one page that was written, durably. Says which one; `None` if there is none that could be.

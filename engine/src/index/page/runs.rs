@@ -23,6 +23,8 @@ struct Run {
 pub const RUN_BYTES: usize = size_of::<Run>();
 pub const CHECKSUM_BYTES: usize = size_of::<u32>();
 const _: () = assert!(RUN_BYTES == 16);
+/// A line of memory of them.
+const NEAR_RUNS: usize = 64 / RUN_BYTES;
 
 impl Run {
     /// Without its checksum.
@@ -96,8 +98,10 @@ impl Columns for RunColumns {
     }
 
     fn set(&mut self, block: InExtent, stored: Stored) {
-        self.remove(block);
-        let behind = self.runs.partition_point(|run| run.first < block);
+        let behind = self.behind(block);
+        if let Some((index, number)) = self.holds(behind, block) {
+            return self.replace(index, number, block, stored);
+        }
         let at = self.runs.get(behind).map_or(self.checksums.len() as u16, |run| run.at);
         let before = behind.checked_sub(1).filter(|before| self.runs[*before].first + self.count(*before) == block);
         let extended = before.and_then(|before| self.runs[before].extended(self.count(before), stored));
@@ -122,7 +126,7 @@ impl Columns for RunColumns {
     }
 
     fn set_run(&mut self, first: InExtent, position: u32, code: Code, checksums: &[u32]) {
-        let (count, behind) = (checksums.len() as u16, self.runs.partition_point(|run| run.first < first));
+        let (count, behind) = (checksums.len() as u16, self.behind(first));
         let at = self.runs.get(behind).map_or(self.checksums.len() as u16, |run| run.at);
         let Code { era, low } = code;
         let goes_on = behind.checked_sub(1).map(|before| self.runs[before]).is_some_and(|before| {
@@ -141,14 +145,13 @@ impl Columns for RunColumns {
     }
 
     fn is_free(&self, first: InExtent, count: u16) -> bool {
-        let behind = self.runs.partition_point(|run| run.first < first);
+        let behind = self.behind(first);
         let free_before = behind == 0 || self.runs[behind - 1].first + self.count(behind - 1) <= first;
         free_before && self.runs.get(behind).is_none_or(|run| run.first >= first + count)
     }
 
     fn remove(&mut self, block: InExtent) {
-        let Some((number, _)) = self.find(block) else { return };
-        let index = self.runs.partition_point(|run| run.first <= block) - 1;
+        let Some((index, number)) = self.holds(self.behind(block), block) else { return };
         let (run, count) = (self.runs[index], self.count(index));
         let next = match (number, count) {
             (0, 1) => {
@@ -224,10 +227,150 @@ impl RunColumns {
         end - self.runs[index].at
     }
 
+    /// A block that is there gets another version: checksums stay where they are, and of the runs only its own and its
+    /// neighbours change.
+    fn replace(&mut self, index: usize, number: u16, block: InExtent, stored: Stored) {
+        let (run, count) = (self.runs[index], self.count(index));
+        let at = run.at + number;
+        self.checksums[usize::from(at)] = stored.checksum;
+        let left = (number > 0).then_some((run, number));
+        let right = (number + 1 < count).then(|| (run.from(number + 1), count - number - 1));
+        let is_behind = |before: &usize| self.runs[*before].first + self.count(*before) == block;
+        let before = index.checked_sub(1).filter(|before| left.is_none() && is_behind(before));
+        let is_next = |next: &usize| self.runs.get(*next).is_some_and(|next| next.first == block + 1);
+        let next = Some(index + 1).filter(|next| right.is_none() && is_next(next));
+        let to_extend = left.or_else(|| before.map(|before| (self.runs[before], self.count(before))));
+        let to_prepend = right.or_else(|| next.map(|next| (self.runs[next], self.count(next))));
+        let (left, right) = (left.map(|(run, _)| run), right.map(|(run, _)| run));
+        if let Some(extended) = to_extend.and_then(|(run, count)| run.extended(count, stored)) {
+            match before {
+                Some(before) => {
+                    self.runs[before] = extended;
+                    self.put_in_place(index, [None, None, right]);
+                }
+                None => self.put_in_place(index, [Some(extended), None, right]),
+            }
+        } else if let Some(prepended) = to_prepend.and_then(|(run, count)| run.prepended(count, block, stored)) {
+            let prepended = Run { at, ..prepended };
+            match next {
+                Some(next) => {
+                    self.runs[next] = prepended;
+                    self.put_in_place(index, [left, None, None]);
+                }
+                None => self.put_in_place(index, [left, Some(prepended), None]),
+            }
+        } else {
+            self.put_in_place(index, [left, Some(Run::one(block, at, stored)), right]);
+        }
+    }
+
+    /// These take the place of one run.
+    fn put_in_place(&mut self, index: usize, runs: [Option<Run>; 3]) {
+        let mut put = index;
+        for run in runs.into_iter().flatten() {
+            if put == index {
+                self.runs[put] = run;
+            } else {
+                self.insert_run(put, run);
+            }
+            put += 1;
+        }
+        if put == index {
+            self.runs.remove(index);
+            shrink(&mut self.runs);
+        }
+    }
+
+    /// How many runs begin at or before the block. Most pages are runs of about the same length: looked for from where it
+    /// would be then, in steps that double, so that few lines of memory are touched.
+    fn behind(&self, block: InExtent) -> usize {
+        let (runs, count) = (&self.runs, self.runs.len());
+        let guess = usize::from(block) * count / BLOCKS_PER_EXTENT as usize;
+        let (mut low, mut high, mut step) = (0, count, NEAR_RUNS);
+        if runs.get(guess).is_some_and(|run| run.first <= block) {
+            low = guess + 1;
+            while low + step < count {
+                if runs[low + step].first > block {
+                    high = low + step;
+                    break;
+                }
+                low += step + 1;
+                step *= 2;
+            }
+        } else {
+            high = guess.min(count);
+            while high > step {
+                if runs[high - step].first <= block {
+                    low = high - step + 1;
+                    break;
+                }
+                high -= step;
+                step *= 2;
+            }
+        }
+        low + runs[low..high].partition_point(|run| run.first <= block)
+    }
+
+    /// Which block of which run it is, if it is one of the run before `behind`.
+    fn holds(&self, behind: usize, block: InExtent) -> Option<(usize, u16)> {
+        let index = behind.checked_sub(1)?;
+        let number = block - self.runs[index].first;
+        (number < self.count(index)).then_some((index, number))
+    }
+
     /// Which block of which run.
     fn find(&self, block: InExtent) -> Option<(u16, Run)> {
-        let index = self.runs.partition_point(|run| run.first <= block).checked_sub(1)?;
-        let (run, number) = (self.runs[index], block - self.runs[index].first);
-        (number < self.count(index)).then_some((number, run))
+        let (index, number) = self.holds(self.behind(block), block)?;
+        Some((number, self.runs[index]))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeMap;
+
+    fn stored(position: u32, version: u32) -> Stored {
+        Stored { position, checksum: position ^ 0x5555, code: Code { era: 1, low: version } }
+    }
+
+    fn check(columns: &RunColumns, expected: &BTreeMap<InExtent, Stored>) {
+        let mut found = BTreeMap::new();
+        columns
+            .for_each(|block, stored| assert!(found.insert(block, stored).is_none(), "block {block} is there twice"));
+        assert_eq!(&found, expected);
+        for block in 0..BLOCKS_PER_EXTENT as InExtent {
+            assert_eq!(columns.get(block), expected.get(&block).copied(), "block {block}");
+        }
+        assert!(columns.runs.windows(2).all(|two| two[0].at < two[1].at && two[0].first < two[1].first));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(200))]
+
+        /// What is put beside, between and over runs joins them, goes on with them and cuts them.
+        #[test]
+        fn runs_are_a_map_however_they_are_overwritten(
+            changes in prop::collection::vec((0u16..40, 1u16..12, 0u32..3, any::<bool>()), 1..60),
+            spread in 1u16..25,
+        ) {
+            let (mut columns, mut expected) = (RunColumns::default(), BTreeMap::new());
+            for (number, (first, count, step, removes)) in changes.into_iter().enumerate() {
+                for block in (first..first + count).map(|block| block * spread) {
+                    if removes && step == 0 {
+                        columns.remove(block);
+                        expected.remove(&block);
+                        continue;
+                    }
+                    // Often as if a run before it went on.
+                    let position = 1000 + u32::from(block) * step + (number as u32 % 2);
+                    let put = stored(position, 7 * step + u32::from(block) * (step / 2));
+                    columns.set(block, put);
+                    expected.insert(block, put);
+                }
+            }
+            check(&columns, &expected);
+        }
     }
 }

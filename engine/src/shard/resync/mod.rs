@@ -35,7 +35,9 @@ use std::ops::Range;
 use std::pin::pin;
 use std::rc::Rc;
 use std::time::Duration;
-use torus_rpc::message::{Answer, Descriptor, Envelope, Operation, Refusal, Resync, Resynced, Revoked, Run, Source};
+use torus_rpc::message::{
+    Answer, Checksums, Descriptor, Envelope, Operation, Refusal, Resync, Resynced, Revoked, Run, Source,
+};
 use torus_rpc::runtime::{Clock, Instant, Peer, Runtime};
 use torus_schema::ids::{BlockIndex, Version};
 use torus_schema::limits::{
@@ -205,7 +207,10 @@ impl<R: Runtime> Work<'_, R> {
                 continue;
             }
             match step(ours, theirs, self.asked.through) {
-                // What the source has above `since` the second pass takes.
+                // Not left to the second pass, which may have another source: such zeros can be of the source's own making
+                // (below), and who never had what they hide has nothing to be pulled.
+                Step::Pull if !theirs.data && matches!(ours, Found::Data(_)) => looked_at.push((block, theirs)),
+                // What else the source has above `since` the second pass takes.
                 Step::Nothing | Step::Pull => {}
                 Step::Conflict => return Err(self.conflict(block, ours, theirs)),
                 Step::Zeros => {
@@ -396,7 +401,7 @@ impl<R: Runtime> Work<'_, R> {
                 let start = of_data + (blocks.start - at) as usize;
                 let numbers = start..start + count as usize;
                 let payload = payload.slice(numbers.start * BLOCK..numbers.end * BLOCK);
-                waiting.push(self.submit_data(first, run.version, checksums[numbers].to_vec(), payload)?);
+                waiting.push(self.submit_data(first, run.version, checksums[numbers].into(), payload)?);
             }
             at += count;
             of_data += if run.data { run.count as usize } else { 0 };
@@ -408,7 +413,7 @@ impl<R: Runtime> Work<'_, R> {
         &self,
         first: BlockIndex,
         version: Version,
-        checksums: Vec<u32>,
+        checksums: Checksums,
         payload: Bytes,
     ) -> Result<Waiting, Refusal> {
         let volume = self.envelope.volume;

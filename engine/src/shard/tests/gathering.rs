@@ -88,7 +88,7 @@ impl History {
         let skipped = self.dice.below(original.checksums.len() as u64);
         let left = (original.checksums.len() as u64 - skipped).min(room);
         let count = 1 + self.dice.below(left);
-        let checksums = original.checksums[skipped as usize..(skipped + count) as usize].to_vec();
+        let checksums = original.checksums[skipped as usize..(skipped + count) as usize].into();
         Data { first: BlockIndex(original.first.0 + skipped), position, checksums, ..original }
     }
 

@@ -159,7 +159,7 @@ impl Machine {
             let shard = shard.clone();
             async move {
                 if matches!(operation, Operation::Ping | Operation::Hello { .. }) {
-                    return (Reply { full: false, answer: Answer::Pong }, Vec::new());
+                    return (Reply::of(Answer::Pong), Vec::new());
                 }
                 let (reply, chunks) = shard.handle(envelope, operation, payload).await;
                 (reply, chunks.iter().flat_map(|chunk| chunk.to_vec()).collect())

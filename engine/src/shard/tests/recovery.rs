@@ -153,7 +153,7 @@ fn a_forged_header_in_a_payload_is_data() {
         // A guest writes what it once read from a header, nonce and all, but it lies elsewhere.
         let stolen = machine.disk.peek(header, BLOCK);
         let version = client.next_version();
-        let checksums = vec![crc32c::crc32c(&stolen)];
+        let checksums = vec![crc32c::crc32c(&stolen)].into();
         let write = torus_rpc::message::Operation::Write { first: BlockIndex(50), version, durable: false, checksums };
         client.call_with(write, stolen.into()).await.unwrap();
         let (holder, _) = batch_of(&machine, version);

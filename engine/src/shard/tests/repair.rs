@@ -26,7 +26,7 @@ impl Pair {
         let (operation, payload) = Client::write_operation(block, 1, version, false);
         self.here.call_with(operation, payload).await.unwrap();
         let other: bytes::Bytes = vec![9; BLOCK_BYTES as usize].into();
-        let checksums = vec![crc32c::crc32c(&other)];
+        let checksums = vec![crc32c::crc32c(&other)].into();
         let operation = Operation::Write { first: BlockIndex(block), version, durable: false, checksums };
         self.there.call_with(operation, other).await.unwrap();
         version

@@ -249,10 +249,10 @@ fn a_map_tells_where_there_is_data_and_retain_is_checked() {
         let map = Operation::Map { first: BlockIndex(2), count: 4 };
         let run = |count, version, data| Run { count, version, data };
         let runs = vec![run(1, Version::ZERO, false), run(2, version, true), run(1, Version::ZERO, false)];
-        assert_eq!(client.call(map).await, Ok(Answer::Mapped { runs }));
+        assert_eq!(client.call(map).await, Ok(Answer::Mapped { runs: runs.into() }));
         let extent = |count| Operation::Map { first: BlockIndex(0), count };
         let whole = vec![run(3, Version::ZERO, false), run(2, version, true), run(1019, Version::ZERO, false)];
-        assert_eq!(client.call(extent(1024)).await, Ok(Answer::Mapped { runs: whole }));
+        assert_eq!(client.call(extent(1024)).await, Ok(Answer::Mapped { runs: whole.into() }));
         assert!(matches!(client.call(extent(1025)).await, Err(Refusal::Malformed { .. })));
         let late = Version::new(Epoch(9), 1);
         for (pins, stale_since) in [(vec![late], None), (vec![version, Version::ZERO], None), (vec![], Some(late))] {

@@ -3,6 +3,8 @@
 use super::harness::*;
 use super::recovery::{blocks, restart_with};
 use crate::log::segment::Opening;
+use std::cell::Cell;
+use std::rc::Rc;
 use torus_schema::ids::*;
 
 async fn opened(world: &torus_rpc::runtime::simulated::World, segments: u64) -> (Machine, Client) {
@@ -14,20 +16,32 @@ async fn opened(world: &torus_rpc::runtime::simulated::World, segments: u64) -> 
 
 #[test]
 fn appends_do_not_wait_at_a_segments_end_and_no_sync_is_made_for_the_next_one() {
-    simulate(1, |world| async move {
-        let (machine, client) = opened(&world, 40).await;
-        for block in 0..300 {
-            client.write(block * 4, 4).await.unwrap();
-            if block % 4 == 0 {
-                client.flush().await.unwrap();
+    const SEEDS: u64 = 20;
+    let (opened_all, waited_all) = (Rc::new(Cell::new(0)), Rc::new(Cell::new(0)));
+    for seed in 0..SEEDS {
+        let (opened_all, waited_all) = (opened_all.clone(), waited_all.clone());
+        simulate(seed, |world| async move {
+            let (machine, client) = opened(&world, 40).await;
+            for block in 0..300 {
+                client.write(block * 4, 4).await.unwrap();
+                if block % 4 == 0 {
+                    client.flush().await.unwrap();
+                }
             }
-        }
-        let statistics = machine.shard().statistics();
-        assert!(statistics.segments_opened > 20, "{statistics:?}");
-        assert_eq!(statistics.segments_waited_for, 1, "only the very first");
-        // One for each flush, one for each footer; instances, the open and the first opening have one each.
-        assert!(statistics.syncs <= 75 + statistics.segments_opened + 3, "{statistics:?}");
-    });
+            let statistics = machine.shard().statistics();
+            assert!(statistics.segments_opened > 20, "{statistics:?}");
+            // One for each flush, one for each footer and each opening that was waited for; instances and the open.
+            let (opened, waited) = (statistics.segments_opened, statistics.segments_waited_for);
+            assert!(statistics.syncs <= 75 + opened + waited + 2, "{statistics:?}");
+            opened_all.set(opened_all.get() + opened);
+            waited_all.set(waited_all.get() + waited);
+        });
+    }
+    // The very first of each; else only where the disk took longer for an opening than for all until the last flush before
+    // it was needed.
+    let waited = waited_all.get() - SEEDS;
+    println!("{waited} of {} were waited for", opened_all.get());
+    assert!(waited * 25 <= opened_all.get(), "{waited} of {}", opened_all.get());
 }
 
 #[test]

@@ -18,6 +18,8 @@ pub struct ProcessId(pub u64);
 
 pub(super) type TaskId = u64;
 type Task = Pin<Box<dyn Future<Output = ()>>>;
+/// `None` while it is polled; the name is its type's.
+type Running = (ProcessId, Option<Task>, &'static str);
 
 #[derive(Clone)]
 pub struct World {
@@ -31,7 +33,7 @@ pub(super) struct State {
     /// Of all that happened up to now, in its order.
     course: Cell<u64>,
     next: Cell<u64>,
-    tasks: RefCell<Map<TaskId, (ProcessId, Option<Task>)>>,
+    tasks: RefCell<Map<TaskId, Running>>,
     alive: RefCell<std::collections::BTreeSet<ProcessId>>,
     ready: Arc<Mutex<Vec<TaskId>>>,
     timers: RefCell<BinaryHeap<Reverse<(Duration, u64)>>>,
@@ -146,6 +148,15 @@ impl World {
         self.state.tasks.borrow().len()
     }
 
+    /// How many there are of each type of task, most first.
+    pub fn tasks_by_type(&self) -> Vec<(usize, &'static str)> {
+        let mut counts = std::collections::BTreeMap::new();
+        self.state.tasks.borrow().values().for_each(|(_, _, name)| *counts.entry(*name).or_insert(0) += 1);
+        let mut counts: Vec<_> = counts.into_iter().map(|(name, count)| (count, name)).collect();
+        counts.sort_by(|a, b| b.cmp(a));
+        counts
+    }
+
     /// Ends every task, so that nothing of the world is left in memory: tasks hold the world that holds them.
     pub fn close(&self) {
         self.state.alive.borrow_mut().clear();
@@ -160,12 +171,12 @@ impl World {
     }
 
     /// Does nothing in a process that was killed.
-    pub fn spawn(&self, process: ProcessId, task: impl Future<Output = ()> + 'static) {
+    pub fn spawn<F: Future<Output = ()> + 'static>(&self, process: ProcessId, task: F) {
         if !self.is_alive(process) {
             return;
         }
         let id = self.unique();
-        self.state.tasks.borrow_mut().insert(id, (process, Some(Box::pin(task))));
+        self.state.tasks.borrow_mut().insert(id, (process, Some(Box::pin(task)), std::any::type_name::<F>()));
         self.state.ready.lock().expect("no task panics while it wakes another").push(id);
     }
 
@@ -205,7 +216,7 @@ impl World {
     }
 
     fn poll(&self, id: TaskId) {
-        let taken = self.state.tasks.borrow_mut().get_mut(&id).and_then(|(process, task)| {
+        let taken = self.state.tasks.borrow_mut().get_mut(&id).and_then(|(process, task, _)| {
             let stands_still = self.state.hosts.parks(*process, id);
             if stands_still { None } else { task.take() }
         });
@@ -216,7 +227,7 @@ impl World {
         let mut tasks = self.state.tasks.borrow_mut();
         if done {
             tasks.remove(&id);
-        } else if let Some((_, slot)) = tasks.get_mut(&id) {
+        } else if let Some((_, slot, _)) = tasks.get_mut(&id) {
             *slot = Some(task);
             return;
         }

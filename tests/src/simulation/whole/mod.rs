@@ -87,6 +87,7 @@ impl std::fmt::Display for Failure {
 
 /// One seed, and once more with a trace if it fails.
 pub fn run_seed(seed: u64) -> Result<Figures, Box<Failure>> {
+    super::scenario::tell_by_environment();
     attempt(seed, 0).map_err(|(because, _)| {
         let asked = std::env::var("SIMULATION_EVENTS").ok().and_then(|text| text.parse().ok());
         let story = attempt(seed, asked.unwrap_or(TRACE_EVENTS)).err().map(|(_, story)| story).unwrap_or_default();
@@ -154,6 +155,8 @@ pub struct Whole {
     ailing: holders::Ailing,
     /// A node is being started or stopped.
     starting: Cell<bool>,
+    /// Nodes of which a segment's opening or footer was damaged.
+    ends_damaged: RefCell<BTreeSet<usize>>,
     /// Whose tasks the troubles are.
     operator: ProcessId,
     /// Names of volumes that were deleted and come again.
@@ -227,6 +230,7 @@ impl Whole {
             healing: Cell::new(false),
             ailing: Rc::default(),
             starting: Cell::new(false),
+            ends_damaged: RefCell::default(),
             operator,
             missing: RefCell::default(),
             orphan: Cell::default(),

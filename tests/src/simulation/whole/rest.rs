@@ -230,7 +230,10 @@ impl Whole {
             // there; but none that could be taken for data: what is older than a loss is refused (rule 15).
             let there = |held: &&HeldVolume| !weak || held.slices.iter().any(|group| group.valid);
             if let Some(found) = held.iter().filter(there).find(|held| deleted.contains(&held.volume)) {
-                return Some(format!("{} still has volume {}, which was deleted", place.address, found.volume));
+                return Some(format!(
+                    "{} still has volume {}, which was deleted: {found:?}",
+                    place.address, found.volume
+                ));
             }
             if !weak {
                 orphans += held.iter().filter(|held| Some(held.volume) == self.orphan.get()).count();
@@ -257,7 +260,11 @@ impl Whole {
             }
             if self.world.now() >= deadline {
                 let because = format!("{tasks} tasks at rest, {at_first} before anything was done");
-                return Err(format!("{because}, expected at most {most}"));
+                let most_of = self.world.tasks_by_type();
+                return Err(format!(
+                    "{because}, expected at most {most}; of them: {:#?}",
+                    &most_of[..most_of.len().min(12)]
+                ));
             }
             self.world.sleep(Duration::from_secs(1)).await;
         }

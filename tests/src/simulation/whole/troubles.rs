@@ -3,16 +3,17 @@
 use super::Whole;
 use super::people::Person;
 use super::profile::Trouble;
-use crate::simulation::cluster::Disk;
+use crate::simulation::cluster::{Disk, SEGMENT_BYTES};
 use std::rc::Rc;
 use std::time::Duration;
 use torus_engine::disk::simulated::Damage;
+use torus_engine::log::SEGMENTS_START_BLOCK;
 use torus_rpc::metadata::memory::{Lost, MemoryStore};
 use torus_rpc::runtime::simulated::{Here, ProcessId};
 
 const BLOCK_BYTES: u64 = 4096;
-/// As much as several batches of the largest writes.
-const PAGES_NOT_PROVEN: u64 = 40;
+/// Of a segment as small as the simulation's.
+const FOOTER_BLOCKS_MAX: u64 = 4;
 
 impl Whole {
     /// For as long as the profile says; what was begun then may last a little longer.
@@ -310,16 +311,24 @@ impl Whole {
 
     /// Not the first superblock: with both damaged a shard refuses to start, and its disk has to be replaced. And nothing
     /// of the newest batches: what says that they were durable is written later, so that damage there is taken for a torn
-    /// tail by any store of this kind.
+    /// tail by any log of which the last record is its end. And of a node one opening or footer of a segment at most: with
+    /// both of one gone nothing says that it was one (`log::recovery`).
     fn damage(&self, node: usize) {
         let kinds = [Damage::Rot, Damage::Old, Damage::Elsewhere];
         let kind = kinds[self.world.random_below(3) as usize];
         let disk = self.some_disk(node);
-        let newest = disk.last_written() / BLOCK_BYTES;
-        let mut pages = disk.durable_pages();
-        pages.retain(|page| *page > 0 && !(newest.saturating_sub(PAGES_NOT_PROVEN)..=newest).contains(page));
+        let mut pages = disk.proven_pages(SEGMENTS_START_BLOCK);
+        let is_end = |page: u64| {
+            let (blocks, segments) = (SEGMENT_BYTES / BLOCK_BYTES, page.checked_sub(SEGMENTS_START_BLOCK));
+            segments.is_some_and(|page| page % blocks < 2 || page % blocks >= blocks - FOOTER_BLOCKS_MAX)
+        };
+        let spare_ends = self.ends_damaged.borrow().contains(&node);
+        pages.retain(|page| *page > 0 && !(spare_ends && is_end(*page)));
         let Some(page) = self.any(&pages) else { return };
         if disk.damage_at(kind, page * BLOCK_BYTES) {
+            if is_end(page) {
+                self.ends_damaged.borrow_mut().insert(node);
+            }
             self.world.note(|| format!("page {page} of a disk of node-{node} is damaged: {kind:?}"));
         }
     }

@@ -22,6 +22,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::rc::Rc;
 use torus_rpc::runtime::simulated::{SimulatedRuntime, World};
+use torus_rpc::runtime::{Clock, Runtime};
 use torus_schema::ids::{BlockIndex, Version};
 
 const IMAGES: u64 = 12;
@@ -160,7 +161,7 @@ fn start(disk: ImageDisk, seed: u64) {
                 let slice = layout.slice_of(descriptor.first.extent());
                 let place = Place { volume: number, slice, block: descriptor.first };
                 // Damaged, refused or right; it returns.
-                drop(shard.read(place, descriptor.count.min(8)).await);
+                drop(shard.read(place, descriptor.count.min(8), shard.runtime.clock().now()).await);
             }
         }
         shard.statistics();
