@@ -15,7 +15,7 @@ use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Names of the virtio ports; `tests/vm/init` knows them.
 const OUTPUT: &str = "output";
@@ -164,6 +164,31 @@ impl Guest {
     pub fn finish(mut self, deadline: Duration) -> Ran {
         self.await_end(deadline);
         self.ran()
+    }
+
+    /// Waits for the script's end as long as `asked`, a count of what the guest asked somebody, goes on within `silence`.
+    /// `Err` with all there is to find out why it did not.
+    #[track_caller]
+    pub fn finish_unless_silent(
+        mut self,
+        deadline: Duration,
+        silence: Duration,
+        asked: impl Fn() -> u64,
+    ) -> Result<Ran, String> {
+        let (mut last, mut since) = (asked(), Instant::now());
+        let ended = crate::wait::within(deadline, || {
+            let now = asked();
+            if now != last {
+                (last, since) = (now, Instant::now());
+            }
+            let has_ended = !self.process.is_running();
+            (has_ended || since.elapsed() > silence).then_some(has_ended)
+        });
+        match ended {
+            Some(true) => Ok(self.ran()),
+            Some(false) => Err(self.ran().told()),
+            None => panic!("the guest still ran after {deadline:?}: {}", self.ran().told()),
+        }
     }
 
     fn ran(&self) -> Ran {
