@@ -245,6 +245,28 @@ fn mutants_fit_the_code() {
 }
 
 /// What the tables of tests/README.md name, as proof of something, exists: tests, files of tests, mutants.
+/// On every Debian machine, or part of a package that is asked for by another of its commands.
+const COMES_WITH: &[&str] =
+    &["cmp", "cp", "losetup", "mount", "umount", "e2fsck mkfs.ext4", "nbdcopy nbdinfo", "qemu-img qemu-io"];
+
+#[test]
+fn tools_that_tests_start_are_installed_by_the_setup() {
+    let setup = fs::read_to_string(root().join("scripts/setup")).expect("it is there");
+    let is_installed = |tool: &str| setup.lines().any(|line| line.trim_start().starts_with(&format!("\"{tool} ")));
+    let is_known = |tool: &str| {
+        let entry = COMES_WITH.iter().find(|entry| entry.split(' ').next() == Some(tool));
+        entry.map_or_else(|| is_installed(tool), |entry| entry.split(' ').nth(1).is_none_or(is_installed))
+    };
+    // Of Ceph the bench says what is missing.
+    let asked_for = rust().into_iter().filter(|source| !source.is_in(&["bench/src/compare/ceph.rs"]));
+    let missing = asked_for.flat_map(|source| {
+        let after = source.text.split("tool(\"").skip(1).filter_map(|rest| rest.split('"').next().map(str::to_string));
+        let unknown = after.filter(|tool| !tool.contains(' ') && !is_known(tool)).collect::<Vec<_>>();
+        unknown.into_iter().map(move |tool| format!("{}: {tool}", source.path))
+    });
+    assert_none("a tool that scripts/setup does not install", missing);
+}
+
 #[test]
 fn tests_that_a_table_names_exist() {
     let readme = fs::read_to_string(root().join("tests/README.md")).expect("the tests have a README");
