@@ -210,6 +210,16 @@ impl Cluster {
         serde_json::from_slice(&text).expect("a node writes its own identity")
     }
 
+    /// Takes from the data dir of a node that does not run what is written after the last moment at which a format can
+    /// be cut off.
+    pub fn unformat(&self, node: usize) {
+        let dir = self.data_dir(node);
+        std::fs::remove_file(dir.join("torus.json")).expect("the node is formatted");
+        for later in ["lease.json", "lease.json.new", "scrub.json", "scrub.json.new"] {
+            let _ = std::fs::remove_file(dir.join(later));
+        }
+    }
+
     pub fn metadata(&self) -> AnyMetadata {
         AnyMetadata::connect(&self.url(), DEADLINE).expect("our own URL is understood")
     }

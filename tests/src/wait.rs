@@ -11,6 +11,18 @@ pub fn until<T>(what: &str, look: impl FnMut() -> Option<T>) -> T {
     within(SOON, look).unwrap_or_else(|| panic!("waited {SOON:?} in vain for {what}"))
 }
 
+/// As `until`, without a pause between looks: for what is gone again within milliseconds.
+pub fn until_glimpsed<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let started = Instant::now();
+    while started.elapsed() < SOON {
+        if let Some(found) = look() {
+            return found;
+        }
+        std::thread::yield_now();
+    }
+    panic!("watched for {what} in vain for {SOON:?}");
+}
+
 /// `None` when the time is up.
 pub fn within<T>(deadline: Duration, mut look: impl FnMut() -> Option<T>) -> Option<T> {
     let started = Instant::now();
