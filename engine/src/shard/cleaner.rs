@@ -13,6 +13,8 @@ use crate::log::record::{Data, Record};
 use crate::log::recovery::footer_of;
 use crate::log::{BLOCK, Geometry, Position, SegmentIndex};
 use bytes::Bytes;
+use futures::stream::{self, StreamExt};
+use std::ops::Range;
 use std::rc::Rc;
 use torus_rpc::message::{Checksums, Refusal};
 use torus_rpc::runtime::{Disk, Runtime};
@@ -21,6 +23,11 @@ use torus_schema::ids::{BlockIndex, VolumeId};
 
 /// Copies waited for at once, in blocks: foreground appends get in between.
 const MOVE_BLOCKS_MAX: usize = 256;
+/// What lies between two needed runs is read with them up to here: reading it takes less than another read.
+const GAP_BLOCKS_MAX: u32 = 16;
+/// Of such a read: what a foreground read waits for behind it is some hundred microseconds.
+const WINDOW_BLOCKS_MAX: u32 = 64;
+const READS_AT_ONCE: usize = 4;
 
 enum Chore {
     /// A segment needs nothing but a sync to be free.
@@ -150,28 +157,53 @@ impl<R: Runtime> Shard<R> {
         self.carry_notes(victim, &records, &mut waiting)?;
         // What is superseded from now on stays counted in the victim, which is then cleaned once more.
         let pinned = self.state.borrow().contents.pinned_in(victim);
-        // Read first, then submitted together: the copies share their headers, which is what makes room for them all.
-        let mut copies = Vec::new();
+        let mut wanted = Vec::new();
         let mut blocks = 0;
         for record in &records {
             let Record::Data(data) = record else { continue };
             for run in self.needed_runs(&pinned, data) {
                 blocks += run.len();
-                copies.push(self.read_run(data, run).await?);
+                wanted.push((data, run));
                 if blocks >= MOVE_BLOCKS_MAX {
-                    self.submit_copies(&mut copies, &mut waiting)?;
+                    self.copy(&mut wanted, &mut waiting).await?;
                     wait_for(&mut waiting).await?;
                     blocks = 0;
                 }
             }
         }
-        self.submit_copies(&mut copies, &mut waiting)?;
+        self.copy(&mut wanted, &mut waiting).await?;
         wait_for(&mut waiting).await?;
         Ok(records.into_iter().filter(|record| record.payload_blocks() == 0).collect())
     }
 
-    fn submit_copies(self: &Rc<Self>, copies: &mut Vec<Copy>, waiting: &mut Vec<Waiting>) -> Result<(), Refusal> {
-        for Copy { data, payload, origins } in copies.drain(..) {
+    /// Read first, then submitted together: the copies share their headers, which is what makes room for them all.
+    async fn copy(
+        self: &Rc<Self>,
+        wanted: &mut Vec<(&Data, Range<usize>)>,
+        waiting: &mut Vec<Waiting>,
+    ) -> Result<(), Trouble> {
+        let places: Vec<Range<u32>> = wanted.iter().map(|(data, run)| place_of(data, run)).collect();
+        let reads = windows(&places).into_iter().map(|window| async move {
+            let offset = Geometry::offset(Position(window.place.start));
+            // What cannot be read together is read run by run.
+            let bytes = self.disk.read(offset, window.place.len() * BLOCK).await.ok();
+            (window, bytes)
+        });
+        let mut reads = std::pin::pin!(stream::iter(reads).buffered(READS_AT_ONCE));
+        let mut copies = Vec::with_capacity(wanted.len());
+        while let Some((window, bytes)) = reads.next().await {
+            for number in window.runs {
+                let ((data, run), place) = (&wanted[number], &places[number]);
+                let at = (place.start - window.place.start) as usize * BLOCK;
+                let bytes = bytes.as_ref().map(|bytes| &bytes[at..at + place.len() * BLOCK]);
+                copies.push(match bytes.and_then(|bytes| self.copy_of(data, run, bytes)) {
+                    Some(copy) => copy,
+                    None => self.read_run(data, run).await?,
+                });
+            }
+        }
+        wanted.clear();
+        for Copy { data, payload, origins } in copies {
             waiting.push(self.submit(Need::Move, Record::Data(data), payload, Some(origins))?);
         }
         Ok(())
@@ -199,10 +231,10 @@ impl<R: Runtime> Shard<R> {
     }
 
     /// Neighbouring blocks of the record that are needed, as places within it.
-    fn needed_runs(&self, pinned: &Set<Position>, data: &Data) -> Vec<std::ops::Range<usize>> {
+    fn needed_runs(&self, pinned: &Set<Position>, data: &Data) -> Vec<Range<usize>> {
         let state = self.state.borrow();
         let needed = |number: &usize| state.contents.needs(data, *number, pinned);
-        let mut runs: Vec<std::ops::Range<usize>> = Vec::new();
+        let mut runs: Vec<Range<usize>> = Vec::new();
         for number in (0..data.checksums.len()).filter(needed) {
             match runs.last_mut() {
                 Some(run) if run.end == number => run.end += 1,
@@ -212,26 +244,63 @@ impl<R: Runtime> Shard<R> {
         runs
     }
 
-    async fn read_run(self: &Rc<Self>, data: &Data, run: std::ops::Range<usize>) -> Result<Copy, Trouble> {
-        let from = Position(data.position.0 + run.start as u32);
-        let bytes = self.disk.read(Geometry::offset(from), run.len() * BLOCK).await;
+    /// Alone, so that damage beside it is not taken for its own.
+    async fn read_run(self: &Rc<Self>, data: &Data, run: &Range<usize>) -> Result<Copy, Trouble> {
+        let place = place_of(data, run);
+        let bytes = self.disk.read(Geometry::offset(Position(place.start)), place.len() * BLOCK).await.ok();
+        if let Some(copy) = bytes.and_then(|bytes| self.copy_of(data, run, &bytes)) {
+            return Ok(copy);
+        }
+        // Repaired first; then the segment is a victim again.
+        let damaged = self.note_damage_in(data, run.clone(), FoundBy::Cleaner).await;
+        Err(if damaged > 0 { Trouble::Unreadable } else { Trouble::Passing })
+    }
+
+    /// `None` if any of it is damaged. That must not be copied: at a start the copy could be taken for a torn tail and
+    /// dropped, and an older version would show.
+    fn copy_of(&self, data: &Data, run: &Range<usize>, bytes: &[u8]) -> Option<Copy> {
         let checksums: Checksums = data.checksums[run.clone()].into();
-        // A damaged block must not be copied: at a start the copy could be taken for a torn tail and dropped, and an
-        // older version would show.
-        let whole = |bytes: &<R::Disk as Disk>::Bytes| {
-            bytes.chunks(BLOCK).zip(&checksums).all(|(block, checksum)| crc32c::crc32c(block) == *checksum)
-        };
-        let Some(bytes) = bytes.ok().filter(whole) else {
-            // Repaired first; then the segment is a victim again.
-            let damaged = self.note_damage_in(data, run, FoundBy::Cleaner).await;
-            return Err(if damaged > 0 { Trouble::Unreadable } else { Trouble::Passing });
-        };
-        let origins = (0..run.len() as u32).map(|number| Position(from.0 + number)).collect();
+        let mut blocks = bytes.chunks(BLOCK).zip(&checksums);
+        if !blocks.all(|(block, checksum)| crc32c::crc32c(block) == *checksum) {
+            return None;
+        }
+        let origins = place_of(data, run).map(Position).collect();
         let first = BlockIndex(data.first.0 + run.start as u64);
         let flush_point = self.state.borrow().flush_point(data.volume).max(data.flush_point);
         let data = Data { first, checksums, flush_point, ..data.clone() };
-        Ok(Copy { data, payload: Bytes::copy_from_slice(&bytes), origins })
+        Some(Copy { data, payload: Bytes::copy_from_slice(bytes), origins })
     }
+}
+
+/// Where the blocks of a run lie.
+fn place_of(data: &Data, run: &Range<usize>) -> Range<u32> {
+    data.position.0 + run.start as u32..data.position.0 + run.end as u32
+}
+
+/// What is read at once: some runs, and what lies between them.
+#[derive(Debug, PartialEq, Eq)]
+struct Window {
+    place: Range<u32>,
+    /// By their numbers in the list.
+    runs: Range<usize>,
+}
+
+/// Runs in the order in which they lie, near ones together. A longer one is a window of its own.
+fn windows(places: &[Range<u32>]) -> Vec<Window> {
+    let mut windows: Vec<Window> = Vec::new();
+    for (number, place) in places.iter().enumerate() {
+        let joins = |window: &&mut Window| {
+            let follows = window.place.end <= place.start;
+            follows
+                && place.start - window.place.end <= GAP_BLOCKS_MAX
+                && place.end - window.place.start <= WINDOW_BLOCKS_MAX
+        };
+        match windows.last_mut().filter(joins) {
+            Some(window) => (window.place.end, window.runs.end) = (place.end, number + 1),
+            None => windows.push(Window { place: place.clone(), runs: number..number + 1 }),
+        }
+    }
+    windows
 }
 
 async fn wait_for(waiting: &mut Vec<Waiting>) -> Result<(), Refusal> {
@@ -295,5 +364,37 @@ impl State {
 
     pub(super) fn flush_point(&self, volume: VolumeId) -> torus_schema::ids::Version {
         self.contents.volumes.get(&volume).map(|volume| volume.flush_point).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn places_and_runs(places: &[Range<u32>]) -> Vec<(Range<u32>, Range<usize>)> {
+        windows(places).into_iter().map(|window| (window.place, window.runs)).collect()
+    }
+
+    #[test]
+    fn near_runs_are_read_together_and_distant_ones_apart() {
+        let near = 10 + GAP_BLOCKS_MAX;
+        assert_eq!(places_and_runs(&[9..10, near..near + 1]), [(9..near + 1, 0..2)]);
+        assert_eq!(places_and_runs(&[9..10, near + 1..near + 2]), [(9..10, 0..1), (near + 1..near + 2, 1..2)]);
+        assert_eq!(places_and_runs(&[]), []);
+    }
+
+    #[test]
+    fn no_window_is_longer_than_its_bound_but_a_run_stays_whole() {
+        let runs: Vec<Range<u32>> = (0..100).map(|number| 2 * number..2 * number + 1).collect();
+        let windows = places_and_runs(&runs);
+        assert!(windows.iter().all(|(place, _)| place.len() as u32 <= WINDOW_BLOCKS_MAX), "{windows:?}");
+        assert!(windows.windows(2).all(|pair| pair[0].1.end == pair[1].1.start));
+        let long = 5..5 + 4 * WINDOW_BLOCKS_MAX;
+        assert_eq!(places_and_runs(&[3..4, long.clone()]), [(3..4, 0..1), (long, 1..2)]);
+    }
+
+    #[test]
+    fn runs_that_lie_in_another_order_are_never_joined() {
+        assert_eq!(places_and_runs(&[20..22, 10..11]), [(20..22, 0..1), (10..11, 1..2)]);
     }
 }
