@@ -14,8 +14,10 @@ use crate::log::recovery::footer_of;
 use crate::log::{BLOCK, Geometry, Position, SegmentIndex};
 use bytes::Bytes;
 use futures::stream::{self, StreamExt};
+use std::future::poll_fn;
 use std::ops::Range;
 use std::rc::Rc;
+use std::task::Poll;
 use torus_rpc::message::{Checksums, Refusal};
 use torus_rpc::runtime::{Disk, Runtime};
 use torus_schema::hash::Set;
@@ -24,10 +26,13 @@ use torus_schema::ids::{BlockIndex, VolumeId};
 /// Copies waited for at once, in blocks: foreground appends get in between.
 const MOVE_BLOCKS_MAX: usize = 256;
 /// What lies between two needed runs is read with them up to here: reading it takes less than another read.
-const GAP_BLOCKS_MAX: u32 = 16;
-/// Of such a read: what a foreground read waits for behind it is some hundred microseconds.
-const WINDOW_BLOCKS_MAX: u32 = 64;
+const GAP_BLOCKS_MAX: u32 = 8;
+/// Of such a read, unless a run alone is longer. With as many as are made at once, a foreground read waits behind half
+/// a MiB at most.
+const WINDOW_BLOCKS_MAX: u32 = 32;
 const READS_AT_ONCE: usize = 4;
+/// Records looked at before others have their turn: some hundred microseconds.
+const RECORDS_AT_ONCE: usize = 1024;
 
 enum Chore {
     /// A segment needs nothing but a sync to be free.
@@ -159,7 +164,10 @@ impl<R: Runtime> Shard<R> {
         let pinned = self.state.borrow().contents.pinned_in(victim);
         let mut wanted = Vec::new();
         let mut blocks = 0;
-        for record in &records {
+        for (number, record) in records.iter().enumerate() {
+            if number % RECORDS_AT_ONCE == RECORDS_AT_ONCE - 1 {
+                let_others_run().await;
+            }
             let Record::Data(data) = record else { continue };
             for run in self.needed_runs(&pinned, data) {
                 blocks += run.len();
@@ -190,20 +198,21 @@ impl<R: Runtime> Shard<R> {
             (window, bytes)
         });
         let mut reads = std::pin::pin!(stream::iter(reads).buffered(READS_AT_ONCE));
-        let mut copies = Vec::with_capacity(wanted.len());
+        let mut copies: Vec<Option<Copy>> = Vec::new();
+        // To their end, whatever comes of them: no read is left behind in the segment.
         while let Some((window, bytes)) = reads.next().await {
-            for number in window.runs {
+            copies.extend(window.runs.map(|number| {
                 let ((data, run), place) = (&wanted[number], &places[number]);
                 let at = (place.start - window.place.start) as usize * BLOCK;
                 let bytes = bytes.as_ref().map(|bytes| &bytes[at..at + place.len() * BLOCK]);
-                copies.push(match bytes.and_then(|bytes| self.copy_of(data, run, bytes)) {
-                    Some(copy) => copy,
-                    None => self.read_run(data, run).await?,
-                });
-            }
+                bytes.and_then(|bytes| self.copy_of(data, run, bytes))
+            }));
+        }
+        for ((data, run), copy) in wanted.iter().zip(&mut copies).filter(|(_, copy)| copy.is_none()) {
+            *copy = Some(self.read_run(data, run).await?);
         }
         wanted.clear();
-        for Copy { data, payload, origins } in copies {
+        for Copy { data, payload, origins } in copies.into_iter().flatten() {
             waiting.push(self.submit(Need::Move, Record::Data(data), payload, Some(origins))?);
         }
         Ok(())
@@ -301,6 +310,19 @@ fn windows(places: &[Range<u32>]) -> Vec<Window> {
         }
     }
     windows
+}
+
+/// A turn for every other task that is ready.
+async fn let_others_run() {
+    let mut waited = false;
+    poll_fn(|context| {
+        if std::mem::replace(&mut waited, true) {
+            return Poll::Ready(());
+        }
+        context.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await
 }
 
 async fn wait_for(waiting: &mut Vec<Waiting>) -> Result<(), Refusal> {
