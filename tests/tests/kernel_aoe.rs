@@ -11,7 +11,7 @@ use torus_tests::cluster::{client_host, hosts_for, store_hosts};
 use torus_tests::guest::{self, Guest};
 use torus_tests::network::{Host, Network};
 use torus_tests::process::{self, Process};
-use torus_tests::{Cluster, ClusterOptions};
+use torus_tests::{Cluster, ClusterOptions, wait};
 
 const NODES: usize = 3;
 const DEADLINE: Duration = Duration::from_secs(900);
@@ -44,11 +44,20 @@ impl Bed {
         self.cluster.folder().join(format!("{name}.stats"))
     }
 
-    /// Of a target; 0 before it has said so for the first time.
-    fn frames_received(&self, name: &str) -> u64 {
+    /// Sum of a target's counters whose name, with what follows it, begins so; 0 before it has said any.
+    fn counted(&self, name: &str, counter: &str) -> u64 {
         let text = std::fs::read_to_string(self.stats(name)).unwrap_or_default();
-        let mut values = text.lines().filter_map(|line| line.strip_prefix("torus_aoe_frames_received_total "));
-        values.next().map_or(0, |value| value.parse().expect("counters are numbers"))
+        let lines = text.lines().filter(|line| line.starts_with(&format!("torus_aoe_{counter}")));
+        lines.map(|line| line.rsplit(' ').next().and_then(|value| value.parse::<u64>().ok()).unwrap_or(0)).sum()
+    }
+
+    fn frames_received(&self, name: &str) -> u64 {
+        self.counted(name, "frames_received_total")
+    }
+
+    /// Whether each frame that the target received was answered, or dropped for a reason it counts.
+    fn is_all_answered(&self, name: &str) -> bool {
+        self.frames_received(name) <= self.counted(name, "frames_sent_total") + self.counted(name, "dropped_total")
     }
 
     /// A host that is neither a node nor the first target's.
@@ -150,6 +159,7 @@ fn file_systems(name: &'static str, mtu: u32) {
                 let output = ran.ok();
                 println!("{output}");
                 assert!(output.ends_with("all is well\n"), "{output}");
+                wait::until("all that was asked to be answered", || bed.is_all_answered("aoe").then_some(()));
                 return;
             }
             // This driver stalls at times with frames of 1,024 bytes, whoever the target is, and then asks nothing more.
@@ -157,6 +167,8 @@ fn file_systems(name: &'static str, mtu: u32) {
             Err(told) => {
                 println!("SILENT: the guest asked nothing for {SILENCE:?}: {told}");
                 assert!(attempt == 1 && mtu < 9000, "silent: {told}");
+                // It gives a device up that leaves it without an answer for 180 s, and is silent then too.
+                assert!(bed.is_all_answered("aoe"), "not answered: {told}");
                 assert!(target.is_running(), "{}", target.log());
             }
         }
