@@ -1388,6 +1388,7 @@ impl LocalExecutor {
                     drop(queue_ref);
                     r.run();
                     tasks_executed_this_loop += 1;
+                    self.reactor.sys.submit_many();
                 } else {
                     break;
                 }

@@ -174,6 +174,7 @@ pub(crate) fn sendmsg_syscall(
 mod dma_buffer;
 pub(crate) mod source;
 pub(crate) mod sysfs;
+mod turns;
 mod uring;
 
 pub use self::dma_buffer::DmaBuffer;

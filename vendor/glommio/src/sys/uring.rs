@@ -37,6 +37,7 @@ use crate::{
         self,
         blocking::{BlockingThreadOp, BlockingThreadPool},
         dma_buffer::{BufferStorage, DmaBuffer},
+        turns::Turns,
         DirectIo, EnqueuedSource, EnqueuedStatus, InnerSource, IoBuffer,
         PollableStatus, Source, SourceType, Statx, TimeSpec64,
     },
@@ -86,6 +87,17 @@ pub(crate) struct UringDescriptor {
     flags: SubmissionFlags,
     user_data: u64,
     args: UringOpDescriptor,
+}
+
+impl UringDescriptor {
+    /// The file of a read: of what a `SourceType::Read` becomes.
+    fn reads_file(&self) -> Option<RawFd> {
+        let is_read = matches!(
+            self.args,
+            UringOpDescriptor::Read(..) | UringOpDescriptor::ReadFixed(..)
+        );
+        is_read.then_some(self.fd)
+    }
 }
 
 pub(crate) struct UringBufferAllocator {
@@ -891,6 +903,7 @@ struct SleepableRing {
     task_queue_stats: AHashMap<TaskQueueHandle, RingIoStats>,
     source_map: Rc<RefCell<SourceMap>>,
     in_kernel: usize,
+    turns: Turns<UringDescriptor>,
 }
 
 impl SleepableRing {
@@ -916,6 +929,7 @@ impl SleepableRing {
             task_queue_stats: AHashMap::new(),
             source_map,
             in_kernel: 0,
+            turns: Turns::new(),
         })
     }
 
@@ -1141,6 +1155,11 @@ impl UringCommon for SleepableRing {
                 if let SourceType::ForeignNotifier(_, installed) = &mut src.source_type {
                     *installed = false;
                 }
+                if let SourceType::Read(..) = &src.source_type {
+                    let mut queue = self.submission_queue.borrow_mut();
+                    self.turns
+                        .done(src.raw, |read| queue.submissions.push_front(read));
+                }
                 res
             },
             source_map,
@@ -1158,11 +1177,23 @@ impl UringCommon for SleepableRing {
         let source_map = &mut *self.source_map.borrow_mut();
 
         while let Some(chain) = peek_one_chain(queue, self.size) {
+            let read_of = queue[0].reads_file();
+            let stands_alone = chain.len() == 1;
+            if let Some(fd) = read_of.filter(|fd| stands_alone && self.turns.must_wait(*fd)) {
+                self.turns.wait(fd, queue.pop_front().expect("it was looked at"));
+                continue;
+            }
             return if let Some(sqes) = self.ring.sq().prepare_sqes(chain.len() as u32) {
                 let ops = extract_one_chain(source_map, queue, chain);
+                if let Some(fd) = read_of {
+                    self.turns.passed(fd);
+                }
                 if ops.is_empty() {
                     // all the sources in the ring were cancelled
                     continue;
+                }
+                if let Some(fd) = read_of {
+                    self.turns.begun(fd);
                 }
 
                 for (op, mut sqe) in ops.into_iter().zip(sqes.into_iter()) {
@@ -1182,6 +1213,9 @@ impl UringCommon for SleepableRing {
         Some(false)
     }
 }
+
+/// So many queued operations are worth a system call of their own.
+const MANY: usize = 6;
 
 /// A sleep may end later than asked by so much, which saves arming a timer anew.
 const TIMER_SLACK: Duration = Duration::from_micros(50);
@@ -1705,6 +1739,19 @@ impl Reactor {
         Ok(())
     }
 
+    /// What many tasks asked for goes to the kernel while others still run, so that
+    /// disks do not wait for these.
+    pub(crate) fn submit_many(&self) {
+        let mut ring = self.main_ring.borrow_mut();
+        if ring.submission_queue.borrow().submissions.len() >= MANY {
+            ring.consume_submission_queue()
+                .or_else(Self::busy_ok)
+                .or_else(Self::again_ok)
+                .or_else(Self::intr_ok)
+                .expect("what is queued can be submitted");
+        }
+    }
+
     pub(crate) fn rush_dispatch(&self, src: &Source, woke: &mut usize) -> io::Result<()> {
         let ring = &mut *self.ring_for_source(src);
         if ring.may_rush() {
@@ -1786,6 +1833,10 @@ impl Reactor {
         }
         // pick up the results of any cancellations
         consume_rings!(into &mut woke; lat_ring, poll_ring, main_ring);
+        // and what these let go, before tasks run
+        if woke > 0 && !main_ring.submission_queue.borrow().is_empty() {
+            flush_rings!(main_ring)?;
+        }
 
         // If we generated any event so far, we can't sleep. Need to handle them.
         let should_sleep = preempt_timer().is_none()
