@@ -1,6 +1,7 @@
 //! The shard on a simulated disk.
 //!
 //! * `harness`   a client of one shard, that knows what it wrote
+//! * `reads`     how the disk is read for them
 //! * `requests`  what is refused, and with what
 //! * `retention`  what is kept, what goes, what never was
 //! * `recovery`  row by row
@@ -16,6 +17,7 @@
 mod gathering;
 mod harness;
 mod model;
+mod reads;
 mod recovery;
 mod recovery_table;
 mod repair;
