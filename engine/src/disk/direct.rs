@@ -287,4 +287,40 @@ mod tests {
             assert!(text.contains("shard-0.blocks") && text.contains("524288") && text.contains("1048576"), "{text}");
         });
     }
+
+    #[test]
+    fn reads_that_wait_for_others_are_all_answered_also_beside_some_that_nobody_wants_any_more() {
+        run(|path| async move {
+            const BLOCKS: u64 = 256;
+            let disk = DirectDisk::create(&path, BLOCKS * 4096).await.unwrap();
+            let mut buffer = disk.allocate(BLOCKS as usize * 4096);
+            for (block, bytes) in (0_u64..).zip(buffer.chunks_mut(4096)) {
+                bytes.fill(block as u8);
+            }
+            disk.write(0, buffer).await.unwrap();
+            for round in 0..50_u64 {
+                let reads = (0..64).map(|number| {
+                    let block = (round * 64 + number * 37) % BLOCKS;
+                    let read = disk.read(block * 4096, 4096);
+                    async move { read.await.unwrap().iter().all(|byte| *byte == block as u8) }
+                });
+                let (given_up, wanted): (Vec<_>, Vec<_>) =
+                    reads.map(Box::pin).enumerate().partition(|(number, _)| round % 2 == 1 && number % 3 == 0);
+                // Asked for, and queued before the others; dropped with these under way.
+                let mut given_up: futures::stream::FuturesUnordered<_> =
+                    given_up.into_iter().map(|(_, read)| read).collect();
+                assert!(futures::poll!(futures::StreamExt::next(&mut given_up)).is_pending() || round % 2 == 0);
+                let wanted = futures::future::join_all(wanted.into_iter().map(|(_, read)| read));
+                let mut wanted = std::pin::pin!(wanted);
+                assert!(futures::poll!(&mut wanted).is_pending());
+                // Before they are with the kernel, or when some are and others wait.
+                if round % 4 == 3 {
+                    disk.read(0, 4096).await.unwrap();
+                }
+                drop(given_up);
+                assert!(wanted.await.into_iter().all(|is_good| is_good), "round {round}");
+            }
+            disk.close().await.unwrap();
+        });
+    }
 }
