@@ -73,8 +73,9 @@ impl ClusterOptions {
 
 pub struct Cluster {
     options: ClusterOptions,
-    pub store: Store,
+    /// Gone before their store is, so that the last they say when a test fails is not about that.
     nodes: Vec<Option<Process>>,
+    pub store: Store,
     servers: u16,
     /// Last, so that the processes are gone before it is.
     folder: TempDir,

@@ -17,10 +17,20 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+/// What the first serial port prints: the kernel, and init until something else takes over.
+const BOOT: &str = "boot";
+/// What is typed at, where there is no script.
+const CONSOLE: &str = "console";
 /// Names of the virtio ports; `tests/vm/init` knows them.
 const OUTPUT: &str = "output";
 const KERNEL: &str = "kernel";
 const STATUS: &str = "status";
+/// `tests/vm/init` says it first of all.
+const ALIVE: &str = "torus.alive";
+/// It takes seconds, on a machine that does something else too a minute.
+const BOOTED_WITHIN: Duration = Duration::from_secs(300);
+/// How often a guest is booted that ends before its init is there: what runs until then is the emulator and a kernel.
+const BOOTS_MAX: u32 = 3;
 /// Memory that holds what the script writes below `/`, too.
 const MEMORY: &str = "1536M";
 const PROCESSORS: &str = "2";
@@ -41,8 +51,10 @@ pub struct Ran {
     pub kernel_log: String,
     /// `None`: the guest ended before the script did.
     pub status: Option<i32>,
-    /// What the machine said while it booted.
+    /// What stood on the console that is typed at.
     console: String,
+    /// What the machine said while it booted.
+    boot: String,
 }
 
 impl Ran {
@@ -59,9 +71,12 @@ impl Ran {
             let lines: Vec<&str> = text.lines().collect();
             lines[lines.len().saturating_sub(60)..].join("\n")
         };
-        let Self { output, kernel_log, status, console } = self;
-        let (kernel_log, console) = (last(kernel_log), last(console));
-        format!("script ended with {status:?}\n{output}\n---- kernel:\n{kernel_log}\n---- console:\n{console}")
+        let Self { output, kernel_log, status, console, boot } = self;
+        let (kernel_log, console, boot) = (last(kernel_log), last(console), last(boot));
+        format!(
+            "script ended with {status:?}\n{output}\n---- kernel:\n{kernel_log}\n---- console:\n{console}\n\
+             ---- boot:\n{boot}"
+        )
     }
 }
 
@@ -85,14 +100,14 @@ impl Guest {
         let modules = kernel.join("modules").canonicalize().expect("it was prepared");
         let asked = format!("torus.script={} torus.modules={}", script.display(), modules.display());
         let mut command = machine(&kernel, network, &asked)?;
-        command.arg("-serial").arg(format!("file:{}", folder.join("console").display()));
+        command.arg("-serial").arg(format!("file:{}", folder.join(BOOT).display()));
         command.args(["-fsdev", "local,id=root,path=/,security_model=none,readonly=on,multidevs=remap"]);
         command.args(["-device", "virtio-9p-pci,fsdev=root,mount_tag=root", "-device", "virtio-serial-pci"]);
         for port in [OUTPUT, KERNEL, STATUS] {
             command.arg("-chardev").arg(format!("file,id={port},path={}", folder.join(port).display()));
             command.args(["-device", &format!("virtserialport,chardev={port},name={port}")]);
         }
-        Some(Self { process: Process::spawn(name, &mut command, &folder), folder, keyboard: None })
+        Some(Self { process: boot(name, &mut command, &folder), folder, keyboard: None })
     }
 
     /// Boots from the root file system on the AoE device `e<shelf>.<slot>`, with nothing else of this machine's.
@@ -101,13 +116,13 @@ impl Guest {
         let folder = folder.join(name);
         std::fs::create_dir_all(&folder).expect("the test's folder can be written");
         let mut command = machine(&kernel, network, &format!("torus.root={device}"))?;
-        let (socket, log) = (folder.join("keyboard"), folder.join("console"));
+        let (socket, log) = (folder.join("keyboard"), folder.join(CONSOLE));
         let (socket_path, log) = (socket.display(), log.display());
         command.arg("-chardev").arg(format!("socket,id=tty,path={socket_path},server=on,wait=off,logfile={log}"));
         // The emulated serial port loses interrupts of what is typed.
         command.args(["-device", "virtio-serial-pci", "-device", "virtconsole,chardev=tty"]);
-        command.arg("-serial").arg(format!("file:{}", folder.join("boot").display()));
-        let mut process = Process::spawn(name, &mut command, &folder);
+        command.arg("-serial").arg(format!("file:{}", folder.join(BOOT).display()));
+        let mut process = boot(name, &mut command, &folder);
         let keyboard = crate::wait::until("the guest's console", || {
             assert!(process.is_running(), "the machine ended:\n{}", process.log());
             UnixStream::connect(&socket).ok()
@@ -197,8 +212,34 @@ impl Guest {
             String::from_utf8_lossy(&bytes).into_owned()
         };
         let status = read(STATUS).trim().parse().ok();
-        Ran { output: read(OUTPUT), kernel_log: read(KERNEL), status, console: read("console") + &self.process.log() }
+        Ran {
+            output: read(OUTPUT),
+            kernel_log: read(KERNEL),
+            status,
+            console: read(CONSOLE),
+            boot: read(BOOT) + &self.process.log(),
+        }
     }
+}
+
+/// Runs the machine; returns once its init runs. What ends or stands still before is told, and booted again.
+fn boot(name: &str, command: &mut Command, folder: &Path) -> Process {
+    let said = || String::from_utf8_lossy(&std::fs::read(folder.join(BOOT)).unwrap_or_default()).into_owned();
+    for _ in 0..BOOTS_MAX {
+        // What one before left there is not this one's.
+        let _ = std::fs::remove_file(folder.join(BOOT));
+        let mut process = Process::spawn(name, command, folder);
+        let is_alive = crate::wait::within(BOOTED_WITHIN, || {
+            let is_alive = said().contains(ALIVE);
+            (is_alive || !process.is_running()).then_some(is_alive)
+        });
+        if is_alive == Some(true) {
+            return process;
+        }
+        process.kill();
+        eprintln!("{name} did not come as far as its init:\n{}\n{}", said(), process.log());
+    }
+    panic!("no guest came as far as its init in {BOOTS_MAX} boots");
 }
 
 /// The folder with what is booted; prepared at the first use.
