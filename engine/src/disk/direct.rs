@@ -36,6 +36,9 @@ pub enum DirectError {
 
 pub struct DirectDisk {
     file: DmaFile,
+    /// The same, opened with O_DSYNC: open(2). Not on btrfs: its direct writes by io_uring forgot O_DSYNC in Linux 5.16
+    /// to 6.0 (mended by 8184620ae212).
+    durable: Option<DmaFile>,
     path: PathBuf,
     /// Where the area begins in it.
     start_bytes: u64,
@@ -110,11 +113,19 @@ impl DirectDisk {
     }
 
     async fn open_direct(path: &Path, start_bytes: u64, size_bytes: u64) -> Result<Self, DirectError> {
-        let file = OpenOptions::new().read(true).write(true).dma_open(path).await.map_err(|error| {
-            let because = error.to_string();
-            DirectError::Io { operation: "open for direct I/O", path: path.to_path_buf(), because }
-        })?;
-        Ok(Self { file, path: path.to_path_buf(), start_bytes, size_bytes })
+        let open = async |flags| {
+            let opened = OpenOptions::new().read(true).write(true).custom_flags(flags).dma_open(path).await;
+            opened.map_err(|error| {
+                let because = error.to_string();
+                DirectError::Io { operation: "open for direct I/O", path: path.to_path_buf(), because }
+            })
+        };
+        let file = open(0).await?;
+        let durable = match is_on_btrfs(path)? {
+            true => None,
+            false => Some(open(nix::libc::O_DSYNC).await?),
+        };
+        Ok(Self { file, durable, path: path.to_path_buf(), start_bytes, size_bytes })
     }
 
     /// glommio closes a dropped file too, but says so in the log.
@@ -122,13 +133,28 @@ impl DirectDisk {
         let path = self.path.clone();
         let wrap =
             |error: glommio::GlommioError<()>| DirectError::Io { operation: "close", path, because: error.to_string() };
-        self.file.close().await.map_err(wrap)
+        let closed = self.file.close().await;
+        match self.durable {
+            Some(durable) => closed.and(durable.close().await).map_err(wrap),
+            None => closed.map_err(wrap),
+        }
     }
 
     /// Our callers' promise: behind the area's end another shard's may begin.
     fn check_inside(&self, offset: u64, bytes: usize) {
         let end = offset.checked_add(bytes as u64);
         assert!(end.is_some_and(|end| end <= self.size_bytes), "{bytes} bytes at {offset} of {}", self.size_bytes);
+    }
+
+    async fn write_to(&self, file: &DmaFile, offset: u64, buffer: DirectBuffer) -> Result<(), DiskError> {
+        let bytes = buffer.len();
+        self.check_inside(offset, bytes);
+        let wrap = |error: glommio::GlommioError<()>| self.error("write", offset, bytes, error);
+        let written = file.write_at(buffer.0, self.start_bytes + offset).await.map_err(wrap)?;
+        if written != bytes {
+            return Err(self.error("write", offset, bytes, format!("only {written} bytes went")));
+        }
+        Ok(())
     }
 
     fn error(&self, operation: &'static str, offset: u64, bytes: usize, because: impl ToString) -> DiskError {
@@ -139,6 +165,12 @@ impl DirectDisk {
 
 fn io_error(operation: &'static str, path: &Path, because: io::Error) -> DirectError {
     DirectError::Io { operation, path: path.to_path_buf(), because: because.to_string() }
+}
+
+fn is_on_btrfs(path: &Path) -> Result<bool, DirectError> {
+    use nix::sys::statfs::{BTRFS_SUPER_MAGIC, statfs};
+    let found = statfs(path).map_err(|errno| io_error("statfs", path, errno.into()))?;
+    Ok(found.filesystem_type() == BTRFS_SUPER_MAGIC)
 }
 
 /// By seeking, so that it holds for devices too.
@@ -194,14 +226,17 @@ impl Disk for DirectDisk {
     }
 
     async fn write(&self, offset: u64, buffer: DirectBuffer) -> Result<(), DiskError> {
-        let bytes = buffer.len();
-        self.check_inside(offset, bytes);
-        let wrap = |error: glommio::GlommioError<()>| self.error("write", offset, bytes, error);
-        let written = self.file.write_at(buffer.0, self.start_bytes + offset).await.map_err(wrap)?;
-        if written != bytes {
-            return Err(self.error("write", offset, bytes, format!("only {written} bytes went")));
+        self.write_to(&self.file, offset, buffer).await
+    }
+
+    async fn write_durable(&self, offset: u64, buffer: DirectBuffer) -> Result<(), DiskError> {
+        match &self.durable {
+            Some(durable) => self.write_to(durable, offset, buffer).await,
+            None => {
+                self.write(offset, buffer).await?;
+                self.sync().await
+            }
         }
-        Ok(())
     }
 
     async fn sync(&self) -> Result<(), DiskError> {
@@ -240,8 +275,31 @@ mod tests {
             buffer.fill(7);
             disk.write(65536, buffer).await.unwrap();
             disk.sync().await.unwrap();
+            let mut buffer = disk.allocate(4096);
+            buffer.fill(8);
+            disk.write_durable(131_072, buffer).await.unwrap();
+            assert!(disk.read(131_072, 4096).await.unwrap().iter().all(|byte| *byte == 8));
             assert!(disk.read(65536, 8192).await.unwrap().iter().all(|byte| *byte == 7));
             assert!(disk.read(0, 4096).await.unwrap().iter().all(|byte| *byte == 0));
+            disk.close().await.unwrap();
+        });
+    }
+
+    #[test]
+    fn what_is_written_durable_goes_by_a_descriptor_with_o_dsync() {
+        run(|path| async move {
+            let disk = DirectDisk::create(&path, 1 << 20).await.unwrap();
+            let has_dsync = |file: &DmaFile| {
+                // SAFETY: the file owns the descriptor for longer than this borrow of it.
+                let borrowed = unsafe { std::os::fd::BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(file)) };
+                let flags = nix::fcntl::fcntl(borrowed, nix::fcntl::FcntlArg::F_GETFL).unwrap();
+                flags & nix::libc::O_DSYNC != 0
+            };
+            assert!(!has_dsync(&disk.file));
+            match &disk.durable {
+                Some(durable) => assert!(has_dsync(durable)),
+                None => assert!(is_on_btrfs(&path).unwrap()),
+            }
             disk.close().await.unwrap();
         });
     }

@@ -70,6 +70,12 @@ impl<D: Disk> Disk for FaultyDisk<D> {
         self.disk.write(offset, buffer).await
     }
 
+    async fn write_durable(&self, offset: u64, buffer: D::Buffer) -> Result<(), DiskError> {
+        self.check("write", offset, buffer.len())?;
+        self.check("sync", offset, buffer.len())?;
+        self.disk.write_durable(offset, buffer).await
+    }
+
     async fn sync(&self) -> Result<(), DiskError> {
         self.check("sync", 0, 0)?;
         self.disk.sync().await

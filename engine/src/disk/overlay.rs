@@ -79,6 +79,10 @@ impl Disk for OverlayDisk {
         Ok(())
     }
 
+    async fn write_durable(&self, offset: u64, buffer: Vec<u8>) -> Result<(), DiskError> {
+        self.write(offset, buffer).await
+    }
+
     async fn sync(&self) -> Result<(), DiskError> {
         Ok(())
     }

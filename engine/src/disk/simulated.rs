@@ -175,6 +175,37 @@ impl<C: Clock> SimulatedDisk<C> {
         DiskError { place: "a simulated disk".to_string(), operation, offset, bytes, because: because.to_string() }
     }
 
+    async fn write_numbered(&self, offset: u64, buffer: Vec<u8>) -> Result<u64, DiskError> {
+        self.check(offset, buffer.len());
+        let bytes = buffer.len();
+        let (life, number, fails) = {
+            let state = &mut *self.state.borrow_mut();
+            state.counts.writes += 1;
+            state.counts.bytes_written += bytes as u64;
+            let number = state.next_write;
+            state.next_write += 1;
+            let fails = State::due(&mut state.writes_to_fail) || state.fault.vanished;
+            if let Some((offset, bytes)) = state.miswrite(offset, buffer.into()).filter(|_| !state.fault.vanished) {
+                let write = VolatileWrite { offset, bytes, completed: false, doomed: false };
+                state.volatile.insert(number, write);
+            }
+            (state.life, number, fails)
+        };
+        self.sleep(1).await;
+        let state = &mut *self.state.borrow_mut();
+        if state.life != life || fails || state.fault.vanished {
+            return Err(self.error("write", offset, bytes, "injected"));
+        }
+        state.last_written = offset;
+        // Otherwise it was one that is lost: only a sync over completed writes or a crash removes others.
+        if let Some(mut write) = state.volatile.remove(&number) {
+            state.land(&write);
+            write.completed = true;
+            state.volatile.insert(number, write);
+        }
+        Ok(number)
+    }
+
     /// Our callers' promise: whole blocks, within the disk.
     fn check(&self, offset: u64, bytes: usize) {
         assert!(offset.is_multiple_of(PAGE_BYTES as u64) && bytes.is_multiple_of(PAGE_BYTES) && bytes > 0);
@@ -218,6 +249,21 @@ impl State {
             before.insert(page, bytes);
         });
         self.heal(write.offset, write.bytes.len());
+    }
+
+    /// The completed write is durable now, or never will be for certain.
+    fn synced(&mut self, number: u64, fails: bool) {
+        if fails {
+            self.volatile.get_mut(&number).into_iter().for_each(|write| write.doomed = true);
+        } else if self.volatile.get(&number).is_some_and(|write| !write.doomed) {
+            let write = self.volatile.remove(&number).expect("just looked at");
+            self.durable.put(write.offset, &write.bytes, |_, _| {});
+            let first = write.offset / PAGE_BYTES as u64;
+            let pages = first..first + (write.bytes.len() / PAGE_BYTES) as u64;
+            self.fault.became_durable(number, pages, self.next_write);
+            // What a durable write replaced cannot come back.
+            self.volatile.retain(|older, other| *older > number || !other.overlaps(&write));
+        }
     }
 
     fn tear(&mut self, write: &VolatileWrite) {
@@ -272,34 +318,25 @@ impl<C: Clock> Disk for SimulatedDisk<C> {
     }
 
     async fn write(&self, offset: u64, buffer: Vec<u8>) -> Result<(), DiskError> {
-        self.check(offset, buffer.len());
+        self.write_numbered(offset, buffer).await.map(|_| ())
+    }
+
+    /// Fails as a sync does, too.
+    async fn write_durable(&self, offset: u64, buffer: Vec<u8>) -> Result<(), DiskError> {
         let bytes = buffer.len();
-        let (life, number, fails) = {
+        let (life, fails) = {
             let state = &mut *self.state.borrow_mut();
-            state.counts.writes += 1;
-            state.counts.bytes_written += bytes as u64;
-            let number = state.next_write;
-            state.next_write += 1;
-            let fails = State::due(&mut state.writes_to_fail) || state.fault.vanished;
-            if let Some((offset, bytes)) = state.miswrite(offset, buffer.into()).filter(|_| !state.fault.vanished) {
-                let write = VolatileWrite { offset, bytes, completed: false, doomed: false };
-                state.volatile.insert(number, write);
-            }
-            (state.life, number, fails)
+            state.counts.syncs += 1;
+            (state.life, State::due(&mut state.syncs_to_fail))
         };
-        self.sleep(1).await;
+        let number = self.write_numbered(offset, buffer).await?;
+        self.sleep(4).await;
         let state = &mut *self.state.borrow_mut();
-        if state.life != life || fails || state.fault.vanished {
-            return Err(self.error("write", offset, bytes, "injected"));
+        if state.life != life || state.fault.vanished {
+            return Err(self.error("durable write", offset, bytes, "the disk crashed or is gone"));
         }
-        state.last_written = offset;
-        // Otherwise it was one that is lost: only a sync over completed writes or a crash removes others.
-        if let Some(mut write) = state.volatile.remove(&number) {
-            state.land(&write);
-            write.completed = true;
-            state.volatile.insert(number, write);
-        }
-        Ok(())
+        state.synced(number, fails);
+        if fails { Err(self.error("durable write", offset, bytes, "injected")) } else { Ok(()) }
     }
 
     async fn sync(&self) -> Result<(), DiskError> {
@@ -315,19 +352,7 @@ impl<C: Clock> Disk for SimulatedDisk<C> {
         if state.life != life || state.fault.vanished {
             return Err(self.error("sync", 0, 0, "the disk crashed or is gone"));
         }
-        for number in covered {
-            if fails {
-                state.volatile.get_mut(&number).into_iter().for_each(|write| write.doomed = true);
-            } else if state.volatile.get(&number).is_some_and(|write| !write.doomed) {
-                let write = state.volatile.remove(&number).expect("just looked at");
-                state.durable.put(write.offset, &write.bytes, |_, _| {});
-                let first = write.offset / PAGE_BYTES as u64;
-                let pages = first..first + (write.bytes.len() / PAGE_BYTES) as u64;
-                state.fault.became_durable(number, pages, state.next_write);
-                // What a durable write replaced cannot come back.
-                state.volatile.retain(|older, other| *older > number || !other.overlaps(&write));
-            }
-        }
+        covered.into_iter().for_each(|number| state.synced(number, fails));
         if fails { Err(self.error("sync", 0, 0, "injected")) } else { Ok(()) }
     }
 
@@ -361,6 +386,23 @@ mod tests {
             disk.crash(seed);
             assert_eq!(disk.peek(8192, 8192), vec![7; 8192], "seed {seed}");
         }
+    }
+
+    #[test]
+    fn a_durable_write_survives_every_crash_and_takes_nothing_with_it() {
+        let mut others = std::collections::BTreeSet::new();
+        for seed in 0..50 {
+            let (world, disk) = disk(seed);
+            let handle = disk.clone();
+            world.block_on(async move {
+                handle.write(0, vec![9; 4096]).await.unwrap();
+                handle.write_durable(8192, vec![7; 8192]).await.unwrap();
+            });
+            disk.crash(seed);
+            assert_eq!(disk.peek(8192, 8192), vec![7; 8192], "seed {seed}");
+            others.insert(disk.peek(0, 4096)[0]);
+        }
+        assert_eq!(others.len(), 2, "what was written before is kept or lost");
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! Everything submitted runs in a task of its own: a caller that goes away abandons the waiting, nothing else.
 
 use super::course::Span;
-use super::queue::{Ahead, Append, Batch, Filling, Need, Next, Waiting};
+use super::queue::{Ahead, Append, Batch, Filling, Need, Next, Queue, Waiting};
 use super::{Shard, State};
 use crate::log::footer::Footer;
 use crate::log::record::Record;
@@ -31,6 +31,19 @@ impl<R: Runtime> Shard<R> {
         payload: Bytes,
         origins: Option<Vec<Position>>,
     ) -> Result<Waiting, Refusal> {
+        self.queued(record, |queue, record| queue.push(need, record, payload, origins))
+    }
+
+    /// A writer's data, that is answered when it is durable: its batch may be written so.
+    pub(super) fn submit_durable(self: &Rc<Self>, record: Record, payload: Bytes) -> Result<Waiting, Refusal> {
+        self.queued(record, |queue, record| queue.push_durable(record, payload))
+    }
+
+    fn queued(
+        self: &Rc<Self>,
+        record: Record,
+        push: impl FnOnce(&mut Queue, Record) -> Waiting,
+    ) -> Result<Waiting, Refusal> {
         let waiting = {
             let state = &mut *self.state.borrow_mut();
             state.check_alive()?;
@@ -38,7 +51,7 @@ impl<R: Runtime> Shard<R> {
             if record.is_of_writer() && !state.contents.dropped.contains(&record.volume()) {
                 state.contents.volumes.entry(record.volume()).or_default().in_flight += 1;
             }
-            state.queue.push(need, record, payload, origins)
+            push(&mut state.queue, record)
         };
         self.pump_soon();
         Ok(waiting)
@@ -106,7 +119,12 @@ impl<R: Runtime> Shard<R> {
     async fn write_batch(self: &Rc<Self>, batch: Batch) {
         let began = self.runtime.clock().now();
         let buffer = self.encoded(&batch);
-        match self.disk.write(Geometry::offset(batch.heading.position), buffer).await {
+        let offset = Geometry::offset(batch.heading.position);
+        let written = match batch.durable {
+            true => self.disk.write_durable(offset, buffer).await,
+            false => self.disk.write(offset, buffer).await,
+        };
+        match written {
             Ok(()) => {
                 let ended = self.runtime.clock().now();
                 self.batch_written(batch, Span { began, ended });

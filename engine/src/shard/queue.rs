@@ -171,6 +171,8 @@ pub struct Append {
     pub payload: Bytes,
     /// Of a copy: where each block lay.
     pub origins: Option<Vec<Position>>,
+    /// It is answered when it is durable.
+    pub durable: bool,
     pub piece: Piece,
 }
 
@@ -189,7 +191,7 @@ impl Append {
             std::mem::replace(origins, rest)
         });
         let payload = self.payload.split_to(count * BLOCK_BYTES as usize);
-        Append { record: Record::Data(head), payload, origins, piece: self.piece.another() }
+        Append { record: Record::Data(head), payload, origins, durable: self.durable, piece: self.piece.another() }
     }
 }
 
@@ -198,6 +200,10 @@ pub struct Batch {
     pub heading: Heading,
     pub appends: Vec<Append>,
     pub bytes: usize,
+    /// It is to be durable when it is written: somebody waits for that, and all before it are durable, so that no sync
+    /// is needed. Not behind one that a crash may take: what is durable is told as one number, and a start would count
+    /// that one among what was durable and is lost.
+    pub durable: bool,
 }
 
 /// A segment that is being filled, or waits for its footer.
@@ -297,8 +303,20 @@ impl Queue {
     pub fn push(&mut self, need: Need, record: Record, payload: Bytes, origins: Option<Vec<Position>>) -> Waiting {
         let piece = Piece::new(&self.eras);
         let waiting = Waiting(piece.0.clone());
-        self.class(need).push_back(Append { record, payload, origins, piece });
+        self.class(need).push_back(Append { record, payload, origins, durable: false, piece });
         waiting
+    }
+
+    /// Data whose writer waits until it is durable.
+    pub fn push_durable(&mut self, record: Record, payload: Bytes) -> Waiting {
+        let waiting = self.push(Need::Data, record, payload, None);
+        self.data.back_mut().expect("it was just pushed").durable = true;
+        waiting
+    }
+
+    /// Nothing that is applied could be lost.
+    pub fn is_all_durable(&self) -> bool {
+        self.durable >= self.applied && self.applied_early.is_empty()
     }
 
     fn class(&mut self, need: Need) -> &mut VecDeque<Append> {
@@ -417,18 +435,24 @@ impl Queue {
         }
         head.end_batch = self.next_batch;
         head.in_flight += 1;
+        let is_first_in_doubt = self.in_flight == 0 && self.durable.0 + 1 == number.0;
+        let is_durable = is_first_in_doubt && appends.iter().any(|append| append.durable);
         self.in_flight += 1;
         let (identity, durable, first_batch) = (head.identity, self.durable, head.first_batch);
         let heading = Heading { identity, number, durable, first_batch, position };
-        Batch { heading, appends, bytes: ((header + payload) as u64 * BLOCK_BYTES) as usize }
+        Batch { heading, appends, bytes: ((header + payload) as u64 * BLOCK_BYTES) as usize, durable: is_durable }
     }
 
     /// The batch is applied; gives its segment if that is now ready for its footer.
     pub fn batch_done(&mut self, batch: Batch) -> Option<Filling> {
-        let Batch { heading: Heading { identity, number, .. }, mut appends, .. } = batch;
+        let Batch { heading: Heading { identity, number, .. }, mut appends, durable, .. } = batch;
         appends.clear();
         self.spare.push(appends);
         self.in_flight -= 1;
+        if durable {
+            assert_eq!(self.durable.0 + 1, number.0, "all before it were durable, and nothing behind it can be yet");
+            self.durable = number;
+        }
         if number.0 == self.applied.0 + 1 {
             self.applied = number;
         } else {
@@ -532,43 +556,4 @@ pub struct Syncs {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use futures::FutureExt;
-
-    fn append(queue: &mut Queue) -> Waiting {
-        queue.push(Need::Note, Record::Drop(VolumeId::from_bytes([1; 16])), Bytes::new(), None)
-    }
-
-    #[test]
-    fn who_waits_for_an_append_hears_when_its_last_piece_is_applied_or_dropped() {
-        let mut queue = Queue::new(BatchNumber(1), 1);
-        let mut waiting = Box::pin(append(&mut queue).done());
-        let first = queue.take_all().remove(0).piece;
-        let second = first.another();
-        assert!(!first.done(Span::default()));
-        drop(first);
-        assert!(waiting.as_mut().now_or_never().is_none());
-        assert!(second.done(Span::default()));
-        assert_eq!(waiting.now_or_never(), Some(Ok(Span::default())));
-        let waiting = append(&mut queue);
-        drop(queue);
-        assert!(matches!(waiting.done().now_or_never(), Some(Err(Refusal::Disk { .. }))));
-    }
-
-    #[test]
-    fn an_era_has_passed_when_nothing_of_it_or_before_it_is_under_way() {
-        let eras = Rc::<Eras>::default();
-        let old = [eras.enter(), eras.enter()];
-        let first = eras.begin();
-        let later = eras.enter();
-        let second = eras.begin();
-        drop(later);
-        assert!(!eras.passed(first) && !eras.passed(second));
-        let newest = eras.enter();
-        drop(old);
-        assert!(eras.passed(first) && eras.passed(second));
-        drop(newest);
-        assert!(eras.open.borrow().is_empty());
-    }
-}
+mod tests;

@@ -41,10 +41,11 @@ impl<R: Runtime> Shard<R> {
                 let checksums = std::mem::take(checksums);
                 // Of the payload only what waits to be appended is kept, and not until a sync is over.
                 let payload = std::mem::take(&mut request.payload);
-                let written = self.write(envelope, first, version, checksums, &payload)?;
+                let written = self.write(envelope, (first, version), checksums, &payload, durable)?;
                 drop(payload);
                 let written = all_done(written).await?;
-                self.with_sync_if(durable, Answer::Written, written).await
+                let needs_sync = durable && !self.is_all_durable()?;
+                self.with_sync_if(needs_sync, Answer::Written, written).await
             }
             Operation::Flush => {
                 self.check(envelope, None)?;
@@ -209,10 +210,10 @@ impl<R: Runtime> Shard<R> {
     fn write(
         self: &Rc<Self>,
         envelope: &Envelope,
-        first: BlockIndex,
-        version: Version,
+        (first, version): (BlockIndex, Version),
         checksums: Checksums,
         payload: &Bytes,
+        durable: bool,
     ) -> Result<Few<Waiting>, Refusal> {
         check_range(first, checksums.len() as u64)?;
         let expected = checksums.len() as u64 * BLOCK_BYTES;
@@ -237,15 +238,30 @@ impl<R: Runtime> Shard<R> {
         self.state.borrow_mut().statistics.writes += 1;
         let alive = self.state.borrow().alive_runs(envelope.volume, blocks.clone(), version);
         if alive.len() == 1 && alive[0] == (0..data.checksums.len()) {
-            return Ok([self.submit(Need::Data, Record::Data(data), payload.clone(), None)?].into());
+            return Ok([self.submit_data(data, payload.clone(), durable)?].into());
         }
         let parts = alive.into_iter().map(|run| {
             let (first, checksums) = (BlockIndex(first.0 + run.start as u64), data.checksums[run.clone()].into());
             let part = Data { first, checksums, ..data.clone() };
             let payload = payload.slice(run.start * BLOCK..run.end * BLOCK);
-            self.submit(Need::Data, Record::Data(part), payload, None)
+            self.submit_data(part, payload, durable)
         });
         parts.collect()
+    }
+
+    /// Batches may have been written so, or a sync have come along. Refused by a shard that has failed: what a sync
+    /// did not get to the disk may be gone for a write beside it too.
+    fn is_all_durable(&self) -> Result<bool, Refusal> {
+        let state = self.state.borrow();
+        state.check_alive()?;
+        Ok(state.queue.is_all_durable())
+    }
+
+    fn submit_data(self: &Rc<Self>, data: Data, payload: Bytes, durable: bool) -> Result<Waiting, Refusal> {
+        match durable {
+            true => self.submit_durable(Record::Data(data), payload),
+            false => self.submit(Need::Data, Record::Data(data), payload, None),
+        }
     }
 
     async fn clear(

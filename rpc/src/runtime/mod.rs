@@ -100,6 +100,8 @@ pub trait Disk: 'static {
     fn read(&self, offset: u64, bytes: usize) -> impl Future<Output = Result<Self::Bytes, DiskError>>;
     /// Completed means readable, not durable.
     fn write(&self, offset: u64, buffer: Self::Buffer) -> impl Future<Output = Result<(), DiskError>>;
+    /// Completed means durable: this one alone, not what was written before it.
+    fn write_durable(&self, offset: u64, buffer: Self::Buffer) -> impl Future<Output = Result<(), DiskError>>;
     /// Everything whose write completed before the call is durable after it.
     fn sync(&self) -> impl Future<Output = Result<(), DiskError>>;
     /// The range's content is no longer needed (a hint).
@@ -123,6 +125,9 @@ impl Disk for NoDisk {
         match *self {}
     }
     async fn write(&self, _offset: u64, _buffer: Self::Buffer) -> Result<(), DiskError> {
+        match *self {}
+    }
+    async fn write_durable(&self, _offset: u64, _buffer: Self::Buffer) -> Result<(), DiskError> {
         match *self {}
     }
     async fn sync(&self) -> Result<(), DiskError> {

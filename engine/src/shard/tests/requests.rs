@@ -213,3 +213,61 @@ fn a_flush_does_not_join_a_sync_that_runs_already() {
         assert_eq!(client.machine.shard().statistics().syncs - syncs, 2, "one for the first, one for the other two");
     });
 }
+
+#[test]
+fn a_durable_write_behind_what_is_durable_needs_no_sync_and_another_does() {
+    for seed in 0..40 {
+        simulate(seed, |world| async move {
+            let client = opened(&world).await;
+            let write = async |block, durable| {
+                let version = client.next_version();
+                let (operation, payload) = Client::write_operation(block, 1, version, durable);
+                client.call_with(operation, payload).await.unwrap();
+                version
+            };
+            client.flush().await.unwrap();
+            let before = client.machine.shard().statistics().syncs;
+            let first = [write(0, true).await, write(1, true).await, write(2, true).await];
+            assert_eq!(client.machine.shard().statistics().syncs, before, "each was durable when it was written");
+            let plain = write(3, false).await;
+            let behind = write(4, true).await;
+            assert!(client.machine.shard().statistics().syncs > before, "what is before it was not durable");
+            client.machine.crash_and_start().await;
+            client.open().await.unwrap();
+            let versions = [first[0], first[1], first[2], plain, behind].map(|version| (version, true));
+            assert_eq!(client.read(0, 5).await.unwrap(), versions, "seed {seed}");
+        });
+    }
+}
+
+#[test]
+fn a_durable_write_is_not_answered_by_a_shard_whose_sync_beside_it_failed() {
+    let mut refused = 0;
+    for seed in 0..60 {
+        let ended = Rc::new(std::cell::RefCell::new(Vec::new()));
+        let told = ended.clone();
+        simulate(seed, |world| async move {
+            let client = opened(&world).await;
+            client.flush().await.unwrap();
+            let (operation, payload) = Client::write_operation(0, 1, client.next_version(), true);
+            let write = async {
+                let answer = client.call_with(operation, payload).await;
+                told.borrow_mut().push(("write", answer.is_ok()));
+            };
+            let flush = async {
+                // The write has been begun with.
+                world.sleep(std::time::Duration::from_micros(20)).await;
+                client.machine.disk.fail_syncs(1);
+                let answer = client.call(Operation::Flush).await;
+                told.borrow_mut().push(("flush", answer.is_ok()));
+            };
+            futures::join!(write, flush);
+        });
+        match ended.borrow()[..] {
+            [("write", true), ("flush", _)] | [("flush", true), ("write", _)] => {}
+            [("flush", false), ("write", false)] | [("write", false), ("flush", _)] => refused += 1,
+            ref other => panic!("seed {seed}: {other:?}"),
+        }
+    }
+    assert!(refused > 0, "the sync failed before the write was over in none of the seeds");
+}
