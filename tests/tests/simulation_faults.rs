@@ -4,7 +4,7 @@
 //! `torus_tests::simulation`. A seed that failed once stays in `FOUND`.
 
 use std::ops::Range;
-use torus_tests::simulation::scenario::{Trouble, load_with, simulate};
+use torus_tests::simulation::scenario::{Trouble, journal_with, load_with, simulate};
 
 /// Seeds that once found something.
 const FOUND: [u64; 0] = [];
@@ -20,6 +20,12 @@ fn run(trouble: Trouble) {
     for seed in seeds().chain(FOUND) {
         let min_replicas = 1 + (seed % 2) as u8;
         simulate(seed, min_replicas, move |run| load_with(run, trouble));
+    }
+}
+
+fn run_journal(trouble: Trouble) {
+    for seed in seeds() {
+        simulate(seed, 1 + (seed % 2) as u8, move |run| journal_with(run, trouble));
     }
 }
 
@@ -51,4 +57,15 @@ fn disks_that_fail_or_vanish_lose_nothing() {
 #[test]
 fn everything_at_once_loses_nothing() {
     run(Trouble::Mixed);
+}
+
+/// Its writes are made durable before it asks for that, and its flushes ask nobody.
+#[test]
+fn a_journal_loses_nothing_when_the_power_fails() {
+    run_journal(Trouble::PowerFailures);
+}
+
+#[test]
+fn a_journal_loses_nothing_whatever_happens() {
+    run_journal(Trouble::Mixed);
 }

@@ -167,6 +167,7 @@ async fn build<R: Runtime>(around: Surroundings<R>, owned: Owned) -> Result<Rc<S
         writing: Share::new(VOLUME_OPERATIONS_MAX, VOLUME_OUTSTANDING_BYTES_MAX),
         hedging: RefCell::new(Hedging::new(never_hedge)),
         slow_reads: Rc::default(),
+        habit: RefCell::default(),
         size_bytes: Cell::new(record.size_bytes),
         record,
         owner: owned.owner,

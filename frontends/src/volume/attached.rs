@@ -203,7 +203,10 @@ impl<R: Runtime> Device for AttachedVolume<R> {
     }
 
     async fn flush(&self) -> Result<(), VolumeError> {
-        let flush = async |session: &Rc<Session<R>>, course: &Course| session.flush_for(course).await;
+        let flush = async |session: &Rc<Session<R>>, course: &Course| {
+            session.habit.borrow_mut().flushes();
+            session.flush_for(course).await
+        };
         self.detached(OperationKind::Flush, flush).await
     }
 }

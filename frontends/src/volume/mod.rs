@@ -29,6 +29,7 @@ mod detached;
 mod exports;
 mod flush;
 mod guard;
+mod habit;
 mod hedge;
 mod lease;
 mod links;

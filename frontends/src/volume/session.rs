@@ -4,6 +4,7 @@
 use super::alarms::Alarms;
 use super::counters::Counters;
 use super::course::{Course, Leg};
+use super::habit::Habit;
 use super::hedge::Hedging;
 use super::lease::ProcessLease;
 use super::links::Links;
@@ -47,6 +48,7 @@ pub(super) struct Session<R: Runtime> {
     pub writing: Rc<Share>,
     pub hedging: RefCell<Hedging>,
     pub slow_reads: Rc<Alarms>,
+    pub habit: RefCell<Habit>,
     /// As it was when it was attached: its size is below.
     pub record: VolumeRecord,
     pub size_bytes: Cell<u64>,

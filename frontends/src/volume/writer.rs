@@ -27,6 +27,9 @@ impl<R: Runtime> Session<R> {
     ) -> Result<(), VolumeError> {
         self.check_range(offset, data.len() as u64)?;
         let touched = blocks_touched(offset, data.len() as u64);
+        let asked = durable || self.record.write_through;
+        // Several pieces would be an fdatasync each.
+        let durable = asked || (self.habit.borrow_mut().writes() && only_piece(&touched).is_some());
         let guard = self.locks.lock(touched.clone()).await;
         // What is rare stands apart, in boxes, since every write would be as large as the rarest of its parts.
         if self.shards.iter().any(|shard| shard.full.get()) {
@@ -36,7 +39,6 @@ impl<R: Runtime> Session<R> {
             true => data,
             false => Box::pin(self.whole_blocks(offset, data, touched.clone(), course)).await?,
         };
-        let durable = durable || self.record.write_through;
         let written = match only_piece(&touched) {
             Some(piece) => self.write_piece(piece, data, durable, course).await,
             None => Box::pin(self.write_pieces(touched, data, durable, course)).await,
@@ -69,8 +71,9 @@ impl<R: Runtime> Session<R> {
         course: &Course,
     ) -> Result<(), VolumeError> {
         self.check_range(offset, length)?;
-        let (touched, covered) = (blocks_touched(offset, length), blocks_covered(offset, length));
+        self.habit.borrow_mut().writes();
         let durable = durable || self.record.write_through;
+        let (touched, covered) = (blocks_touched(offset, length), blocks_covered(offset, length));
         if !advisory && touched != covered {
             let head = (offset + length).min(touched.start.max(covered.start) * BLOCK_BYTES).max(offset);
             let tail = (covered.end * BLOCK_BYTES).max(head);

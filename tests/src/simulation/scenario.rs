@@ -82,6 +82,12 @@ pub fn simulate<F: Future<Output = ()> + 'static>(
     });
 }
 
+/// With one worker, which flushes after nearly every write.
+pub async fn journal_with(run: Rc<Run>, trouble: Trouble) {
+    run.workload.flushes_each.set(true);
+    load_with(run, trouble).await;
+}
+
 /// The whole story of one seed with one kind of trouble.
 pub async fn load_with(run: Rc<Run>, trouble: Trouble) {
     if !run.world.one_in(4) {
@@ -117,7 +123,8 @@ impl Run {
     /// Attaches and works until the operations are done or the session ends.
     pub async fn load(&self, client: &Client, operations: u64) {
         let Ok(device) = self.attach(client).await else { return };
-        let workers = AREAS.iter().map(|first| {
+        let areas = if self.workload.flushes_each.get() { &AREAS[..1] } else { &AREAS };
+        let workers = areas.iter().map(|first| {
             let work = Box::pin(self.workload.work(&device, *first, AREA_BLOCKS, operations));
             let watch = Box::pin(self.workload.watch(&device, *first, AREA_BLOCKS));
             async move {

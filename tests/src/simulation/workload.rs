@@ -24,6 +24,8 @@ pub struct Workload {
     began: u64,
     /// Between some of its operations a worker pauses for up to so long.
     pub pause: Duration,
+    /// A worker flushes after nearly every write, as a journal does.
+    pub flushes_each: Rc<Cell<bool>>,
     epoch: u64,
 }
 
@@ -38,6 +40,7 @@ impl Workload {
             let_go: Rc::default(),
             began: 0,
             pause: Duration::ZERO,
+            flushes_each: Rc::default(),
             epoch: 0,
         }
     }
@@ -82,7 +85,12 @@ impl Workload {
             self.pause().await;
             let (offset, length) = self.range(first, count);
             match self.world.random_below(16) {
-                0..=6 => self.write(device, offset, length).await?,
+                0..=6 => {
+                    self.write(device, offset, length).await?;
+                    if self.flushes_each.get() && !self.world.one_in(16) {
+                        self.flush(device).await?;
+                    }
+                }
                 7 => self.clear(device, offset, length).await?,
                 8 | 9 => self.flush(device).await?,
                 _ => self.read(device, offset, length).await?,
