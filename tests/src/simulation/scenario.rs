@@ -80,6 +80,7 @@ pub fn simulate<F: Future<Output = ()> + 'static>(
         run.workload.verdict();
         assert!(run.workload.history.borrow().reads_checked > 0, "seed {seed}: nothing was read");
     });
+    world.close();
 }
 
 /// With one worker, which flushes after nearly every write.
