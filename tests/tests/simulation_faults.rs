@@ -4,7 +4,8 @@
 //! `torus_tests::simulation`. A seed that failed once stays in `FOUND`.
 
 use std::ops::Range;
-use torus_tests::simulation::scenario::{Trouble, journal_with, load_with, simulate};
+use std::rc::Rc;
+use torus_tests::simulation::scenario::{Run, Trouble, journal_with, load_with, simulate};
 
 /// Seeds that once found something.
 const FOUND: [u64; 0] = [];
@@ -17,15 +18,20 @@ fn seeds() -> Range<u64> {
 }
 
 fn run(trouble: Trouble) {
-    for seed in seeds().chain(FOUND) {
-        let min_replicas = 1 + (seed % 2) as u8;
-        simulate(seed, min_replicas, move |run| load_with(run, trouble));
-    }
+    in_worlds(seeds().chain(FOUND), move |run| load_with(run, trouble));
 }
 
 fn run_journal(trouble: Trouble) {
-    for seed in seeds() {
-        simulate(seed, 1 + (seed % 2) as u8, move |run| journal_with(run, trouble));
+    in_worlds(seeds(), move |run| journal_with(run, trouble));
+}
+
+fn in_worlds<F: Future<Output = ()> + 'static>(
+    seeds: impl Iterator<Item = u64>,
+    scenario: impl Fn(Rc<Run>) -> F + Copy + 'static,
+) {
+    for seed in seeds {
+        let min_replicas = 1 + (seed % 2) as u8;
+        simulate(seed, min_replicas, scenario);
     }
 }
 

@@ -105,6 +105,38 @@ fn disk_median_us(node: &torus_tests::simulation::cluster::Node) -> u64 {
     told.get(OperationKind::Write, Stage::Disk).quantile_us(0.5)
 }
 
+/// That were asked of the shards, and the disks' operations.
+fn asked(scene: &Scene) -> (u64, u64) {
+    let nodes = &scene.cluster.nodes;
+    let flushes = nodes.iter().map(|node| {
+        let shard = node.shard.borrow();
+        let told = shard.as_ref().expect("it runs").measured().counts(None);
+        told.get(OperationKind::Flush, Stage::Disk).count()
+    });
+    (flushes.sum(), nodes.iter().map(|node| node.disk.borrow().counts().syncs).sum())
+}
+
+#[test]
+fn after_four_flushes_of_one_write_each_the_next_write_is_durable_and_its_flush_asks_nobody() {
+    in_worlds(|world, seed| async move {
+        let scene = Scene::start(&world).await;
+        for pair in 1..10 {
+            let before = asked(&scene);
+            if pair > 1 {
+                scene.write(pair).await;
+            }
+            let written = asked(&scene);
+            scene.volume.flush().await.expect("all are there");
+            let flushed = asked(&scene);
+            let (writing, flushing) = (written.1 - before.1, flushed.0 - written.0);
+            match pair {
+                ..=4 => assert_eq!((writing, flushing), (0, 3), "seed {seed}, pair {pair}"),
+                _ => assert_eq!((writing, flushing), (3, 0), "seed {seed}, pair {pair}"),
+            }
+        }
+    });
+}
+
 #[test]
 fn who_waits_for_another_write_of_the_same_block_waits_in_the_client() {
     in_worlds(|world, seed| async move {
