@@ -301,3 +301,29 @@ fn machine(kernel: &Path, network: &Network, asked: &str) -> Option<Command> {
     command.args(["-device", &format!("virtio-net-pci,netdev=net,host_mtu={mtu},romfile=")]);
     Some(command)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_ends_before_its_init_is_booted_again_and_what_never_comes_so_far_is_given_up() {
+        let folder = process::temporary_dir("guest-boots");
+        let machine = |ends: u32| {
+            let script = format!(
+                "echo >>boots; [ $(wc -l <boots) -gt {ends} ] || exit 1; echo {ALIVE} >{BOOT}; exec tail -f /dev/null"
+            );
+            let mut command = Command::new("sh");
+            command.arg("-c").arg(script).current_dir(folder.path());
+            command
+        };
+        let boots = || std::fs::read_to_string(folder.path().join("boots")).unwrap().lines().count();
+        let mut process = boot("twice", &mut machine(1), folder.path());
+        assert!(process.is_running() && boots() == 2);
+        std::fs::remove_file(folder.path().join("boots")).unwrap();
+        let mut never = machine(u32::MAX);
+        let given_up =
+            std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| boot("never", &mut never, folder.path())));
+        assert!(given_up.is_err() && boots() == BOOTS_MAX as usize);
+    }
+}
