@@ -123,13 +123,13 @@ impl FileScheduler {
         if let Some(sched_source) = candidates.find(|&x| {
             x.data_range.contains(&data_range.start) && x.data_range.contains(&(data_range.end - 1))
         }) {
-            if let (Some(sys), Some(result)) = (sys, sched_source.source.result()) {
+            if let (Some(sys), Some(result)) = (sys, sched_source.source().result()) {
                 if let Some(reused) = sched_source
-                    .source
+                    .source()
                     .stats_collection()
                     .and_then(|x| x.reused)
                 {
-                    let mut ring = sys.ring_for_source(&sched_source.source);
+                    let mut ring = sys.ring_for_source(sched_source.source());
                     reused(&result, ring.io_stats_mut(), 1);
                     reused(
                         &result,
@@ -156,11 +156,7 @@ impl FileScheduler {
     }
 
     pub(crate) fn schedule(&self, source: Source, data_range: Range<u64>) -> ScheduledSource {
-        let scheduled = Rc::new(ScheduledSourceInner {
-            source,
-            link: Default::default(),
-            data_range: data_range.clone(),
-        });
+        let scheduled = ScheduledSourceInner::new(source, data_range.clone());
         self.inner.sources.borrow_mut().insert(scheduled.clone());
         ScheduledSource {
             inner: scheduled,
@@ -170,9 +166,17 @@ impl FileScheduler {
     }
 }
 
+/// Of sources that nobody has any more, for the next ones.
+const SPARE_MAX: usize = 1024;
+
+thread_local! {
+    static SPARE: RefCell<Vec<Rc<ScheduledSourceInner>>> = const { RefCell::new(Vec::new()) };
+}
+
 #[derive(Debug)]
 struct ScheduledSourceInner {
-    source: Source,
+    /// None: a spare one.
+    source: Option<Source>,
     link: RBTreeLink,
     data_range: Range<u64>,
 }
@@ -192,14 +196,31 @@ pub struct ScheduledSource {
     offseted_range: Range<u64>,
 }
 
+impl ScheduledSourceInner {
+    fn new(source: Source, data_range: Range<u64>) -> Rc<Self> {
+        // A thread that ends has none any more.
+        let mut spare = SPARE.try_with(|spare| spare.borrow_mut().pop()).unwrap_or(None);
+        if let Some(inner) = spare.as_mut().and_then(Rc::get_mut) {
+            inner.source = Some(source);
+            inner.data_range = data_range;
+            return spare.expect("it was just filled");
+        }
+        Rc::new(ScheduledSourceInner {
+            source: Some(source),
+            link: Default::default(),
+            data_range,
+        })
+    }
+
+    fn source(&self) -> &Source {
+        self.source.as_ref().expect("it has one until its last user is gone")
+    }
+}
+
 impl ScheduledSource {
     pub(crate) fn new_raw(source: Source, data_range: Range<u64>) -> ScheduledSource {
         ScheduledSource {
-            inner: Rc::new(ScheduledSourceInner {
-                source,
-                link: Default::default(),
-                data_range: data_range.clone(),
-            }),
+            inner: ScheduledSourceInner::new(source, data_range.clone()),
             file: Default::default(),
             offseted_range: 0..data_range.end - data_range.start,
         }
@@ -208,7 +229,7 @@ impl ScheduledSource {
     pub(crate) unsafe fn as_bytes(&self) -> &[u8] {
         std::slice::from_raw_parts(
             self.inner
-                .source
+                .source()
                 .buffer()
                 .as_ptr()
                 .add(self.offseted_range.start as usize),
@@ -221,7 +242,7 @@ impl Deref for ScheduledSource {
     type Target = Source;
 
     fn deref(&self) -> &Self::Target {
-        &self.inner.source
+        self.inner.source()
     }
 }
 
@@ -233,6 +254,16 @@ impl Drop for ScheduledSource {
                 // so if the count is two or less, then we can remove this source
                 file.remove_source(self)
             }
+        }
+        if let Some(inner) = Rc::get_mut(&mut self.inner) {
+            drop(inner.source.take());
+            let keep = |spare: &RefCell<Vec<Rc<ScheduledSourceInner>>>| {
+                let mut spare = spare.borrow_mut();
+                if spare.len() < SPARE_MAX {
+                    spare.push(self.inner.clone());
+                }
+            };
+            let _ = SPARE.try_with(keep);
         }
     }
 }

@@ -173,6 +173,7 @@ pub(crate) fn sendmsg_syscall(
 
 mod dma_buffer;
 pub(crate) mod source;
+pub(crate) mod spare;
 pub(crate) mod sysfs;
 mod turns;
 mod uring;

@@ -113,6 +113,15 @@ pub(crate) struct StatsCollection {
     pub(crate) latency: Option<LatencyCollectionFn>,
 }
 
+/// Sources that nobody has any more, for the next ones: an operation makes one, and ends it.
+const SPARE_MAX: usize = 1024;
+
+type Shared = Pin<Rc<RefCell<InnerSource>>>;
+
+thread_local! {
+    static SPARE: RefCell<Vec<Shared>> = const { RefCell::new(Vec::new()) };
+}
+
 /// A registered source of I/O events.
 pub(crate) struct InnerSource {
     /// Raw file descriptor on Unix platforms.
@@ -165,18 +174,50 @@ impl Source {
         stats_collection: Option<StatsCollection>,
         task_queue: Option<TaskQueueHandle>,
     ) -> Source {
-        Source {
-            inner: Rc::pin(RefCell::new(InnerSource {
-                raw,
-                wakers: Wakers::new(),
-                source_type,
-                io_requirements: ioreq,
-                enqueued: None,
-                timeout: None,
-                stats_collection,
-                task_queue,
-            })),
-        }
+        let inner = InnerSource {
+            raw,
+            wakers: Wakers::new(),
+            source_type,
+            io_requirements: ioreq,
+            enqueued: None,
+            timeout: None,
+            stats_collection,
+            task_queue,
+        };
+        // A thread that ends has none any more.
+        let spare = SPARE.try_with(|spare| spare.borrow_mut().pop()).unwrap_or(None);
+        let inner = match spare {
+            Some(spare) => {
+                spare.replace(inner);
+                spare
+            }
+            None => Rc::pin(RefCell::new(inner)),
+        };
+        Source { inner }
+    }
+
+    /// Nobody else has it: not the kernel, nor whoever holds it until a completion was told.
+    fn is_last(&self) -> bool {
+        // SAFETY: the copy is only looked at; what is pinned stays where it is.
+        let shared = unsafe { Pin::into_inner_unchecked(self.inner.clone()) };
+        Rc::strong_count(&shared) == 2
+    }
+
+    /// For the next one. What it held is dropped now.
+    fn keep_spare(&self) {
+        let (held, waiters) = {
+            let mut inner = self.inner.borrow_mut();
+            let held = inner.update_source_type(SourceType::Invalid);
+            (held, std::mem::replace(&mut inner.wakers, Wakers::new()))
+        };
+        drop((held, waiters));
+        let keep = |spare: &RefCell<Vec<Shared>>| {
+            let mut spare = spare.borrow_mut();
+            if spare.len() < SPARE_MAX {
+                spare.push(self.inner.clone());
+            }
+        };
+        let _ = SPARE.try_with(keep);
     }
 
     pub(crate) fn set_timeout(&self, d: Duration) -> Option<Duration> {
@@ -346,6 +387,11 @@ impl Drop for Source {
                 }
                 EnqueuedStatus::Canceled => unreachable!(),
             }
+            return;
+        }
+        drop(inner);
+        if self.is_last() {
+            self.keep_spare();
         }
     }
 }

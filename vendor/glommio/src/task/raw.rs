@@ -120,7 +120,7 @@ where
 
         unsafe {
             // Allocate enough space for the entire task.
-            let raw_task = match NonNull::new(alloc::alloc::alloc(task_layout.layout) as *mut ()) {
+            let raw_task = match NonNull::new(sys::spare::take(task_layout.layout) as *mut ()) {
                 None => abort(),
                 Some(p) => p,
             };
@@ -425,7 +425,7 @@ where
             });
 
             // Finally, deallocate the memory reserved by the task.
-            alloc::alloc::dealloc(ptr as *mut u8, task_layout.layout);
+            sys::spare::give(ptr as *mut u8, task_layout.layout);
         });
     }
 
