@@ -3,6 +3,10 @@
 //! Concurrent appends gather here while batches are in flight; the next batch takes what fits. A record of data is cut
 //! where the segment ends, so that no segment is left with a hole at its end.
 
+mod piece;
+
+pub use piece::{Piece, Waiting};
+
 use super::course::Span;
 use crate::log::batch::{Heading, header_blocks};
 use crate::log::footer::bytes_in_footer;
@@ -11,11 +15,10 @@ use crate::log::recovery::footer_room;
 use crate::log::space::{CLEANER_SEGMENTS, NOTE_SEGMENTS, SyncNumber};
 use crate::log::{BatchNumber, Geometry, Position, SegmentIdentity};
 use bytes::Bytes;
+use piece::Spare;
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeSet, VecDeque};
 use std::rc::Rc;
-use std::task::{Poll, Waker};
-use torus_rpc::message::Refusal;
 use torus_schema::hash::Set;
 use torus_schema::ids::{BlockIndex, VolumeId};
 use torus_schema::limits::{BLOCK_BYTES, PAYLOAD_BYTES_MAX};
@@ -94,74 +97,6 @@ impl Drop for UnderWay {
         open[at].1 -= 1;
         while open.front().is_some_and(|(_, count)| *count == 0) {
             open.pop_front();
-        }
-    }
-}
-
-/// What all pieces of one append, and whoever waits for it, have in common.
-struct Group {
-    /// That are not applied yet.
-    left: Cell<usize>,
-    /// That may still be.
-    held: Cell<usize>,
-    /// Of the pieces that are applied.
-    disk: Cell<Option<Span>>,
-    /// The first counts.
-    answer: RefCell<Option<Result<Span, Refusal>>>,
-    waiter: RefCell<Option<Waker>>,
-    under_way: RefCell<Option<UnderWay>>,
-}
-
-/// The answer to an append, or to a part of it, when all parts are applied. One that is dropped says that it never will.
-pub struct Piece(Rc<Group>);
-
-impl Piece {
-    fn new(eras: &Rc<Eras>) -> Self {
-        Self(Rc::new(Group {
-            left: Cell::new(1),
-            held: Cell::new(1),
-            disk: Cell::default(),
-            answer: RefCell::default(),
-            waiter: RefCell::default(),
-            under_way: RefCell::new(Some(eras.enter())),
-        }))
-    }
-
-    fn another(&self) -> Self {
-        self.0.left.update(|left| left + 1);
-        self.0.held.update(|held| held + 1);
-        Self(self.0.clone())
-    }
-
-    /// True with the last piece.
-    pub fn done(&self, disk: Span) -> bool {
-        let disk = disk.and(self.0.disk.get());
-        self.0.disk.set(Some(disk));
-        self.0.left.update(|left| left - 1);
-        let last = self.0.left.get() == 0;
-        if last {
-            self.answer(Ok(disk));
-        }
-        last
-    }
-
-    /// Nobody may be waiting any more; what was submitted happens all the same.
-    pub fn answer(&self, result: Result<Span, Refusal>) {
-        self.0.answer.borrow_mut().get_or_insert(result);
-        if let Some(waiter) = self.0.waiter.take() {
-            waiter.wake();
-        }
-    }
-}
-
-impl Drop for Piece {
-    fn drop(&mut self) {
-        self.0.held.update(|held| held - 1);
-        if self.0.held.get() == 0 {
-            self.0.under_way.take();
-            if self.0.answer.borrow().is_none() {
-                self.answer(Err(Refusal::Disk { because: "the shard stopped".to_string() }));
-            }
         }
     }
 }
@@ -291,6 +226,7 @@ pub struct Queue {
     pub applied: BatchNumber,
     pub durable: BatchNumber,
     pub eras: Rc<Eras>,
+    spare_groups: Rc<Spare>,
 }
 
 impl Queue {
@@ -301,8 +237,7 @@ impl Queue {
     }
 
     pub fn push(&mut self, need: Need, record: Record, payload: Bytes, origins: Option<Vec<Position>>) -> Waiting {
-        let piece = Piece::new(&self.eras);
-        let waiting = Waiting(piece.0.clone());
+        let (piece, waiting) = Piece::new(&self.eras, &self.spare_groups);
         self.class(need).push_back(Append { record, payload, origins, durable: false, piece });
         waiting
     }
@@ -524,23 +459,6 @@ impl Queue {
     pub fn take_ready(&mut self) -> Option<Filling> {
         let at = self.sealing.iter().position(|filling| filling.in_flight == 0)?;
         Some(self.sealing.swap_remove(at))
-    }
-}
-
-/// What an append waits for.
-pub struct Waiting(Rc<Group>);
-
-impl Waiting {
-    /// When the disk was at work for it.
-    pub async fn done(self) -> Result<Span, Refusal> {
-        std::future::poll_fn(|context| {
-            if let Some(answer) = self.0.answer.take() {
-                return Poll::Ready(answer);
-            }
-            *self.0.waiter.borrow_mut() = Some(context.waker().clone());
-            Poll::Pending
-        })
-        .await
     }
 }
 

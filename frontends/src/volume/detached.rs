@@ -53,7 +53,9 @@ impl Task {
 
 impl Drop for Task {
     fn drop(&mut self) {
-        self.tell(Err(VolumeError::SessionEnded { because: "the process ends".to_string() }));
+        if !self.0.is_told.get() {
+            self.tell(Err(VolumeError::SessionEnded { because: "the process ends".to_string() }));
+        }
     }
 }
 

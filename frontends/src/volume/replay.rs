@@ -14,6 +14,9 @@ use torus_schema::limits::{
     BLOCK_BYTES, PAYLOAD_BYTES_MAX, REPLAY_BYTES_PER_PROCESS_MAX, REPLAY_BYTES_PER_VOLUME_MAX, REPLAY_FLUSHES_MAX,
 };
 
+/// Records that were released are used again: as many as volumes at half of their bound release at once, with 4 KiB each.
+const SPARE_MAX: usize = 8192;
+
 /// Of a record without payload: what the operation, its places in the buffer and the allocator take.
 const RECORD_BYTES: u64 = 256;
 
@@ -63,6 +66,7 @@ pub struct Budget {
     pub flushing: Cell<usize>,
     /// Something was released.
     pub released: Notify,
+    spare: RefCell<Vec<Rc<Kept>>>,
 }
 
 impl Budget {
@@ -75,7 +79,28 @@ impl Budget {
             next_volume: Cell::new(0),
             flushing: Cell::new(0),
             released: Notify::default(),
+            spare: RefCell::default(),
         })
+    }
+
+    fn record(&self, new: Kept) -> Rc<Kept> {
+        let mut spare = self.spare.borrow_mut().pop();
+        match spare.as_mut().and_then(Rc::get_mut) {
+            Some(record) => *record = new,
+            None => return Rc::new(new),
+        }
+        spare.expect("it was just filled")
+    }
+
+    /// To be used again, if nobody else has it. What it held goes now.
+    fn reuse(&self, mut record: Rc<Kept>) {
+        if let Some(kept) = Rc::get_mut(&mut record) {
+            (kept.operation, kept.payload) = (Operation::Flush, Bytes::new());
+            let mut spare = self.spare.borrow_mut();
+            if spare.len() < SPARE_MAX {
+                spare.push(record);
+            }
+        }
     }
 
     /// If the process keeps too much, the volume with the oldest record flushes.
@@ -128,12 +153,15 @@ impl ReplayBuffer {
         self.bytes * 2 >= self.budget.limits.volume_bytes
     }
 
-    pub fn keep(&mut self, record: Rc<Kept>) {
+    /// It comes back for who sends it.
+    pub fn keep(&mut self, record: Kept) -> Rc<Kept> {
         assert!(self.records.back().is_none_or(|(_, last)| last.sequence < record.sequence));
         let made = self.budget.made.get();
         self.budget.made.set(made + 1);
         self.count(cost(record.payload.len() as u64) as i64);
-        self.records.push_back((made, record));
+        let record = self.budget.record(record);
+        self.records.push_back((made, record.clone()));
+        record
     }
 
     /// Everything up to and including `sequence` is durable on all replicas that have to have it.
@@ -142,7 +170,8 @@ impl ReplayBuffer {
             && record.sequence <= sequence
         {
             self.count(-(cost(record.payload.len() as u64) as i64));
-            self.records.pop_front();
+            let released = self.records.pop_front();
+            released.into_iter().for_each(|(_, record)| self.budget.reuse(record));
         }
         self.budget.released.notify();
     }
@@ -176,8 +205,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn record(sequence: u64, slot: usize, bytes: usize) -> Rc<Kept> {
-        Rc::new(Kept { sequence, slot, operation: Operation::Flush, payload: Bytes::from(vec![0; bytes]) })
+    fn record(sequence: u64, slot: usize, bytes: usize) -> Kept {
+        Kept { sequence, slot, operation: Operation::Flush, payload: Bytes::from(vec![0; bytes]) }
     }
 
     /// Remembers what it was told.
@@ -210,7 +239,7 @@ mod tests {
     #[test]
     fn what_is_above_the_flush_point_is_kept_and_nothing_else() {
         let (_volume, mut buffer) = volume(&budget(100, 100));
-        (1..=5).for_each(|sequence| buffer.keep(record(sequence, sequence as usize % 2, 4096)));
+        (1..=5).for_each(|sequence| drop(buffer.keep(record(sequence, sequence as usize % 2, 4096))));
         buffer.release_through(2);
         let kept: Vec<_> = buffer.of_slots(|_| true).iter().map(|record| record.sequence).collect();
         assert_eq!(kept, [3, 4, 5]);
@@ -223,8 +252,21 @@ mod tests {
         let (_volume, mut buffer) = volume(&budget(100, 100));
         let payload = Bytes::from(vec![7; 4096]);
         let operation = Operation::Flush;
-        buffer.keep(Rc::new(Kept { sequence: 1, slot: 0, operation, payload: payload.clone() }));
+        buffer.keep(Kept { sequence: 1, slot: 0, operation, payload: payload.clone() });
         assert_eq!(buffer.of_slots(|_| true)[0].payload.as_ptr(), payload.as_ptr());
+    }
+
+    #[test]
+    fn what_is_released_is_used_again_unless_somebody_still_sends_it() {
+        let (_volume, mut buffer) = volume(&budget(100, 100));
+        let sent = buffer.keep(record(1, 0, 4096));
+        let first = Rc::as_ptr(&buffer.keep(record(2, 0, 4096)));
+        buffer.release_through(2);
+        assert_eq!((sent.sequence, sent.payload.len()), (1, 4096), "it is still sent");
+        let next = buffer.keep(record(3, 1, 8192));
+        assert_eq!(Rc::as_ptr(&next), first);
+        assert_eq!((next.sequence, next.slot, next.payload.len()), (3, 1, 8192));
+        assert_ne!(Rc::as_ptr(&buffer.keep(record(4, 0, 0))), Rc::as_ptr(&sent));
     }
 
     #[test]
@@ -251,7 +293,7 @@ mod tests {
     fn the_process_is_bounded_and_leaves_every_volume_a_frame() {
         let budget = budget(2000, 3000);
         let ((_a, mut first), (_b, mut second)) = (volume(&budget), volume(&budget));
-        (1..=2000).for_each(|sequence| first.keep(record(sequence, 0, 4096)));
+        (1..=2000).for_each(|sequence| drop(first.keep(record(sequence, 0, 4096))));
         assert!(!first.has_room(cost(4096)));
         let mut kept = 0;
         while second.has_room(cost(4096)) {
@@ -263,9 +305,9 @@ mod tests {
         assert!(second.has_room(cost(4096)));
         drop(second);
         let (_c, mut third) = volume(&budget);
-        (1..=1001).for_each(|sequence| third.keep(record(sequence, 0, 4096)));
+        (1..=1001).for_each(|sequence| drop(third.keep(record(sequence, 0, 4096))));
         let (_d, mut last) = volume(&budget);
-        (1..=200).for_each(|sequence| last.keep(record(sequence, 0, 4096)));
+        (1..=200).for_each(|sequence| drop(last.keep(record(sequence, 0, 4096))));
         assert!(last.has_room(cost(4096)), "less than a frame, though the process is full");
     }
 

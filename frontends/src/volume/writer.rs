@@ -232,8 +232,7 @@ impl<R: Runtime> Session<R> {
         };
         course.begun.set(true);
         let operation = operation(Version::new(self.epoch, sequence));
-        let record = Rc::new(Kept { sequence, slot, operation, payload });
-        self.replay.borrow_mut().keep(record.clone());
+        let record = self.replay.borrow_mut().keep(Kept { sequence, slot, operation, payload });
         Ok((record, self.replicas.borrow().required(slot).collect()))
     }
 

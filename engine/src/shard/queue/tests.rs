@@ -3,6 +3,7 @@
 use super::*;
 use crate::log::SegmentIndex;
 use futures::FutureExt;
+use torus_rpc::message::Refusal;
 use torus_schema::ids::{Epoch, Version};
 
 const GEOMETRY: Geometry = Geometry { segments: 100, blocks: 64 };
