@@ -54,6 +54,11 @@ impl<R: Runtime> Session<R> {
         budget.relieve();
     }
 
+    /// A flush would ask no shard.
+    pub fn is_flushed(&self) -> bool {
+        !(0..self.shards.len()).any(|shard| self.is_dirty(shard))
+    }
+
     fn is_dirty(&self, shard: ShardPosition) -> bool {
         let state = &self.shards[shard];
         state.written.get() != state.synced.get() && self.replicas.borrow().requires(shard)
