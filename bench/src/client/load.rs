@@ -80,10 +80,10 @@ async fn once<D: Device>(device: &D, places: &mut Places, content: &Bytes) -> st
     let offset = places.offset();
     match places.work() {
         Work::Read => device.read(offset, places.load.bytes).await.map(drop),
-        Work::Write => device.write(offset, content.clone(), false).await,
-        Work::DurableWrite => device.write(offset, content.clone(), true).await,
+        Work::Write => device.write_to_end(offset, content.clone(), false).await,
+        Work::DurableWrite => device.write_to_end(offset, content.clone(), true).await,
         Work::WriteThenFlush => {
-            device.write(offset, content.clone(), false).await?;
+            device.write_to_end(offset, content.clone(), false).await?;
             device.flush().await
         }
         Work::Mixed => unreachable!("each of its operations is a read or a write"),
