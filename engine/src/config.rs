@@ -200,8 +200,9 @@ pub struct NodeArguments {
     /// Default: one per core, or one where there are 4 cores or fewer; at least one per device
     #[arg(long, value_name = "N")]
     pub shards: Option<u16>,
-    /// Cores to pin the shards to: 0,2,4 or 0-3. Nodes that share a machine are given different ones, or none to run
-    /// unpinned
+    /// Cores to pin the shards to: 0,2,4 or 0-3. Nodes that share a machine are given different ones. Default: a core for
+    /// each shard, near its disk where there are several NUMA nodes; none where there are 4 cores or fewer, or fewer than
+    /// shards
     #[arg(long, value_name = "LIST")]
     pub cpus: Option<CpuList>,
     /// So long each shard's executor looks for work before it sleeps; 0: not at all. Saves a client that sends one request

@@ -7,6 +7,7 @@ use crate::datadir::{self, DataDir, Devices, FORMAT_VERSION, Found, Identity, La
 use crate::disk::area::BlockArea;
 use crate::disk::faulty::FaultFile;
 use crate::node::executor::{self, ShardOptions};
+use crate::node::numa;
 use crate::shard::ShardIdentity;
 use torus_rpc::runtime::glommio::Thread;
 use torus_schema::ids::{ClusterId, NodeId, ShardIndex};
@@ -53,7 +54,7 @@ impl Disks<'_> {
             growing: None,
             devices: devices.paths(),
         };
-        for options in self.shard_options(&identity) {
+        for options in self.options_of(&identity, self.dir.areas(&identity, shard_bytes)) {
             executor::format(options).await?;
         }
         self.dir.finish_format(&identity)?;
@@ -94,8 +95,16 @@ impl Disks<'_> {
         Ok(self.dir.finish_growth(&identity)?)
     }
 
+    /// To serve with: those that are pinned are near their disks, unless the operator said where.
     pub fn shard_options(&self, identity: &Identity) -> Vec<ShardOptions> {
-        self.options_of(identity, self.dir.areas(identity, identity.shard_bytes))
+        let mut options = self.options_of(identity, self.dir.areas(identity, identity.shard_bytes));
+        let usual: Option<Vec<usize>> = options.iter().map(|options| options.thread.cpu).collect();
+        if let (Some(usual), None) = (usual, &self.arguments.cpus) {
+            let paths: Vec<_> = options.iter().map(|options| options.area.path.as_path()).collect();
+            let near = numa::near_disks(usual, &paths);
+            options.iter_mut().zip(near).for_each(|(options, core)| options.thread.cpu = Some(core));
+        }
+        options
     }
 
     fn options_of(&self, identity: &Identity, areas: Vec<BlockArea>) -> Vec<ShardOptions> {

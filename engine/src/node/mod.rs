@@ -3,6 +3,7 @@
 //!
 //! * `disks`        what is done with files and devices before they serve: format, growth
 //! * `executor`     a shard's thread
+//! * `numa`         which core it is pinned to, by the disk
 //! * `no_metadata`  what a shard asks the metadata store for
 //! * `shards`       all of them, as the main thread sees them
 //! * `membership`   the node's record and heartbeat
@@ -23,6 +24,7 @@ pub mod executor;
 pub mod joining;
 pub mod membership;
 pub mod no_metadata;
+mod numa;
 pub mod peers;
 mod repairing;
 pub mod scrub;

@@ -1,19 +1,25 @@
-//! Accepts connections and hands each to the executor that has the fewest of them, the first one of those: a lone
-//! connection is served where the accepting is done. When it turns out that its export lives elsewhere it may move there,
-//! if that leaves the executors as evenly loaded.
+//! Accepts connections and hands each to the executor that has the fewest of them: of those to the one pinned to the
+//! core on which the kernel receives the connection's packets (where the network card's queue puts them), else to the
+//! first, so that a lone connection is served where the accepting is done. When it turns out that its export lives
+//! elsewhere it may move there, if that leaves the executors as evenly loaded: from each of those with the fewest it may,
+//! so the choice among them costs no connection its volume's core.
 
 use crate::nbd::connection::Settled;
 use crate::nbd::listener::Listener;
 use futures::channel::mpsc;
 use futures::future::{Either, select};
 use glommio::net::{TcpListener, TcpStream};
+use nix::sched::{CpuSet, sched_getaffinity};
+use nix::sys::socket::getsockopt;
+use nix::unistd::Pid;
+use nix::{getsockopt_impl, libc, sockopt_impl};
 use std::convert::Infallible;
 use std::future::Future;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::pin::pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 /// How long accepting rests when it failed (no file descriptor is left): clients wait in the backlog meanwhile.
@@ -27,6 +33,23 @@ pub struct ConnectionCounts {
     pub open: AtomicUsize,
     /// Since the start.
     pub served: AtomicU64,
+    /// For which connections are chosen: that of an executor pinned to one, from when it serves.
+    pub core: OnceLock<usize>,
+}
+
+impl ConnectionCounts {
+    /// On its executor.
+    pub(crate) fn tell_core(&self) {
+        if let Some(core) = pinned_core() {
+            self.core.get_or_init(|| core);
+        }
+    }
+}
+
+fn pinned_core() -> Option<usize> {
+    let allowed = sched_getaffinity(Pid::from_raw(0)).ok()?;
+    let mut cores = (0..CpuSet::count()).filter(|core| allowed.is_set(*core).unwrap_or(false));
+    cores.next().filter(|_| cores.next().is_none())
 }
 
 /// One of the open connections, until it is dropped.
@@ -121,7 +144,10 @@ impl Reception {
         loop {
             let accepted = acceptor.accept().await.map_err(io::Error::from).and_then(|stream| descriptor(&stream));
             match accepted {
-                Ok(socket) => self.send(self.least_loaded(), socket, via.clone(), 0, None),
+                Ok(socket) => {
+                    let incoming = via.is_tcp.then(|| incoming_core(&socket)).flatten();
+                    self.send(self.least_loaded(incoming), socket, via.clone(), 0, None);
+                }
                 Err(error) => {
                     tracing::warn!(address = via.address, %error, "a connection could not be accepted");
                     glommio::timer::sleep(ACCEPT_PAUSE).await;
@@ -130,9 +156,13 @@ impl Reception {
         }
     }
 
-    fn least_loaded(&self) -> usize {
-        let open = |executor: &Executor| executor.counts.open.load(Ordering::Relaxed);
-        let least = self.executors.iter().enumerate().min_by_key(|(_, executor)| open(executor));
+    /// `incoming`: the core that its packets come in on.
+    fn least_loaded(&self, incoming: Option<usize>) -> usize {
+        let load = |Executor { counts, .. }: &Executor| {
+            let is_there = incoming.is_some() && counts.core.get().copied() == incoming;
+            (counts.open.load(Ordering::Relaxed), !is_there)
+        };
+        let least = self.executors.iter().enumerate().min_by_key(|(_, executor)| load(executor));
         least.map_or(0, |(executor, _)| executor)
     }
 
@@ -151,8 +181,44 @@ impl Reception {
     }
 }
 
+sockopt_impl!(
+    /// The core that handled the last packet of a connection; -1 is unknown.
+    IncomingCpu,
+    GetOnly,
+    libc::SOL_SOCKET,
+    libc::SO_INCOMING_CPU,
+    i32
+);
+
+fn incoming_core(socket: &OwnedFd) -> Option<usize> {
+    getsockopt(socket, IncomingCpu).ok().and_then(|core| core.try_into().ok())
+}
+
 /// Of its own: what glommio accepted belongs to this executor.
 fn descriptor(stream: &TcpStream) -> io::Result<OwnedFd> {
     // SAFETY: the stream is borrowed, so its descriptor stays open while it is duplicated.
     unsafe { BorrowedFd::borrow_raw(stream.as_raw_fd()) }.try_clone_to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_those_with_the_fewest_connections_it_is_the_one_where_its_packets_come_in() {
+        let (reception, _arrivals) = Reception::new(4);
+        let counts = reception.counts();
+        let choose = |open: [usize; 4], incoming| {
+            counts.iter().zip(open).for_each(|(counts, open)| counts.open.store(open, Ordering::Relaxed));
+            reception.least_loaded(incoming)
+        };
+        assert_eq!(choose([1, 0, 0, 0], Some(7)), 1, "no executor is known to be pinned");
+        // The last one is not pinned.
+        [5, 6, 7].into_iter().zip(&counts).for_each(|(core, counts)| counts.core.set(core).expect("the first time"));
+        assert_eq!(choose([0, 0, 0, 0], Some(7)), 2);
+        assert_eq!(choose([0, 0, 1, 0], Some(7)), 0, "it has more");
+        assert_eq!(choose([1, 0, 0, 0], Some(3)), 1, "a core of nobody");
+        assert_eq!(choose([1, 1, 1, 0], Some(5)), 3);
+        assert_eq!(choose([1, 1, 0, 0], None), 2);
+    }
 }

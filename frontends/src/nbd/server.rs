@@ -3,6 +3,7 @@
 
 use crate::device::{ExportInfo, Exports};
 use crate::nbd::connection::{Client, End, Outcome, Settled};
+use crate::nbd::handshake::TlsMode;
 use crate::nbd::listener::Listener;
 use crate::nbd::reception::{Arrivals, ConnectionCounts, Counted, Newcomer, Reception, Via};
 use crate::nbd::stream::{Input, Output, StreamError};
@@ -80,6 +81,10 @@ pub async fn serve<E: Exports>(
 impl Arrivals {
     /// On the executor that these are for: serves until `stop`, like `serve`.
     pub async fn serve<E: Exports>(mut self, exports: E, offer: Offer, stop: impl Future<Output = ()>) {
+        // Under TLS a connection cannot move on to its volume, which lives with the first executor more often than elsewhere.
+        if offer.tls.mode() == TlsMode::Off {
+            self.counts.tell_core();
+        }
         let connections = Rc::new(Connections::new(offer, self.counts.clone()));
         {
             let mut stop = pin!(stop);

@@ -2,6 +2,7 @@
 //!
 //! * `chunks`        replies with structured and extended headers
 //! * `clients`       the tools that people use
+//! * `cores`         which executor a connection goes to, by the core that its packets come in on
 //! * `lifecycle`     overlap, bounds, errors, ends
 //! * `misbehaviour`  what no client should send
 //! * `spread`        several executors
@@ -10,6 +11,7 @@
 
 mod chunks;
 mod clients;
+mod cores;
 mod lifecycle;
 mod misbehaviour;
 mod spread;

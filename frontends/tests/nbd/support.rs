@@ -37,8 +37,12 @@ pub struct Server {
 impl Server {
     /// Over so many executors.
     pub fn spread(executors: usize, offer: Offer, size_bytes: u64) -> Self {
-        let listener = Listener::tcp("127.0.0.1:0").expect("a free port");
-        Self::over(executors, listener, offer, size_bytes)
+        Self::over(&vec![None; executors], offer, size_bytes)
+    }
+
+    /// Over an executor on each of these cores.
+    pub fn pinned(cores: &[usize], offer: Offer, size_bytes: u64) -> Self {
+        Self::over(&cores.iter().copied().map(Some).collect::<Vec<_>>(), offer, size_bytes)
     }
 
     /// Exports `disk`, writable, of that size, and `frozen`, read-only, of 1 MiB.
@@ -64,16 +68,17 @@ impl Server {
         server
     }
 
-    fn over(executors: usize, listener: Listener, offer: Offer, size_bytes: u64) -> Self {
+    fn over(cores: &[Option<usize>], offer: Offer, size_bytes: u64) -> Self {
+        let listener = Listener::tcp("127.0.0.1:0").expect("a free port");
         let (device, exports) = exports(size_bytes);
         let (mut server, stopped) = Self::prepared(&listener, device);
         let stopped = stopped.map(|_| ()).boxed().shared();
-        let (reception, arrivals) = Reception::new(executors);
-        let places = places(executors);
+        let (reception, arrivals) = Reception::new(cores.len());
+        let places = places(cores.len());
         server.connections = reception.counts();
         server.handoffs = places.iter().map(Place::handoffs).collect();
         let mut listener = Some(listener);
-        for (place, arrivals) in places.into_iter().zip(arrivals) {
+        for ((place, arrivals), core) in places.into_iter().zip(arrivals).zip(cores.iter().copied()) {
             let (exports, offer, stopped) = (exports.clone(), offer.clone(), stopped.clone());
             let accepting = listener.take().map(|listener| (listener, reception.clone()));
             let part = move || {
@@ -85,7 +90,7 @@ impl Server {
                     join(OptionFuture::from(accepting), arrivals.serve(spread.clone(), offer, stopped.clone())).await;
                     spread.leave().await;
                 };
-                run_executor("nbd", None, part).expect("an executor");
+                run_executor("nbd", core, part).expect("an executor");
             };
             server.threads.push(std::thread::spawn(part));
         }

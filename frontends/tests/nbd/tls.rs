@@ -12,12 +12,12 @@ const POLICY: u32 = (1 << 31) + 2;
 const TLS_REQUIRED: u32 = (1 << 31) + 5;
 
 /// An authority, a server's certificate, and a client's; of `stranger` the authority is another one.
-struct Certificates {
+pub struct Certificates {
     directory: TempDir,
 }
 
 impl Certificates {
-    fn make() -> Self {
+    pub fn make() -> Self {
         let directory = tempfile::tempdir().expect("a directory");
         for folder in ["good", "stranger"] {
             let path = directory.path().join(folder);
@@ -40,7 +40,7 @@ impl Certificates {
         self.directory.path().join(folder)
     }
 
-    fn offer(&self, mode: TlsMode, clients: ClientCertificates) -> Offer {
+    pub fn offer(&self, mode: TlsMode, clients: ClientCertificates) -> Offer {
         let tls = TlsOffer::load(mode, &self.path("good"), clients).expect("good certificates");
         Offer { tls, ..Offer::default() }
     }
