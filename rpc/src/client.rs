@@ -9,8 +9,8 @@ use crate::message::{Answer, Envelope, Operation, PROTOCOL, Reply};
 use crate::outbox::{COPY_BYTES_MAX, Outbox};
 use crate::receive::ReceiveBuffer;
 use crate::runtime::{Connect, Link, Peer};
+use crate::send::Sender;
 use bytes::Bytes;
-use futures::AsyncWriteExt;
 use glommio::net::TcpStream;
 use std::cell::{Cell, RefCell};
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
@@ -41,7 +41,7 @@ struct Connection {
     address: String,
     /// To shut it down whoever is at work on it.
     socket: OwnedFd,
-    outbox: Outbox,
+    outbox: Rc<Outbox>,
     answers: Rc<Answers>,
     /// Why no answer will come any more.
     failed: RefCell<Option<LinkError>>,
@@ -163,14 +163,14 @@ impl TcpLink {
         let connection = Rc::new(Connection {
             socket: duplicate_descriptor(&stream).map_err(closed)?,
             address,
-            outbox: Outbox::default(),
+            outbox: Rc::default(),
             answers: Rc::default(),
             failed: RefCell::default(),
             ticks: Cell::new(0),
             watching: Cell::new(false),
             heard: Cell::new(false),
         });
-        glommio::spawn_local(send(connection.clone(), stream)).detach();
+        glommio::spawn_local(send(connection.clone(), Sender::new(stream, via))).detach();
         glommio::spawn_local(receive(connection.clone(), receiving)).detach();
         Ok(TcpLink { handle: Rc::new(Handle { connection }) })
     }
@@ -241,18 +241,16 @@ impl Connection {
     }
 }
 
-async fn send(connection: Rc<Connection>, mut stream: TcpStream) {
+async fn send(connection: Rc<Connection>, mut sender: Sender) {
     let mut chunks = Vec::new();
     while connection.outbox.take(&mut chunks).await {
         for chunk in chunks.drain(..) {
-            if let Err(error) = stream.write_all(chunk.bytes()).await {
+            if let Err(error) = sender.send(chunk, &connection.outbox).await {
                 return connection.fail(connection.closed(&error.to_string()));
             }
-            connection.outbox.sent(chunk);
         }
     }
-    // Ends the receiver too, which has its own descriptor of the socket.
-    let _ = stream.shutdown(std::net::Shutdown::Both).await;
+    sender.shut_down().await;
 }
 
 async fn receive(connection: Rc<Connection>, mut stream: TcpStream) {

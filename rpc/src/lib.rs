@@ -2,7 +2,7 @@
 //!
 //! * `runtime`   the bundle trait of all seams, and the production one on glommio
 //! * `message`   requests and answers of the data plane as types
-//! * `frame`     their bytes; `receive` takes them out of a stream, `outbox` gathers them for a send
+//! * `frame`     their bytes; `receive` takes them out of a stream, `outbox` gathers them, `send` puts them into one
 //! * `token`     how a shard knows a writer
 //! * `client`    a pipelined connection to one shard; `answers` are those it waits for
 //! * `http`      numbers and health, for who watches a process
@@ -31,5 +31,6 @@ pub mod notify;
 pub mod outbox;
 pub mod receive;
 pub mod runtime;
+pub mod send;
 pub mod server;
 pub mod token;

@@ -33,7 +33,7 @@ pub struct Outbox<P = Bytes> {
     sender: RefCell<Option<Waker>>,
     /// Who waits for it to get shorter.
     finisher: RefCell<Option<Waker>>,
-    /// Waiting or being sent.
+    /// Waiting, being sent, or sent and not released yet.
     bytes: Cell<usize>,
     closed: Cell<bool>,
 }
@@ -108,13 +108,19 @@ impl<P: Deref<Target = [u8]>> Outbox<P> {
 
     /// The chunk is out; its buffer is used again.
     pub fn sent(&self, chunk: Chunk<P>) {
-        self.bytes.set(self.bytes.get() - chunk.bytes().len());
+        let bytes = chunk.bytes().len();
         if let Chunk::Gathered(mut bytes) = chunk
             && bytes.capacity() <= 8 * COPY_BYTES_MAX
         {
             bytes.clear();
             *self.spare.borrow_mut() = Some(bytes);
         }
+        self.released(bytes);
+    }
+
+    /// A payload of so many bytes is out, and its memory needed no more.
+    pub fn released(&self, bytes: usize) {
+        self.bytes.set(self.bytes.get() - bytes);
         if let Some(finisher) = self.finisher.take() {
             finisher.wake();
         }

@@ -14,8 +14,8 @@ use crate::outbox::Outbox;
 use crate::receive::ReceiveBuffer;
 use crate::runtime::Instant;
 use crate::runtime::glommio::now;
+use crate::send::Sender;
 use bytes::Bytes;
-use futures::AsyncWriteExt;
 use glommio::net::{TcpListener, TcpStream};
 use std::cell::{Cell, RefCell};
 use std::future::Future;
@@ -177,13 +177,13 @@ async fn serve_connection<H: Handler>(
         Via::Tcp => stream.peer_addr().map(|address| address.to_string()).unwrap_or_default(),
         Via::Unix => "this host".to_string(),
     };
-    let connection = Rc::new(Connection { outbox: Outbox::default(), unsent: RefCell::default(), entrance });
+    let connection = Rc::new(Connection { outbox: Rc::default(), unsent: RefCell::default(), entrance });
     let receiving = prepare(&stream, via).and_then(|()| duplicate(&stream));
     let receiving = match receiving {
         Ok(receiving) => receiving,
         Err(error) => return tracing::warn!(peer, %error, "cannot set up a connection"),
     };
-    glommio::spawn_local(send(connection.clone(), stream, handler.clone())).detach();
+    glommio::spawn_local(send(connection.clone(), Sender::new(stream, via), handler.clone())).detach();
     match receive(&connection, receiving, identity, handler).await {
         Ok(()) => tracing::debug!(peer, "connection closed"),
         Err(error) => {
@@ -209,7 +209,7 @@ fn prepare(stream: &TcpStream, via: Via) -> std::io::Result<()> {
 }
 
 struct Connection<P> {
-    outbox: Outbox<P>,
+    outbox: Rc<Outbox<P>>,
     /// Whose answers wait in the outbox.
     unsent: RefCell<Vec<Finished>>,
     entrance: Rc<Entrance>,
@@ -290,24 +290,22 @@ fn start<H: Handler>(
     .detach();
 }
 
-async fn send<H: Handler>(connection: Rc<Connection<H::Chunk>>, mut stream: TcpStream, handler: H) {
+async fn send<H: Handler>(connection: Rc<Connection<H::Chunk>>, mut sender: Sender, handler: H) {
     let (mut sending, mut chunks) = (Vec::new(), Vec::new());
     while connection.outbox.take(&mut chunks).await {
         // Just those whose answers were taken. The two lists are used in turn.
         std::mem::swap(&mut sending, &mut *connection.unsent.borrow_mut());
         for chunk in chunks.drain(..) {
-            if let Err(error) = stream.write_all(chunk.bytes()).await {
+            if let Err(error) = sender.send(chunk, &connection.outbox).await {
                 tracing::debug!(%error, "cannot send an answer");
                 connection.outbox.close();
                 break;
             }
-            connection.outbox.sent(chunk);
         }
         if !sending.is_empty() {
             let now = now();
             sending.drain(..).for_each(|finished: Finished| handler.sent(finished, now.since(finished.at)));
         }
     }
-    // The receiver has its own descriptor of the socket and ends by this.
-    let _ = stream.shutdown(std::net::Shutdown::Both).await;
+    sender.shut_down().await;
 }

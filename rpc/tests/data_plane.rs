@@ -23,8 +23,8 @@ impl Handler for Echo {
             Operation::Read { first, count } => {
                 glommio::timer::sleep(std::time::Duration::from_millis(20 - first.0)).await;
                 let run = Run { count, version: Version::ZERO, data: true };
-                let bytes = vec![first.0 as u8; 4096 * count as usize];
-                (Answer::Read { runs: [run].into(), checksums: Default::default() }, [Bytes::from(bytes)].into())
+                let bytes = Bytes::from_owner(Overwritten(vec![first.0 as u8; 4096 * count as usize]));
+                (Answer::Read { runs: [run].into(), checksums: Default::default() }, [bytes].into())
             }
             Operation::Write { .. } if payload.iter().all(|byte| *byte == 9) => (Answer::Written, Few::new()),
             _ => (Answer::Refused(Refusal::NotOpen), Few::new()),
@@ -85,6 +85,42 @@ fn a_payload_of_the_largest_size_arrives_whole() {
             let (reply, _) = link.call(&Envelope::NONE, &write(blocks), &payload).await.unwrap();
             assert_eq!(reply.answer, Answer::Written);
         }
+    });
+}
+
+/// As a read's buffer that is used again, and a user's.
+struct Overwritten(Vec<u8>);
+
+impl AsRef<[u8]> for Overwritten {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl Drop for Overwritten {
+    fn drop(&mut self) {
+        self.0.fill(0xee);
+        std::hint::black_box(&self.0);
+    }
+}
+
+#[test]
+fn the_largest_payloads_go_both_ways_beside_each_other() {
+    with_server(|peer| async move {
+        let link = TcpConnect.connect(&peer).await.unwrap();
+        let calls = (0..64).map(|number| {
+            let link = &link;
+            async move {
+                let written = Bytes::from_owner(Overwritten(vec![9; 1 << 20]));
+                let (reply, _) = link.call(&Envelope::NONE, &write(256), &written).await.unwrap();
+                assert_eq!(reply.answer, Answer::Written);
+                drop(written);
+                let read = Operation::Read { first: BlockIndex(number % 20), count: 256 };
+                let (_, payload) = link.call(&Envelope::NONE, &read, &Bytes::new()).await.unwrap();
+                assert_eq!(payload, vec![(number % 20) as u8; 1 << 20]);
+            }
+        });
+        futures::future::join_all(calls).await;
     });
 }
 

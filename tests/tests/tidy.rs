@@ -24,6 +24,7 @@ const GLOMMIO: &[&str] = &[
     "frontends/tests/",
     "rpc/src/client.rs",
     "rpc/src/runtime/glommio.rs",
+    "rpc/src/send.rs",
     "rpc/src/server.rs",
     "rpc/tests/",
 ];

@@ -3,6 +3,7 @@
 
 mod bare;
 mod executor;
+mod send;
 
 use crate::error::{BenchError, Result};
 use crate::machine::Machine;
@@ -80,6 +81,7 @@ struct Row {
 struct Outcome {
     machine: Machine,
     rows: Vec<Row>,
+    sends: Vec<send::Row>,
 }
 
 pub fn run(effort: &Effort) -> Result<()> {
@@ -95,8 +97,10 @@ pub fn run(effort: &Effort) -> Result<()> {
             rows.extend(measure(&file, is_write, depth, rounds, time)?);
         }
     }
-    let outcome = Outcome { machine, rows };
+    let sends = send::measure(rounds, time)?;
+    let outcome = Outcome { machine, rows, sends };
     print(&outcome);
+    send::print(&outcome.sends);
     let path = write_json("spike", &outcome)?;
     eprintln!("bench: written to {}", path.display());
     Ok(())

@@ -33,8 +33,8 @@ use crate::{
     iou::sqe::SockAddrStorage,
     sys::{
         self, blocking::BlockingThreadPool, common_flags, read_flags, sysfs, DirectIo, DmaBuffer,
-        DmaSource, IoBuffer, PollableStatus, SleepNotifier, Source, SourceType, StatsCollection,
-        Statx,
+        DmaSource, IoBuffer, PollableStatus, SentInPlace, SleepNotifier, Source, SourceType,
+        StatsCollection, Statx,
     },
     IoRequirements, IoStats, TaskQueueHandle,
 };
@@ -465,6 +465,12 @@ impl Reactor {
         let source = self.new_source(fd, SourceType::PollAdd, None);
         self.sys
             .poll_ready(&source, common_flags() | PollFlags::POLLOUT);
+        source
+    }
+
+    pub(crate) fn send_zero_copy(&self, fd: RawFd, sent: SentInPlace) -> Source {
+        let source = self.new_source(fd, SourceType::SockSendZeroCopy(sent), None);
+        self.sys.send_zero_copy(&source);
         source
     }
 

@@ -56,6 +56,11 @@ impl CQE {
         resultify(self.res)
     }
 
+    /// The operation has no other completion after this.
+    pub fn is_last(&self) -> bool {
+        !self.flags.contains(CompletionFlags::MORE)
+    }
+
     pub fn flags(&self) -> CompletionFlags {
         self.flags
     }
@@ -209,5 +214,9 @@ bitflags::bitflags! {
     #[derive(Debug, Clone, Copy)]
     pub struct CompletionFlags: u32 {
         const BUFFER_SHIFT    = 1 << 0;
+        /// Another completion of the same operation follows.
+        const MORE            = 1 << 1;
+        /// The kernel is done with the memory of an operation that completed before.
+        const NOTIF           = 1 << 3;
     }
 }

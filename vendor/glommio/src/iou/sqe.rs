@@ -234,6 +234,17 @@ impl<'a> SQE<'a> {
         fd.update_sqe(self);
     }
 
+    /// Prepare a send that takes the bytes from where they lie, all of them if it
+    /// can. That it was the last to need them is a completion of its own, which
+    /// tells whether they were copied after all. For kernels from 6.0 on.
+    #[inline]
+    pub unsafe fn prep_send_zc(&mut self, fd: RawFd, buf: *const u8, len: u32) {
+        let op = uring_sys::IORING_OP_SEND_ZC;
+        uring_sys::io_uring_prep_rw(op, self.sqe, fd, buf as _, len, 0);
+        self.sqe.cmd_flags.msg_flags = MsgFlags::MSG_WAITALL.bits() as _;
+        self.sqe.ioprio = uring_sys::IORING_SEND_ZC_REPORT_USAGE;
+    }
+
     /// Prepare a `recvmsg` event on a file descriptor.
     pub unsafe fn prep_recvmsg(
         &mut self,

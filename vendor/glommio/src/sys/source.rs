@@ -17,7 +17,8 @@ use std::{
     convert::TryFrom,
     ffi::CString,
     fmt,
-    mem::MaybeUninit,
+    mem::{ManuallyDrop, MaybeUninit},
+    ops::Deref,
     os::unix::io::RawFd,
     path::PathBuf,
     pin::Pin,
@@ -34,6 +35,7 @@ pub(crate) enum SourceType {
     Read(PollableStatus, Option<IoBuffer>),
     PollAdd,
     SockSend(DmaBuffer),
+    SockSendZeroCopy(SentInPlace),
     SockRecv(Option<DmaBuffer>),
     SockRecvMsg(
         Option<DmaBuffer>,
@@ -78,6 +80,43 @@ impl TryFrom<SourceType> for Statx {
                 ReactorErrorKind::IncorrectSourceType(format!("{src:?}")),
             )),
         }
+    }
+}
+
+/// Memory that the kernel sends from. Nothing but `released` lets go of it: where an
+/// executor ends before the kernel is done with it, it is never given back.
+pub(crate) struct SentInPlace {
+    payload: Option<ManuallyDrop<Rc<dyn Deref<Target = [u8]>>>>,
+    from: usize,
+    /// As far as the kernel said so.
+    pub(crate) copied: Option<bool>,
+}
+
+impl SentInPlace {
+    pub(crate) fn new(payload: Rc<dyn Deref<Target = [u8]>>, from: usize) -> Self {
+        SentInPlace {
+            payload: Some(ManuallyDrop::new(payload)),
+            from,
+            copied: None,
+        }
+    }
+
+    pub(crate) fn bytes(&self) -> &[u8] {
+        let payload = self.payload.as_ref().expect("not released before it is sent");
+        &(***payload)[self.from..]
+    }
+
+    fn released(&mut self) -> Option<Rc<dyn Deref<Target = [u8]>>> {
+        self.payload.take().map(ManuallyDrop::into_inner)
+    }
+}
+
+impl fmt::Debug for SentInPlace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SentInPlace")
+            .field("from", &self.from)
+            .field("copied", &self.copied)
+            .finish()
     }
 }
 
@@ -146,6 +185,15 @@ pub(crate) struct InnerSource {
 impl InnerSource {
     pub(crate) fn update_source_type(&mut self, source_type: SourceType) -> SourceType {
         std::mem::replace(&mut self.source_type, source_type)
+    }
+
+    /// What the kernel needs no more, or never saw; it is for the caller to drop,
+    /// who borrows nothing.
+    pub(crate) fn release(&mut self) -> Option<Rc<dyn Deref<Target = [u8]>>> {
+        match &mut self.source_type {
+            SourceType::SockSendZeroCopy(sent) => sent.released(),
+            _ => None,
+        }
     }
 }
 
@@ -234,7 +282,7 @@ impl Source {
         Ref::map(self.inner.borrow(), |x| &x.timeout)
     }
 
-    pub(super) fn source_type(&self) -> Ref<'_, SourceType> {
+    pub(crate) fn source_type(&self) -> Ref<'_, SourceType> {
         Ref::map(self.inner.borrow(), |x| &x.source_type)
     }
 
@@ -336,7 +384,7 @@ impl Source {
     }
 
     /// It is in a ring, and has not completed.
-    pub(super) fn is_under_way(&self) -> bool {
+    pub(crate) fn is_under_way(&self) -> bool {
         self.inner.borrow().enqueued.is_some()
     }
 
@@ -363,6 +411,7 @@ impl Source {
 
 impl Drop for Source {
     fn drop(&mut self) {
+        let mut unsent = None;
         let mut inner = self.inner.borrow_mut();
         let enqueued = inner.enqueued.as_mut();
         if let Some(EnqueuedSource { id, queue, status }) = enqueued {
@@ -375,6 +424,7 @@ impl Drop for Source {
                     // than removing elements from the vector all the time.
 
                     *status = EnqueuedStatus::Canceled;
+                    unsent = inner.release();
                 }
                 EnqueuedStatus::Dispatched => {
                     // We are cancelling this request, but it is already submitted.
@@ -387,6 +437,8 @@ impl Drop for Source {
                 }
                 EnqueuedStatus::Canceled => unreachable!(),
             }
+            drop(inner);
+            drop(unsent);
             return;
         }
         drop(inner);

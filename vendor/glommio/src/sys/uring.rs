@@ -32,6 +32,7 @@ use std::{
 use crate::{
     free_list::{FreeList, Idx},
     iou,
+    iou::cqe::CompletionFlags,
     iou::sqe::{FsyncFlags, SockAddrStorage, StatxFlags, StatxMode, SubmissionFlags, TimeoutFlags},
     sys::{
         self,
@@ -75,6 +76,7 @@ enum UringOpDescriptor {
     Timeout(*const uring_sys::__kernel_timespec, u32),
     TimeoutRemove(u64),
     SockSend(*const u8, usize, i32),
+    SockSendZeroCopy(*const u8, u32),
     SockSendMsg(*mut libc::msghdr, i32),
     SockRecv(usize, i32),
     SockRecvMsg(usize, i32),
@@ -396,6 +398,10 @@ fn fill_sqe<F>(
                 sqe.prep_send(op.fd, buf, MsgFlags::from_bits_retain(flags | MSG_ZEROCOPY));
             }
 
+            UringOpDescriptor::SockSendZeroCopy(ptr, len) => {
+                sqe.prep_send_zc(op.fd, ptr, len);
+            }
+
             UringOpDescriptor::SockSendMsg(hdr, flags) => {
                 sqe.prep_sendmsg(op.fd, hdr, MsgFlags::from_bits_retain(flags | MSG_ZEROCOPY));
             }
@@ -557,9 +563,16 @@ where
             return Some(false);
         }
 
-        let src = source_map
-            .borrow_mut()
-            .consume_source(from_user_data(value.user_data()));
+        let id = from_user_data(value.user_data());
+        let is_last = value.is_last();
+        let src = if is_last {
+            source_map.borrow_mut().consume_source(id)
+        } else {
+            source_map.borrow()[id].clone()
+        };
+        if value.flags().contains(CompletionFlags::NOTIF) {
+            return Some(sent_in_place(src, &value));
+        }
 
         let result = value.result();
 
@@ -570,9 +583,27 @@ where
             inner_source.wakers.result = res;
             woke = inner_source.wakers.wake_waiters();
         }
+        if is_last {
+            let payload = src.borrow_mut().release();
+            drop(payload);
+        }
         return Some(woke);
     }
     None
+}
+
+/// The last completion of a send from where the bytes lie; its result came before.
+fn sent_in_place(src: Pin<Rc<RefCell<InnerSource>>>, notification: &iou::CQE) -> bool {
+    let mut inner = src.borrow_mut();
+    if let SourceType::SockSendZeroCopy(sent) = &mut inner.source_type {
+        let usage = notification.raw_result() as u32;
+        sent.copied = Some(usage & uring_sys::IORING_NOTIF_USAGE_ZC_COPIED != 0);
+    }
+    let payload = inner.release();
+    let woke = inner.wakers.wake_waiters();
+    drop(inner);
+    drop(payload);
+    woke
 }
 
 type SourceMap = FreeList<Pin<Rc<RefCell<InnerSource>>>>;
@@ -1141,8 +1172,10 @@ impl UringCommon for SleepableRing {
     fn consume_one_event(&mut self) -> Option<bool> {
         let source_map = self.source_map.clone();
         let mut unlinked = false;
+        let cqe = self.ring.peek_for_cqe();
+        let is_last = cqe.as_ref().is_some_and(|cqe| cqe.is_last());
         let event = process_one_event(
-            self.ring.peek_for_cqe(),
+            cqe,
             |source| match source.source_type {
                 SourceType::LinkRings => {
                     unlinked = true;
@@ -1167,10 +1200,10 @@ impl UringCommon for SleepableRing {
         if unlinked {
             self.linked = false;
         }
-        event.map(|x| {
+        if is_last {
             self.in_kernel -= 1;
-            x
-        })
+        }
+        event
     }
 
     fn submit_one_event(&mut self, queue: &mut VecDeque<UringDescriptor>) -> Option<bool> {
@@ -1471,6 +1504,24 @@ impl Reactor {
         let op = match &*source.source_type() {
             SourceType::SockSend(buf) => {
                 UringOpDescriptor::SockSend(buf.as_ptr(), buf.len(), flags.bits())
+            }
+            _ => unreachable!(),
+        };
+        queue_request_into_ring(
+            &mut *self.ring_for_source(source),
+            source,
+            op,
+            &mut self.source_map.borrow_mut(),
+        );
+    }
+
+    pub(crate) fn send_zero_copy(&self, source: &Source) {
+        let op = match &*source.source_type() {
+            SourceType::SockSendZeroCopy(sent) => {
+                let bytes = sent.bytes();
+                // What is too long for one operation is continued as a short send is.
+                let len = bytes.len().min(i32::MAX as usize) as u32;
+                UringOpDescriptor::SockSendZeroCopy(bytes.as_ptr(), len)
             }
             _ => unreachable!(),
         };

@@ -46,6 +46,12 @@ pub enum IoRingOp {
     IORING_OP_TEE,
 }
 
+// Since Linux 6.0; this liburing is older.
+pub const IORING_OP_SEND_ZC: libc::c_int = 47;
+// sqe.ioprio of it: its notification tells whether the bytes were copied
+pub const IORING_SEND_ZC_REPORT_USAGE: libc::__u16 = 1 << 3;
+pub const IORING_NOTIF_USAGE_ZC_COPIED: libc::__u32 = 1 << 31;
+
 // sqe.flags
 pub const IOSQE_FIXED_FILE: libc::__u8 = 1 << 0; /* use fixed fileset */
 pub const IOSQE_IO_DRAIN: libc::__u8 = 1 << 1; /* issue after inflight IO */
