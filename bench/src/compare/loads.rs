@@ -16,6 +16,8 @@ pub struct Load {
     pub bytes: u64,
     /// Between two profiles: only for curves over the depth.
     pub is_sweep: bool,
+    /// The whole region is written in order before, on every system.
+    pub is_filled_before: bool,
     work: Work,
     fio: Fio,
 }
@@ -29,6 +31,8 @@ enum Fio {
 pub const READS: &str = "randread";
 pub const WRITES: &str = "randwrite";
 const SEQUENTIAL: &str = "sequential";
+/// What was written in order is read so; the profile itself comes after random writes.
+const READ_AS_WRITTEN: &str = "sequential-1m-read, as written";
 
 /// Depths 1 and 32 are profiles.
 const SWEEP: [(&str, bool, usize); 10] = [
@@ -57,18 +61,27 @@ fn of_profile(profile: Profile) -> Load {
         "sequential-1m-write" => ("sequential write", Work::Write, 8, MIB),
         other => unreachable!("profile {other} is not in this table"),
     };
-    Load { name: profile.name, kind, depth, bytes, is_sweep: false, work, fio: Fio::Profile(profile) }
+    let (is_sweep, is_filled_before) = (false, false);
+    Load { name: profile.name, kind, depth, bytes, is_sweep, is_filled_before, work, fio: Fio::Profile(profile) }
+}
+
+fn read_as_written() -> Load {
+    let profiles = PROFILES.into_iter().map(of_profile);
+    let mut reads = profiles.filter(|load| load.kind.starts_with(SEQUENTIAL) && load.work == Work::Read);
+    let profile = reads.next().expect("one of the profiles reads in order");
+    Load { name: READ_AS_WRITTEN, kind: "sequential read, as written", is_filled_before: true, ..profile }
 }
 
 fn of_depth((name, is_write, depth): (&'static str, bool, usize)) -> Load {
     let (kind, work) = if is_write { (WRITES, Work::Write) } else { (READS, Work::Read) };
     let fio = Fio::Random(Connections { name, is_write, connections: 1, depth });
-    Load { name, kind, depth, bytes: BLOCK_BYTES, is_sweep: true, work, fio }
+    Load { name, kind, depth, bytes: BLOCK_BYTES, is_sweep: true, is_filled_before: false, work, fio }
 }
 
 /// Profiles first.
 pub fn all() -> Vec<Load> {
-    PROFILES.into_iter().map(of_profile).chain(SWEEP.into_iter().map(of_depth)).collect()
+    let profiles = PROFILES.into_iter().map(of_profile).chain([read_as_written()]);
+    profiles.chain(SWEEP.into_iter().map(of_depth)).collect()
 }
 
 impl Load {
@@ -120,7 +133,7 @@ mod tests {
     #[test]
     fn every_profile_can_be_asked_of_the_library() {
         let all = all();
-        assert_eq!(all.len(), PROFILES.len() + SWEEP.len());
+        assert_eq!(all.len(), PROFILES.len() + 1 + SWEEP.len());
         assert!(
             all.iter()
                 .all(|load| load.name.contains(&format!("qd{}", load.depth)) || load.depth == 1 || load.bytes == MIB)

@@ -2,6 +2,7 @@
 
 use super::loads::Load;
 use super::stand::{Driver, System};
+use crate::client::remote::Client;
 use crate::client::{Answer, Latencies, Order};
 use crate::error::{BenchError, Result};
 use crate::fio::{self, Measured, Percentiles, Size};
@@ -19,6 +20,14 @@ pub struct Sample {
 }
 
 impl System {
+    /// Writes the region in order, and flushes it.
+    pub fn fill(&self, bytes: u64, passes: u32) -> Result<()> {
+        match &self.driver {
+            Driver::Fio(target) | Driver::FioThreads { target, .. } => fio::fill(target, bytes, passes),
+            Driver::Library(client) => fill_by(client, bytes, passes),
+        }
+    }
+
     pub fn measure(&self, load: &Load, size: Size, seed: u64) -> Result<Sample> {
         let before = cpu_of(&self.processes)?;
         let (measured, percentiles) = match &self.driver {
@@ -37,6 +46,13 @@ impl System {
         };
         let sample = sample_of(measured, &self.processes, before)?;
         Ok(Sample { measured, percentiles, cpu_us: sample.cpu_us })
+    }
+}
+
+pub fn fill_by(client: &Client, bytes: u64, passes: u32) -> Result<()> {
+    match client.ask(&Order::Fill { bytes, passes })? {
+        Answer::Filled => Ok(()),
+        other => Err(unexpected(&other)),
     }
 }
 

@@ -127,7 +127,12 @@ impl Run<'_> {
         let size = Size { bytes, run: self.options.seconds(load.is_sweep) };
         let mut line = format!("{}: IOPS", load.name);
         let count = stand.systems.len();
-        for index in (0..count).map(|index| (index + round) % count) {
+        let order = (0..count).map(|index| (index + round) % count);
+        if load.is_filled_before {
+            // All of them before the first is measured, so that each waits as long.
+            order.clone().try_for_each(|index| stand.systems[index].fill(bytes, 1))?;
+        }
+        for index in order {
             let system = &stand.systems[index];
             let sample = system.measure(load, size, round as u64)?;
             let _ = write!(line, " · {} {:.0}", system.described.name, sample.measured.iops);

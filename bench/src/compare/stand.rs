@@ -1,8 +1,8 @@
 //! The systems that are compared, set up side by side on one disk, each holding the same written region.
 
 use super::ceph::{self, Ceph};
+use super::measure::fill_by;
 use crate::client::remote::Client;
-use crate::client::{Answer, Order};
 use crate::error::{BenchError, Result};
 use crate::fio::{self, Target};
 use crate::options::Peer;
@@ -258,7 +258,7 @@ impl Stand {
         for ((volume, replicas), name) in DIRECT.into_iter().zip([OURS[2], OURS[5]]).filter(|(_, name)| wants(name)) {
             let client = Client::start(&cluster.url(), volume)?;
             say(&format!("writing the region of volume {volume}"));
-            fill(&client, scale)?;
+            fill_by(&client, scale.region_bytes, scale.passes)?;
             self.processes.push(client.watched());
             self.push(name, Transport::Library, Some(replicas), Driver::Library(client), &nodes);
         }
@@ -305,13 +305,6 @@ pub fn check(text: &str, peer: Option<Peer>) -> Result<()> {
     let also = if peer.is_some() { "; " } else { "; with --peers ceph also " };
     let because = format!("no system has that in its name; there are {}{also}{}", names.join("; "), ceph::NAME);
     Err(BenchError::Failed { what: format!("--system {text:?}"), because })
-}
-
-fn fill(client: &Client, scale: Scale) -> Result<()> {
-    match client.ask(&Order::Fill { bytes: scale.region_bytes, passes: scale.passes })? {
-        Answer::Filled => Ok(()),
-        other => Err(BenchError::Failed { what: "an order to fill".to_string(), because: format!("{other:?}") }),
-    }
 }
 
 #[cfg(test)]

@@ -24,14 +24,15 @@ const TEMPLATE: &str = include_str!("template.html");
 const STYLE: &str = include_str!("style.css");
 
 /// Profiles as people say them.
-const PROFILES: [(&str, &str); 8] = [
+const PROFILES: [(&str, &str); 9] = [
     ("randread-qd1", "4 KiB random read, depth 1"),
     ("randread-qd32", "4 KiB random read, depth 32"),
     ("randwrite-qd1", "4 KiB random write, depth 1"),
     ("randwrite-qd32", "4 KiB random write, depth 32"),
     ("mixed-qd32", "4 KiB random, 70 % reads, depth 32"),
     ("write-fsync", "4 KiB write + flush each, depth 1"),
-    ("sequential-1m-read", "1 MiB sequential read, depth 8"),
+    ("sequential-1m-read", "1 MiB sequential read, depth 8, after random writes"),
+    ("sequential-1m-read, as written", "1 MiB sequential read, depth 8, as written"),
     ("sequential-1m-write", "1 MiB sequential write, depth 8"),
 ];
 /// Where operations are small enough for CPU per operation to say something.
