@@ -82,6 +82,9 @@ impl Machine {
         let chosen = choose(usual, &wanted);
         for (((shard, path), near), core) in (0..).map(ShardIndex).zip(paths).zip(&near).zip(&chosen) {
             match near {
+                Some(Near { device, numa_node, cores }) if !cores.contains(core) => {
+                    tracing::info!(%shard, device, numa_node = numa_node.0, core, "pinned; no core near its disk is free");
+                }
                 Some(Near { device, numa_node, .. }) => {
                     tracing::info!(%shard, device, numa_node = numa_node.0, core, "pinned near its disk");
                 }
@@ -90,11 +93,6 @@ impl Machine {
                     tracing::info!(%shard, %path, core, "pinned; no core near its disk is known that may be used");
                 }
             }
-        }
-        if chosen.iter().enumerate().any(|(index, core)| chosen[..index].contains(core)) {
-            tracing::warn!(
-                "shards share a core: the NUMA nodes of their disks have fewer; --cpus places them otherwise"
-            );
         }
         chosen
     }
@@ -155,20 +153,23 @@ fn read_list(file: &Path) -> Vec<usize> {
     list.map_or_else(Vec::new, |CpuList(list)| list)
 }
 
-/// Of each shard: the usual core, or one of those that it wants, on which the fewest others are.
+/// Of each shard: a core of those that it wants and nobody else has; where there is none, one of the usual cores that is
+/// free. A core far from the disk is better than half of a near one.
 fn choose(usual: &[usize], wanted: &[Option<&[usize]>]) -> Vec<usize> {
     assert_eq!(usual.len(), wanted.len(), "a core and a wish for each shard");
-    let mut shards_on: BTreeMap<usize, usize> = BTreeMap::new();
-    let stay = usual.iter().zip(wanted).filter(|(_, wanted)| wanted.is_none());
-    stay.for_each(|(core, _)| *shards_on.entry(*core).or_default() += 1);
-    let place = |(usual, wanted): (&usize, &Option<&[usize]>)| {
-        let Some(wanted) = wanted else { return *usual };
-        let fewest = wanted.iter().min_by_key(|core| shards_on.get(*core).copied().unwrap_or(0));
-        let core = *fewest.expect("who wants a core names at least one");
-        *shards_on.entry(core).or_default() += 1;
-        core
-    };
-    usual.iter().zip(wanted).map(place).collect()
+    let stays = |(core, wanted): (&usize, &Option<&[usize]>)| wanted.is_none().then_some(*core);
+    let mut chosen: Vec<Option<usize>> = usual.iter().zip(wanted).map(stays).collect();
+    for shard in 0..usual.len() {
+        let is_free = |core: &&usize| !chosen.contains(&Some(**core));
+        let near = wanted[shard].into_iter().flatten().find(is_free).copied();
+        chosen[shard] = chosen[shard].or(near);
+    }
+    for shard in 0..usual.len() {
+        let is_free = |core: &&usize| !chosen.contains(&Some(**core));
+        let far = usual.iter().find(is_free).copied();
+        chosen[shard] = chosen[shard].or(far);
+    }
+    chosen.into_iter().map(|core| core.expect("there is a usual core for each shard")).collect()
 }
 
 #[cfg(test)]
@@ -333,10 +334,12 @@ mod tests {
     }
 
     #[test]
-    fn shards_of_a_disk_share_a_core_only_when_each_has_one() {
+    fn shards_of_a_disk_have_its_cores_and_then_others_that_are_free() {
         let (low, high) = (Some([0, 1].as_slice()), Some([2, 3].as_slice()));
         assert_eq!(choose(&[0, 1, 2, 3], &[high, low, high, low]), [2, 0, 3, 1]);
-        assert_eq!(choose(&[0, 1, 2, 3, 4], &[high; 5]), [2, 3, 2, 3, 2]);
+        assert_eq!(choose(&[0, 1, 2, 3, 4], &[high; 5]), [2, 3, 0, 1, 4]);
+        assert_eq!(choose(&[0, 1, 2], &[high, high, low]), [2, 3, 0]);
+        assert_eq!(choose(&[0, 1, 2], &[high, high, high]), [2, 3, 0]);
     }
 
     #[test]
