@@ -15,7 +15,8 @@ pub struct ZeroCopySend {
 
 impl TcpStream<NonBuffered> {
     /// Begins to send `payload` from its byte `from` on. The order is kept if the next
-    /// send begins after this one was [`sent`](ZeroCopySend::sent).
+    /// send begins after this one was [`sent`](ZeroCopySend::sent). Dropping the payload
+    /// must not use the executor: where nobody waits any more, its rings are at work then.
     pub fn send_zero_copy(
         &self,
         payload: Rc<dyn Deref<Target = [u8]>>,

@@ -720,11 +720,19 @@ pub(crate) trait UringCommon {
     }
 
     /// We will not dispatch the cancellation queue unless we need to.
-    /// Dispatches will come from the submission queue.
+    /// Dispatches will come from the submission queue. None is left: what it names may
+    /// have completed when it is submitted, and then be the id of another operation,
+    /// unless it goes before any that is queued later.
     fn consume_cancellation_queue(&mut self) -> io::Result<usize> {
         let q = self.submission_queue();
         let mut queue = q.borrow_mut();
-        self.consume_sqe_queue(&mut queue.cancellations, false)
+        let mut submitted = 0;
+        loop {
+            submitted += self.consume_sqe_queue(&mut queue.cancellations, false)?;
+            if queue.cancellations.is_empty() {
+                return Ok(submitted);
+            }
+        }
     }
 
     fn consume_submission_queue(&mut self) -> io::Result<usize> {
@@ -1794,7 +1802,11 @@ impl Reactor {
     /// disks do not wait for these.
     pub(crate) fn submit_many(&self) {
         let mut ring = self.main_ring.borrow_mut();
-        if ring.submission_queue.borrow().submissions.len() >= MANY {
+        let is_worth_it = {
+            let queue = ring.submission_queue.borrow();
+            queue.submissions.len() >= MANY && queue.cancellations.is_empty()
+        };
+        if is_worth_it {
             ring.consume_submission_queue()
                 .or_else(Self::busy_ok)
                 .or_else(Self::again_ok)
