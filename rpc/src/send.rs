@@ -10,7 +10,7 @@
 //! | sent from where it lay                   | is sent           | zero-copy                                  |
 //! | sent, but copied                         | is sent           | plain after `COPIES_MAX` of these in a row |
 //! | it cannot (EINVAL, EOPNOTSUPP)           | plain             | plain                                      |
-//! | no memory can be pinned (ENOMEM, ENOBUFS)| plain             | zero-copy                                  |
+//! | no memory can be pinned (ENOMEM, ENOBUFS)| plain             | as of one that was copied                  |
 //! | anything else                            | connection's end  |                                            |
 //!
 //! Never within the host: a unix socket always copies.
@@ -55,6 +55,10 @@ impl ZeroCopy {
             return;
         }
         self.copied.set(self.copied.get() + 1);
+        self.gained_nothing();
+    }
+
+    fn gained_nothing(&self) {
         self.copies_in_a_row.set(self.copies_in_a_row.get() + 1);
         if self.copies_in_a_row.get() == self.copies_max {
             tracing::debug!(copies = self.copies_max, "payloads are copied here however they are sent; sent plainly");
@@ -69,7 +73,10 @@ impl ZeroCopy {
                 self.is_unknown.set(true);
                 true
             }
-            Some(Errno::ENOMEM | Errno::ENOBUFS) => true,
+            Some(Errno::ENOMEM | Errno::ENOBUFS) => {
+                self.gained_nothing();
+                true
+            }
             _ => false,
         }
     }
@@ -217,10 +224,13 @@ mod tests {
     }
 
     #[test]
-    fn memory_that_cannot_be_pinned_now_may_be_later() {
+    fn memory_that_cannot_be_pinned_now_may_be_later_but_is_not_asked_for_forever() {
         for errno in [Errno::ENOMEM, Errno::ENOBUFS] {
             let zero_copy = connection();
-            assert!(zero_copy.refused(&errno.into()) && zero_copy.is_worth_trying(), "{errno}");
+            for _ in 1..COPIES_MAX {
+                assert!(zero_copy.refused(&errno.into()) && zero_copy.is_worth_trying(), "{errno}");
+            }
+            assert!(zero_copy.refused(&errno.into()) && !zero_copy.is_worth_trying(), "{errno}");
         }
     }
 
