@@ -8,6 +8,7 @@
 //! * `stand`       files and clusters to measure
 //! * `fio`         the profiles of `fio-profiles/`
 //! * `library`     a volume without NBD
+//! * `scale`       a node over shards, a volume over executors, by cores
 //! * `spike`       what our seams cost on the disk
 //! * `fill`        the life of a small node, filled to its end
 //! * `rejoin`      what it costs that a node was away
@@ -41,6 +42,7 @@ mod random;
 mod rejoin;
 mod report;
 mod rounds;
+mod scale;
 mod spike;
 mod stages;
 mod stand;
@@ -63,6 +65,7 @@ fn main() -> ExitCode {
         Some(Command::LibraryClient(options)) => client::run(&options),
         Some(Command::Spike(effort)) => spike::run(&effort),
         Some(Command::Library(effort)) => library::run(&effort),
+        Some(Command::Scale(effort)) => scale::run(&effort),
         Some(Command::Store(options)) => store::run(&options),
         Some(Command::Fill(options)) => fill::run(&options),
         Some(Command::Rejoin(options)) => rejoin::run(&options),

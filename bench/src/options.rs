@@ -38,6 +38,8 @@ pub enum Command {
     Spike(Effort),
     /// A volume with 3 replicas through the client library, without NBD
     Library(Effort),
+    /// One node over its shards and one volume over an NBD server's executors, on 1, 2, 4 … cores
+    Scale(Effort),
     /// One shard on a file, without network: log, index, start, cleaning, beside the raw file
     Store(StoreOptions),
     /// A node filled to its end, overwritten, trimmed, deleted and filled again: write amplification and latencies
