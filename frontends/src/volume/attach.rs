@@ -158,6 +158,7 @@ async fn build<R: Runtime>(around: Surroundings<R>, owned: Owned) -> Result<Rc<S
     let open = Open::new(&key, record.id, (owned.epoch, owner), owned.ring.slices());
     let session = |this: &Weak<Session<R>>| Session {
         lots: Cell::new(runtime.random().u64() | 1),
+        together: Cell::default(),
         runtime,
         links,
         lease,

@@ -17,6 +17,7 @@
 //! * `lease`      what ownership hangs on; `guard` notices that it is gone
 //! * `links`      connections to shards, shared by all volumes of the executor
 //! * `counters`   what happened, in numbers; `course` where the time of a request went; `detached` one that is not given up
+//! * `together`     reads that go to the same replica (pure)
 //! * `hedge`      when a read is asked of a second replica (pure); `alarms` tell when it is time; `share` what a volume's requests may take at once
 //! * `plan`, `locks`, `window`    ranges cut into frames, ranges under way, sequences under way (pure)
 
@@ -53,6 +54,7 @@ mod session;
 mod share;
 mod sizes;
 mod status;
+mod together;
 mod wanted;
 mod window;
 mod writer;

@@ -5,6 +5,7 @@ use super::course::Course;
 use super::plan::{Piece, blocks_touched, only_piece, pieces};
 use super::replicas::{ShardPosition, Shards};
 use super::session::{Failure, Session, Verdict, verdict};
+use super::together::Together;
 use crate::device::{Piece as DevicePiece, Pieces, VolumeError};
 use bytes::Bytes;
 use futures::future::{Either, select};
@@ -116,7 +117,7 @@ impl<R: Runtime> Session<R> {
         loop {
             self.check()?;
             let now = self.runtime.clock().now();
-            let (candidates, confirmations) = self.candidates(slot, &damaged, now);
+            let (candidates, confirmations) = self.candidates(slot, &damaged, (piece.bytes() as u64, now));
             let found = match confirmations == 1 && !self.shards[candidates[0]].recovering.get() {
                 true => self.read_hedged::<L>(&candidates, (piece, course), now, &mut damaged).await,
                 // Apart, since every read would be as large as the rarest of its parts.
@@ -170,25 +171,16 @@ impl<R: Runtime> Session<R> {
     }
 
     /// In-sync replicas in the order in which to try them, and how many have to answer.
-    fn candidates(&self, slot: usize, without: &[ShardPosition], now: Instant) -> (Shards, usize) {
+    fn candidates(&self, slot: usize, without: &[ShardPosition], (bytes, now): (u64, Instant)) -> (Shards, usize) {
         let replicas = self.replicas.borrow();
         let mut candidates: Shards = replicas.in_sync(slot).filter(|shard| !without.contains(shard)).collect();
         if candidates.len() > 1 {
             candidates.sort_by_key(|shard| !self.shards[*shard].local);
-            let local = candidates.iter().filter(|shard| self.shards[**shard].local).count();
-            let cost = |at: usize| self.cost(candidates[at]);
-            let better_of_two = |first: usize| {
-                let (a, b) = (self.lot(first), self.lot(first));
-                if cost(a) <= cost(b) { a } else { b }
-            };
-            let mut better = better_of_two(candidates.len());
-            if (1..candidates.len()).contains(&local) {
-                let near = better_of_two(local);
-                if cost(near) <= LOCAL_READ_ADVANTAGE * cost(better) {
-                    better = near;
-                }
-            }
-            candidates.swap(0, better);
+            let last = self.together.get().and_then(|last| last.joined(&candidates, bytes, now));
+            let together = last.unwrap_or_else(|| Together::first(self.better_of_two(&candidates), bytes, now));
+            self.together.set(Some(together));
+            let chosen = candidates.iter().position(|shard| *shard == together.replica());
+            candidates.swap(0, chosen.expect("one of the candidates was chosen"));
             // Those whose fate is being decided come last.
             candidates.sort_by_key(|shard| self.is_doubtful(*shard));
         }
@@ -197,6 +189,21 @@ impl<R: Runtime> Session<R> {
         // `without` have confirmed when they said that they are damaged.
         let asked = if self.may_read_alone(now) { candidates.len().min(1) } else { candidates.len() };
         (candidates, asked)
+    }
+
+    /// By lot, of those on this host, which come first, if they are not much slower.
+    fn better_of_two(&self, candidates: &[ShardPosition]) -> ShardPosition {
+        let local = candidates.iter().filter(|shard| self.shards[**shard].local).count();
+        let better_of_two = |of: &[ShardPosition]| {
+            let (a, b) = (of[self.lot(of.len())], of[self.lot(of.len())]);
+            if self.cost(a) <= self.cost(b) { a } else { b }
+        };
+        let better = better_of_two(candidates);
+        if !(1..candidates.len()).contains(&local) {
+            return better;
+        }
+        let near = better_of_two(&candidates[..local]);
+        if self.cost(near) <= LOCAL_READ_ADVANTAGE * self.cost(better) { near } else { better }
     }
 
     /// By the clock, nobody else can own the volume.

@@ -15,6 +15,7 @@ use super::resync::Resyncing;
 use super::retain::Retaining;
 use super::share::{Share, Taken};
 use super::status::StatusKeeper;
+use super::together::Together;
 use super::window::Window;
 use crate::device::VolumeError;
 use bytes::Bytes;
@@ -83,6 +84,8 @@ pub(super) struct Session<R: Runtime> {
     pub changed: Notify,
     /// State of the lots by which reads choose a replica.
     pub lots: Cell<u64>,
+    /// The last reads that went to one replica together.
+    pub together: Cell<Option<Together>>,
 }
 
 pub(super) struct Open {
