@@ -247,10 +247,12 @@ pub const READS_PER_HEDGE: u32 = 20;
 pub const HEDGE_CREDIT_MAX: u32 = 16;
 /// A replica on the client's own host is read from until it is so many times as slow as another.
 pub const LOCAL_READ_ADVANTAGE: u64 = 4;
-/// Reads that are asked within so much of each other, and are no more than that, go to the same replica. With 10 µs, 50 µs
-/// or 100 µs, with 20 KiB or 64 KiB it gains less (`bench/README.md`).
+/// Reads that are asked within so much of the first, and are no more than that together, go to the same replica. With
+/// 10 µs, with 20 KiB, or with 50 µs and 64 KiB it gains less (`bench/README.md`).
 pub const READS_TOGETHER_WITHIN: Duration = Duration::from_micros(20);
 pub const READS_TOGETHER_BYTES_MAX: u64 = 32 * KIB;
+/// Unless it is so many times as slow as the fastest one.
+pub const READS_TOGETHER_SLOWNESS_MAX: u64 = 2;
 
 /// A link with requests outstanding that has been silent this long is probed.
 pub const LINK_PROBE_AFTER: Duration = Duration::from_millis(500);

@@ -137,6 +137,49 @@ fn reads_at(cluster: &Cluster, node: usize) -> u64 {
     cluster.nodes[node].shard.borrow().as_ref().expect("it runs").health().statistics.reads
 }
 
+/// How many of eight reads that are asked at once each node serves.
+async fn served_of_eight(cluster: &Cluster, volume: &Volume) -> [u64; 3] {
+    let before = [0, 1, 2].map(|node| reads_at(cluster, node));
+    let reads = (0..8).map(|read| volume.read(read * BLOCK, BLOCK));
+    for read in futures::future::join_all(reads).await {
+        read.expect("all are there");
+    }
+    [0, 1, 2].map(|node| reads_at(cluster, node) - before[node])
+}
+
+#[test]
+fn reads_that_are_asked_at_once_go_to_one_replica_each_time_to_another() {
+    let world = World::new(3);
+    let here = world.clone();
+    world.block_on(async move {
+        let (cluster, _client, volume) = attached(&here, VolumeSettings::default()).await;
+        let mut together = [0; 3];
+        for _ in 0..200 {
+            let served = served_of_eight(&cluster, &volume).await;
+            let all = served.iter().position(|reads| *reads == 8);
+            all.inspect(|node| together[*node] += 1);
+        }
+        assert!(together.iter().sum::<u32>() > 150 && together.iter().all(|times| *times > 20), "{together:?}");
+    });
+}
+
+#[test]
+fn reads_that_are_asked_at_once_do_not_all_go_to_a_slow_replica() {
+    let world = World::new(4);
+    let here = world.clone();
+    world.block_on(async move {
+        let (cluster, _client, volume) = attached(&here, VolumeSettings::default()).await;
+        here.slow_down(process(&cluster, 1), 1, Duration::from_millis(2));
+        for read in 0..400 {
+            volume.read(read % BLOCKS * BLOCK, BLOCK).await.expect("all are there");
+        }
+        for _ in 0..200 {
+            let served = served_of_eight(&cluster, &volume).await;
+            assert!(served[1] < 7, "{served:?}: of those that joined one that was asked of it to learn how slow it is");
+        }
+    });
+}
+
 #[test]
 fn a_client_reads_from_the_replica_on_its_own_host_and_from_others_once_that_one_is_slow() {
     for seed in 0..4 {

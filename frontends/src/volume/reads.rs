@@ -17,7 +17,7 @@ use std::time::Duration;
 use torus_rpc::message::{Answer, Operation, Refusal, Run};
 use torus_rpc::runtime::{Clock, Instant, Runtime};
 use torus_schema::ids::Incarnation;
-use torus_schema::limits::{BLOCK_BYTES, LOCAL_READ_ADVANTAGE};
+use torus_schema::limits::{BLOCK_BYTES, LOCAL_READ_ADVANTAGE, READS_TOGETHER_SLOWNESS_MAX};
 
 const RETRY_AFTER: Duration = Duration::from_millis(100);
 
@@ -175,14 +175,11 @@ impl<R: Runtime> Session<R> {
         let replicas = self.replicas.borrow();
         let mut candidates: Shards = replicas.in_sync(slot).filter(|shard| !without.contains(shard)).collect();
         if candidates.len() > 1 {
-            candidates.sort_by_key(|shard| !self.shards[*shard].local);
-            let last = self.together.get().and_then(|last| last.joined(&candidates, bytes, now));
-            let together = last.unwrap_or_else(|| Together::first(self.better_of_two(&candidates), bytes, now));
-            self.together.set(Some(together));
-            let chosen = candidates.iter().position(|shard| *shard == together.replica());
-            candidates.swap(0, chosen.expect("one of the candidates was chosen"));
             // Those whose fate is being decided come last.
-            candidates.sort_by_key(|shard| self.is_doubtful(*shard));
+            candidates.sort_by_key(|shard| (self.is_doubtful(*shard), !self.shards[*shard].local));
+            let sound = candidates.iter().filter(|shard| !self.is_doubtful(**shard)).count();
+            let first = self.chosen(if sound > 0 { &candidates[..sound] } else { &candidates }, bytes, now);
+            candidates.swap(0, first);
         }
         // A new owner of the volume has opened one of the in-sync replicas at least, which will not confirm: all are asked.
         // The minimum does not tell how many it was: that can be changed, and who repairs may have found one alone. Those
@@ -191,19 +188,42 @@ impl<R: Runtime> Session<R> {
         (candidates, asked)
     }
 
-    /// By lot, of those on this host, which come first, if they are not much slower.
-    fn better_of_two(&self, candidates: &[ShardPosition]) -> ShardPosition {
-        let local = candidates.iter().filter(|shard| self.shards[**shard].local).count();
-        let better_of_two = |of: &[ShardPosition]| {
-            let (a, b) = (of[self.lot(of.len())], of[self.lot(of.len())]);
-            if self.cost(a) <= self.cost(b) { a } else { b }
+    /// Which of the candidates a read of so many bytes is asked of: with those just before it, or by lot.
+    fn chosen(&self, candidates: &[ShardPosition], bytes: u64, now: Instant) -> usize {
+        let last = self.together.get().and_then(|last| last.joined(bytes, now));
+        let is_last = |shard: &ShardPosition| last.is_some_and(|last| last.replica() == *shard);
+        let joined = candidates.iter().position(is_last).filter(|at| self.may_be_joined(candidates[*at], candidates));
+        let at = joined.unwrap_or_else(|| self.better_of_two(candidates));
+        let together = last.filter(|_| joined.is_some());
+        self.together.set(Some(together.unwrap_or_else(|| Together::first(candidates[at], bytes, now))));
+        at
+    }
+
+    /// How many requests it has does not count: those that were just asked of it are among them.
+    fn may_be_joined(&self, replica: ShardPosition, candidates: &[ShardPosition]) -> bool {
+        let slowness = |shard: &ShardPosition| {
+            let shard = &self.shards[*shard];
+            u64::from(shard.service_us.get()) * if shard.local { 1 } else { LOCAL_READ_ADVANTAGE }
         };
-        let better = better_of_two(candidates);
+        // 0: not known yet.
+        let fastest = candidates.iter().map(slowness).filter(|slowness| *slowness > 0).min();
+        fastest.is_none_or(|fastest| slowness(&replica) <= READS_TOGETHER_SLOWNESS_MAX * fastest)
+    }
+
+    /// By lot, of those on this host, which come first, if they are not much slower.
+    fn better_of_two(&self, candidates: &[ShardPosition]) -> usize {
+        let local = candidates.iter().filter(|shard| self.shards[**shard].local).count();
+        let cost = |at: usize| self.cost(candidates[at]);
+        let better_of_two = |first: usize| {
+            let (a, b) = (self.lot(first), self.lot(first));
+            if cost(a) <= cost(b) { a } else { b }
+        };
+        let better = better_of_two(candidates.len());
         if !(1..candidates.len()).contains(&local) {
             return better;
         }
-        let near = better_of_two(&candidates[..local]);
-        if self.cost(near) <= LOCAL_READ_ADVANTAGE * self.cost(better) { near } else { better }
+        let near = better_of_two(local);
+        if cost(near) <= LOCAL_READ_ADVANTAGE * cost(better) { near } else { better }
     }
 
     /// By the clock, nobody else can own the volume.

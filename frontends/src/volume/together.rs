@@ -20,11 +20,11 @@ impl Together {
         Self { replica, since: now, bytes }
     }
 
-    /// With a read of so many bytes that may be asked of `candidates`; `None` if it is too late, or too much.
-    pub fn joined(self, candidates: &[ShardPosition], bytes: u64, now: Instant) -> Option<Self> {
+    /// With a read of so many bytes; `None` if it is too late, or too much.
+    pub fn joined(self, bytes: u64, now: Instant) -> Option<Self> {
         let bytes = self.bytes + bytes;
         let fits = bytes <= READS_TOGETHER_BYTES_MAX && now.since(self.since) < READS_TOGETHER_WITHIN;
-        (fits && candidates.contains(&self.replica)).then_some(Self { bytes, ..self })
+        fits.then_some(Self { bytes, ..self })
     }
 
     pub fn replica(self) -> ShardPosition {
@@ -43,23 +43,18 @@ mod tests {
     fn reads_join_until_they_are_as_much_as_a_message_takes() {
         let mut together = Together::first(2, 4096, AT);
         for _ in 1..READS_TOGETHER_BYTES_MAX / 4096 {
-            together = together.joined(&[0, 2], 4096, AT).unwrap();
+            together = together.joined(4096, AT).unwrap();
             assert_eq!(together.replica(), 2);
         }
-        assert!(together.joined(&[0, 2], 512, AT).is_none());
-        assert!(Together::first(2, 4096, AT).joined(&[2], READS_TOGETHER_BYTES_MAX, AT).is_none(), "a large one");
+        assert!(together.joined(512, AT).is_none());
+        assert!(Together::first(2, 4096, AT).joined(READS_TOGETHER_BYTES_MAX, AT).is_none(), "a large one");
     }
 
     #[test]
     fn a_read_that_comes_later_joins_nobody() {
         let together = Together::first(2, 4096, AT);
         let last = AT.after(READS_TOGETHER_WITHIN - Duration::from_nanos(1));
-        let joined = together.joined(&[2], 4096, last).unwrap();
-        assert!(joined.joined(&[2], 4096, AT.after(READS_TOGETHER_WITHIN)).is_none(), "the first counts, not the last");
-    }
-
-    #[test]
-    fn a_read_joins_only_where_its_blocks_are() {
-        assert!(Together::first(2, 4096, AT).joined(&[0, 1], 4096, AT).is_none());
+        let joined = together.joined(4096, last).unwrap();
+        assert!(joined.joined(4096, AT.after(READS_TOGETHER_WITHIN)).is_none(), "the first counts, not the last");
     }
 }
