@@ -254,12 +254,13 @@ impl NodeArguments {
         self.shards.unwrap_or(by_cores.max(by_devices)).clamp(1, limits::SHARDS_PER_NODE_MAX)
     }
 
-    /// The core of each shard, or `None` for all: with fewer cores than shards pinning would only stack them up.
-    pub fn pinning(&self, shards: u16, cores: usize) -> Option<Vec<usize>> {
+    /// The core of each shard, of those that this process may use, or `None` for all: with fewer cores than shards pinning
+    /// would only stack them up.
+    pub fn pinning(&self, shards: u16, usable: &[usize]) -> Option<Vec<usize>> {
         let list = match &self.cpus {
             Some(list) => list.0.clone(),
-            None if cores <= FEW_CORES => return None,
-            None => (0..cores).collect(),
+            None if usable.len() <= FEW_CORES => return None,
+            None => usable.to_vec(),
         };
         (list.len() >= usize::from(shards)).then(|| list[..usize::from(shards)].to_vec())
     }
@@ -380,10 +381,12 @@ mod tests {
 
     #[test]
     fn shards_are_pinned_only_where_each_gets_a_core_of_its_own() {
-        assert_eq!(node(&["--cpus", "1,3"]).pinning(2, 16), Some(vec![1, 3]));
-        assert_eq!(node(&["--cpus", "1"]).pinning(2, 16), None);
-        assert_eq!(node(&[]).pinning(2, 4), None);
-        assert_eq!(node(&[]).pinning(2, 8), Some(vec![0, 1]));
+        let usable: Vec<usize> = (4..20).collect();
+        assert_eq!(node(&["--cpus", "1,3"]).pinning(2, &usable), Some(vec![1, 3]));
+        assert_eq!(node(&["--cpus", "1"]).pinning(2, &usable), None);
+        assert_eq!(node(&[]).pinning(2, &usable[..4]), None);
+        assert_eq!(node(&[]).pinning(2, &usable[..8]), Some(vec![4, 5]), "of those that may be used");
+        assert_eq!(node(&[]).pinning(9, &usable[..8]), None);
     }
 
     #[test]

@@ -17,7 +17,8 @@ use torus_schema::records::ClusterRecord;
 pub struct Disks<'a> {
     pub arguments: &'a NodeArguments,
     pub dir: &'a DataDir,
-    pub cores: usize,
+    /// Those that the node may use.
+    pub cores: &'a [usize],
 }
 
 impl Disks<'_> {
@@ -25,7 +26,7 @@ impl Disks<'_> {
     pub fn plan_format(&self) -> Result<(Layout, Devices), NodeError> {
         let arguments = self.arguments;
         let devices = Devices::take(&arguments.devices)?;
-        let shards = arguments.shards_for_format(self.cores);
+        let shards = arguments.shards_for_format(self.cores.len());
         let layout = self.dir.plan_format(arguments.size, shards, &devices.0)?;
         if !arguments.force {
             devices.check_empty(self.dir.draft())?;

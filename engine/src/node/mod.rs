@@ -163,7 +163,7 @@ impl<'a> Node<'a> {
         let (nbd_exports, aoe_exports) = volumes.exports().map_err(NodeError::Setting)?;
         serving_aoe::check(volumes)?;
         let found = dir.inspect()?;
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let cores = &numa::usable_cores();
         if !matches!(found, Found::Formatted(_)) {
             Disks { arguments, dir, cores }.plan_format()?;
         }

@@ -50,11 +50,18 @@ pub fn near_disks(usual: Vec<usize>, paths: &[&Path]) -> Vec<usize> {
     }
 }
 
+/// Those that this process may use, of which it can keep no more busy than that (a quota of CPU time may be less).
+pub fn usable_cores() -> Vec<usize> {
+    let at_once = std::thread::available_parallelism().map_or(1, usize::from);
+    let allowed = allowed_cores();
+    if allowed.is_empty() { (0..at_once).collect() } else { allowed.into_iter().take(at_once).collect() }
+}
+
 fn allowed_cores() -> Vec<usize> {
     match sched_getaffinity(Pid::from_raw(0)) {
         Ok(allowed) => (0..CpuSet::count()).filter(|cpu| allowed.is_set(*cpu).unwrap_or(false)).collect(),
         Err(error) => {
-            tracing::warn!(%error, "which cores may be used is not known: shards are not moved near their disks");
+            tracing::warn!(%error, "which cores may be used is not known: shards take the first ones, and are not moved near their disks");
             Vec::new()
         }
     }
