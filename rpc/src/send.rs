@@ -61,7 +61,7 @@ impl ZeroCopy {
     fn gained_nothing(&self) {
         self.copies_in_a_row.set(self.copies_in_a_row.get() + 1);
         if self.copies_in_a_row.get() == self.copies_max {
-            tracing::debug!(copies = self.copies_max, "payloads are copied here however they are sent; sent plainly");
+            tracing::debug!(copies = self.copies_max, "zero-copy sends gain nothing on this connection; sent plainly");
         }
     }
 
