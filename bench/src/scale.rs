@@ -30,7 +30,8 @@ const LOADS: [Connections; 2] = [
 enum What {
     /// `torus-engine --nbd` with a shard for each core: shards serve the connections too.
     Shards,
-    /// `torusblk serve` with an executor for each core, before a node of one shard that is not pinned.
+    /// `torusblk serve` with an executor for each core, before a node of one shard on the last core of all: with all cores
+    /// it is an executor's too.
     Executors,
 }
 
@@ -77,10 +78,11 @@ struct Report {
 pub fn run(effort: &Effort) -> Result<()> {
     let (rounds, time) = effort.rounds_and_time();
     let machine = Machine::describe(&process::programs());
-    let cores = core_counts(std::thread::available_parallelism().map_or(1, usize::from));
+    let all = std::thread::available_parallelism().map_or(1, usize::from);
+    let cores = core_counts(all);
     let kinds = [What::Shards, What::Executors];
     let served = kinds.into_iter().flat_map(|what| cores.iter().map(move |cores| (what, *cores)));
-    let served = served.map(|(what, cores)| start(what, cores)).collect::<Result<Vec<Served>>>()?;
+    let served = served.map(|(what, cores)| start(what, cores, all)).collect::<Result<Vec<Served>>>()?;
     let size = Size { bytes: REGION_BYTES, run: time };
     let mut rows = Vec::new();
     for load in LOADS {
@@ -108,21 +110,20 @@ fn core_counts(all: usize) -> Vec<usize> {
     counts
 }
 
-fn start(what: What, cores: usize) -> Result<Served> {
+fn start(what: What, cores: usize, all: usize) -> Result<Served> {
     eprintln!("bench: starting {} on {cores} cores, and writing its region", what.name());
     let cpus = format!("0-{}", cores - 1);
     let folder = process::temporary_dir("bench-scale");
     let socket = folder.path().join("nbd.sock");
     let listen = format!("unix:{}", socket.display());
+    let (shards, last) = (cores.to_string(), (all - 1).to_string());
     let arguments = match what {
-        What::Shards => vec!["--shards", &*cores.to_string(), "--cpus", &cpus, "--nbd", &listen, "--export", "scale"]
-            .into_iter()
-            .map(str::to_string)
-            .collect(),
-        What::Executors => vec!["--shards".to_string(), "1".to_string()],
+        What::Shards => vec!["--shards", &*shards, "--cpus", &cpus, "--nbd", &listen, "--export", "scale"],
+        What::Executors => vec!["--shards", "1", "--cpus", &last],
     };
+    let node_arguments = arguments.into_iter().map(str::to_string).collect();
     let options = ClusterOptions { size: NODE_SIZE, ..ClusterOptions::new("bench-scale", 1) };
-    let mut cluster = Cluster::start(ClusterOptions { node_arguments: arguments, ..options });
+    let mut cluster = Cluster::start(ClusterOptions { node_arguments, ..options });
     create_volume(&cluster, "scale", 1);
     let server = match what {
         What::Shards => {
