@@ -6,7 +6,7 @@ use crate::error::LinkError;
 use crate::frame::{decode_reply, encode_request};
 use crate::local::{self, Via};
 use crate::message::{Answer, Envelope, Operation, PROTOCOL, Reply};
-use crate::outbox::{COPY_BYTES_MAX, Outbox};
+use crate::outbox::{Batch, Outbox};
 use crate::receive::ReceiveBuffer;
 use crate::runtime::{Connect, Link, Peer};
 use crate::send::Sender;
@@ -200,13 +200,8 @@ impl Connection {
             return Err(error.clone());
         }
         let id = self.answers.expect(self.ticks.get());
-        // One that is copied anyway is not shared first, which takes memory.
-        let is_copied = payload.len() < COPY_BYTES_MAX;
-        let encode = |out: &mut Vec<u8>| {
-            encode_request(out, id, envelope, operation, payload.len());
-            out.extend_from_slice(if is_copied { payload } else { &[] });
-        };
-        self.outbox.push(encode, (!is_copied).then(|| payload.clone()));
+        let encode = |out: &mut Vec<u8>| encode_request(out, id, envelope, operation, payload.len());
+        self.outbox.push(encode, (!payload.is_empty()).then(|| payload.clone()));
         if !self.watching.replace(true) {
             // Its silence counts from this request on.
             self.heard.set(false);
@@ -242,12 +237,10 @@ impl Connection {
 }
 
 async fn send(connection: Rc<Connection>, mut sender: Sender) {
-    let mut chunks = Vec::new();
-    while connection.outbox.take(&mut chunks).await {
-        for chunk in chunks.drain(..) {
-            if let Err(error) = sender.send(chunk, &connection.outbox).await {
-                return connection.fail(connection.closed(&error.to_string()));
-            }
+    let mut batch = Batch::default();
+    while connection.outbox.take(&mut batch).await {
+        if let Err(error) = sender.send(&mut batch, &connection.outbox).await {
+            return connection.fail(connection.closed(&error.to_string()));
         }
     }
     sender.shut_down().await;

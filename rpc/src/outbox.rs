@@ -1,35 +1,116 @@
 //! What waits to be sent on one connection. Whoever has something appends it at once; one task sends all that has
 //! gathered, so that many frames share a send.
 //!
-//! Small payloads are copied behind their headers (28 ns for 4 KiB); from `COPY_BYTES_MAX` on a payload is sent from
-//! where it lies.
+//! Headers and small payloads are copied together; from `COPY_BYTES_MAX` on a payload is sent from where it lies.
 
 use bytes::Bytes;
 use std::cell::{Cell, RefCell};
-use std::ops::Deref;
+use std::collections::VecDeque;
+use std::ops::{Deref, Range};
 use std::task::{Poll, Waker};
 
-/// Above this a send of its own is cheaper than a copy.
-pub const COPY_BYTES_MAX: usize = 32 * 1024;
+/// A segment of its own in a send costs about as much as copying so many bytes.
+pub const COPY_BYTES_MAX: usize = 1024;
+/// Room for headers that is kept when they were sent.
+const KEPT_BYTES_MAX: usize = 64 * 1024;
 
-pub enum Chunk<P> {
-    Gathered(Vec<u8>),
+/// Bytes on their way out, in order.
+pub struct Batch<P = Bytes> {
+    /// Headers and small payloads.
+    copied: Vec<u8>,
+    pieces: VecDeque<Piece<P>>,
+    /// Of the first piece, so many bytes are out.
+    sent: usize,
+}
+
+enum Piece<P> {
+    /// Of what was copied.
+    Copied(Range<usize>),
     Payload(P),
 }
 
-impl<P: Deref<Target = [u8]>> Chunk<P> {
-    pub fn bytes(&self) -> &[u8] {
-        match self {
-            Chunk::Gathered(bytes) => bytes,
-            Chunk::Payload(payload) => payload,
+impl<P> Default for Batch<P> {
+    fn default() -> Self {
+        Self { copied: Vec::new(), pieces: VecDeque::new(), sent: 0 }
+    }
+}
+
+impl<P: Deref<Target = [u8]>> Batch<P> {
+    pub fn is_empty(&self) -> bool {
+        self.pieces.is_empty()
+    }
+
+    fn copy(&mut self, append: impl FnOnce(&mut Vec<u8>)) {
+        let before = self.copied.len();
+        append(&mut self.copied);
+        let after = self.copied.len();
+        match self.pieces.back_mut() {
+            Some(Piece::Copied(range)) => range.end = after,
+            _ if after > before => self.pieces.push_back(Piece::Copied(before..after)),
+            _ => {}
         }
+    }
+
+    fn put(&mut self, payload: P) {
+        if payload.len() < COPY_BYTES_MAX {
+            self.copy(|copied| copied.extend_from_slice(&payload));
+        } else {
+            self.pieces.push_back(Piece::Payload(payload));
+        }
+    }
+
+    /// What is not out yet, in order, up to a payload of at least so many bytes.
+    pub fn segments_before(&self, payload_bytes: usize) -> impl Iterator<Item = &[u8]> + Clone {
+        let is_before = move |piece: &&Piece<P>| match piece {
+            Piece::Copied(_) => true,
+            Piece::Payload(payload) => payload.len() < payload_bytes,
+        };
+        let sent = std::iter::once(self.sent).chain(std::iter::repeat(0));
+        self.pieces.iter().take_while(is_before).zip(sent).map(|(piece, sent)| match piece {
+            Piece::Copied(range) => &self.copied[range.start + sent..range.end],
+            Piece::Payload(payload) => &payload[sent..],
+        })
+    }
+
+    /// The payload that is next, if it has at least so many bytes, to be sent in another way.
+    pub fn take_payload(&mut self, payload_bytes: usize) -> Option<P> {
+        match self.pieces.pop_front() {
+            Some(Piece::Payload(payload)) if payload.len() >= payload_bytes && self.sent == 0 => Some(payload),
+            Some(other) => {
+                self.pieces.push_front(other);
+                None
+            }
+            None => None,
+        }
+    }
+
+    /// So many bytes of the segments are out.
+    pub fn sent(&mut self, bytes: usize) {
+        self.sent += bytes;
+        while let Some(first) = self.pieces.front() {
+            let length = match first {
+                Piece::Copied(range) => range.len(),
+                Piece::Payload(payload) => payload.len(),
+            };
+            if self.sent < length {
+                return;
+            }
+            self.sent -= length;
+            self.pieces.pop_front();
+        }
+        assert_eq!(self.sent, 0, "bytes were sent that nobody had");
+    }
+
+    /// All of it is out; room for the next.
+    fn reset(&mut self) {
+        assert!(self.is_empty(), "{} pieces were not sent", self.pieces.len());
+        self.copied.clear();
+        self.copied.shrink_to(KEPT_BYTES_MAX);
     }
 }
 
 pub struct Outbox<P = Bytes> {
-    waiting: RefCell<Vec<Chunk<P>>>,
-    /// A buffer that was sent, to be filled again.
-    spare: RefCell<Option<Vec<u8>>>,
+    waiting: RefCell<Batch<P>>,
     sender: RefCell<Option<Waker>>,
     /// Who waits for it to get shorter.
     finisher: RefCell<Option<Waker>>,
@@ -42,7 +123,6 @@ impl<P> Default for Outbox<P> {
     fn default() -> Self {
         Self {
             waiting: RefCell::default(),
-            spare: RefCell::default(),
             sender: RefCell::default(),
             finisher: RefCell::default(),
             bytes: Cell::new(0),
@@ -58,17 +138,12 @@ impl<P: Deref<Target = [u8]>> Outbox<P> {
             return;
         }
         let mut waiting = self.waiting.borrow_mut();
-        let gathered = self.gathered(&mut waiting);
-        let before = gathered.len();
-        encode(gathered);
-        let mut added = gathered.len() - before;
+        let before = waiting.copied.len();
+        waiting.copy(encode);
+        let mut added = waiting.copied.len() - before;
         for payload in payload {
             added += payload.len();
-            if payload.len() < COPY_BYTES_MAX {
-                self.gathered(&mut waiting).extend_from_slice(&payload);
-            } else {
-                waiting.push(Chunk::Payload(payload));
-            }
+            waiting.put(payload);
         }
         drop(waiting);
         self.bytes.set(self.bytes.get() + added);
@@ -77,19 +152,9 @@ impl<P: Deref<Target = [u8]>> Outbox<P> {
         }
     }
 
-    fn gathered<'a>(&self, waiting: &'a mut Vec<Chunk<P>>) -> &'a mut Vec<u8> {
-        if !matches!(waiting.last(), Some(Chunk::Gathered(_))) {
-            waiting.push(Chunk::Gathered(self.spare.take().unwrap_or_default()));
-        }
-        match waiting.last_mut() {
-            Some(Chunk::Gathered(bytes)) => bytes,
-            _ => unreachable!("a gathered chunk was just pushed"),
-        }
-    }
-
     /// Everything that has gathered, once there is something; false after `close`. `into` is empty, and is what is
-    /// gathered in next: the two lists are used in turn.
-    pub async fn take(&self, into: &mut Vec<Chunk<P>>) -> bool {
+    /// gathered in next: the two are used in turn.
+    pub async fn take(&self, into: &mut Batch<P>) -> bool {
         std::future::poll_fn(|context| {
             if self.closed.get() {
                 return Poll::Ready(false);
@@ -99,26 +164,14 @@ impl<P: Deref<Target = [u8]>> Outbox<P> {
                 *self.sender.borrow_mut() = Some(context.waker().clone());
                 return Poll::Pending;
             }
-            assert!(into.is_empty(), "{} chunks were not sent", into.len());
+            into.reset();
             std::mem::swap(&mut *waiting, into);
             Poll::Ready(true)
         })
         .await
     }
 
-    /// The chunk is out; its buffer is used again.
-    pub fn sent(&self, chunk: Chunk<P>) {
-        let bytes = chunk.bytes().len();
-        if let Chunk::Gathered(mut bytes) = chunk
-            && bytes.capacity() <= 8 * COPY_BYTES_MAX
-        {
-            bytes.clear();
-            *self.spare.borrow_mut() = Some(bytes);
-        }
-        self.released(bytes);
-    }
-
-    /// A payload of so many bytes is out, and its memory needed no more.
+    /// So many bytes are out, and their memory needed no more.
     pub fn released(&self, bytes: usize) {
         self.bytes.set(self.bytes.get() - bytes);
         if let Some(finisher) = self.finisher.take() {
@@ -141,7 +194,7 @@ impl<P: Deref<Target = [u8]>> Outbox<P> {
     /// What waits is dropped, and what is still pushed.
     pub fn close(&self) {
         self.closed.set(true);
-        self.waiting.borrow_mut().clear();
+        *self.waiting.borrow_mut() = Batch::default();
         for waker in [self.sender.take(), self.finisher.take()].into_iter().flatten() {
             waker.wake();
         }
@@ -154,21 +207,80 @@ mod tests {
     use futures::FutureExt;
 
     /// `None`: it would wait.
-    fn take(outbox: &Outbox) -> Option<Vec<Chunk<Bytes>>> {
-        let mut chunks = Vec::new();
-        outbox.take(&mut chunks).now_or_never().map(|is_open| if is_open { chunks } else { Vec::new() })
+    fn take(outbox: &Outbox) -> Option<Batch> {
+        let mut batch = Batch::default();
+        outbox.take(&mut batch).now_or_never().map(|_| batch)
+    }
+
+    fn lengths(batch: &Batch, payload_bytes: usize) -> Vec<usize> {
+        batch.segments_before(payload_bytes).map(<[u8]>::len).collect()
+    }
+
+    fn filled() -> Outbox {
+        let outbox = Outbox::default();
+        outbox.push(|out| out.extend_from_slice(b"a"), [Bytes::from_static(b"1")]);
+        outbox.push(|out| out.extend_from_slice(b"b"), [Bytes::from(vec![2; COPY_BYTES_MAX])]);
+        outbox.push(|_| {}, [Bytes::from(vec![3; 2 * COPY_BYTES_MAX])]);
+        outbox.push(|out| out.extend_from_slice(b"c"), []);
+        outbox.push(|out| out.extend_from_slice(b"d"), []);
+        outbox
     }
 
     #[test]
-    fn small_frames_gather_into_one_send_and_large_payloads_stand_alone() {
-        let outbox = Outbox::<Bytes>::default();
-        outbox.push(|out| out.extend_from_slice(b"a"), [Bytes::from_static(b"1")]);
-        outbox.push(|out| out.extend_from_slice(b"b"), [Bytes::from(vec![2; COPY_BYTES_MAX])]);
-        outbox.push(|out| out.extend_from_slice(b"c"), []);
-        let chunks = take(&outbox).unwrap();
-        let lengths: Vec<_> = chunks.iter().map(|chunk| chunk.bytes().len()).collect();
-        assert_eq!(lengths, [3, COPY_BYTES_MAX, 1]);
+    fn small_frames_gather_into_one_segment_and_payloads_stay_where_they_lie() {
+        let outbox = filled();
+        let payload = Bytes::from(vec![4; COPY_BYTES_MAX]);
+        outbox.push(|_| {}, [payload.clone()]);
+        let batch = take(&outbox).unwrap();
+        assert_eq!(lengths(&batch, usize::MAX), [3, COPY_BYTES_MAX, 2 * COPY_BYTES_MAX, 2, COPY_BYTES_MAX]);
+        assert_eq!(batch.segments_before(usize::MAX).last().unwrap().as_ptr(), payload.as_ptr());
         assert!(take(&outbox).is_none());
+    }
+
+    #[test]
+    fn a_large_payload_is_taken_out_when_all_before_it_was_sent() {
+        let mut batch = take(&filled()).unwrap();
+        assert_eq!(lengths(&batch, 2 * COPY_BYTES_MAX), [3, COPY_BYTES_MAX]);
+        for before in [2, COPY_BYTES_MAX + 1] {
+            assert!(batch.take_payload(2 * COPY_BYTES_MAX).is_none());
+            batch.sent(before);
+        }
+        assert!(batch.take_payload(2 * COPY_BYTES_MAX + 1).is_none());
+        assert_eq!(batch.take_payload(2 * COPY_BYTES_MAX).unwrap(), vec![3; 2 * COPY_BYTES_MAX]);
+        assert_eq!(batch.segments_before(0).collect::<Vec<_>>(), [b"cd"]);
+    }
+
+    #[test]
+    fn what_was_sent_is_gone_wherever_the_send_was_cut() {
+        let all = |batch: &Batch| batch.segments_before(usize::MAX).flatten().copied().collect::<Vec<u8>>();
+        let expected = all(&take(&filled()).unwrap());
+        assert_eq!(expected.len(), 3 * COPY_BYTES_MAX + 5);
+        for cut in 0..=expected.len() {
+            let mut batch = take(&filled()).unwrap();
+            batch.sent(cut);
+            assert_eq!(all(&batch), &expected[cut..], "cut at {cut}");
+            batch.sent(expected.len() - cut);
+            assert!(batch.is_empty());
+        }
+    }
+
+    #[test]
+    fn what_was_sent_takes_no_memory_however_its_last_piece_went() {
+        let outbox = Outbox::default();
+        let mut batch = Batch::default();
+        for _ in 0..3 {
+            outbox.push(|out| out.push(1), [Bytes::from(vec![2; COPY_BYTES_MAX])]);
+            assert!(outbox.take(&mut batch).now_or_never().is_some());
+            batch.sent(1);
+            assert!(batch.take_payload(0).is_some());
+        }
+        batch.reset();
+        assert!(batch.copied.is_empty() && outbox.waiting.borrow().copied.is_empty());
+        outbox.push(|out| out.resize(4 * KEPT_BYTES_MAX, 0), []);
+        assert!(outbox.take(&mut batch).now_or_never().is_some());
+        batch.sent(4 * KEPT_BYTES_MAX);
+        batch.reset();
+        assert!(batch.copied.capacity() <= KEPT_BYTES_MAX);
     }
 
     #[test]
@@ -177,11 +289,9 @@ mod tests {
         outbox.push(|out| out.extend_from_slice(&[0; 100]), [Bytes::from(vec![1; COPY_BYTES_MAX])]);
         let mut drained = Box::pin(outbox.at_most(100));
         assert!(drained.as_mut().now_or_never().is_none());
-        let chunks = take(&outbox).unwrap();
+        assert!(take(&outbox).is_some());
         assert!(drained.as_mut().now_or_never().is_none(), "being sent is not sent");
-        for chunk in chunks {
-            outbox.sent(chunk);
-        }
+        outbox.released(COPY_BYTES_MAX);
         assert!(drained.now_or_never().is_some());
     }
 

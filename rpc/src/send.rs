@@ -1,6 +1,6 @@
-//! What an outbox gathered goes to the socket, in order.
+//! What an outbox gathered goes to the socket, in order, as many frames as it takes by one call.
 //!
-//! A payload that is a chunk of its own goes zero-copy (IORING_OP_SEND_ZC, Linux 6.0): the network card reads it where it
+//! A large payload goes zero-copy (IORING_OP_SEND_ZC, Linux 6.0): the network card reads it where it
 //! lies, until the peer has acknowledged it; only then is it released. That is for real networks. On the loopback
 //! interface, veth, or under a packet capture the kernel copies all the same, later and at a higher price, and says so.
 //! So each connection tries, and goes back to plain sends for good where it is told of copies only:
@@ -17,14 +17,21 @@
 
 use crate::local::Via;
 use crate::message::Few;
-use crate::outbox::{Chunk, Outbox};
+use crate::outbox::{Batch, Outbox};
 use futures::AsyncWriteExt;
 use glommio::net::{TcpStream, ZeroCopySend};
 use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, sendmsg};
 use std::cell::Cell;
-use std::io;
+use std::io::{self, IoSlice};
 use std::ops::Deref;
+use std::os::fd::AsRawFd;
 use std::rc::Rc;
+
+/// Below this a copy costs less than to pin its memory and be told of its release.
+pub const ZERO_COPY_BYTES_MIN: usize = 32 * 1024;
+/// Of one call; the kernel takes 1024, and a socket's buffer is full well before.
+const SEGMENTS_MAX: usize = 64;
 
 /// So many payloads in a row may be copied before a connection gives up: one alone may have met whoever captured packets
 /// just then.
@@ -40,8 +47,6 @@ pub struct ZeroCopy {
     pub tried: Cell<u64>,
     /// Of these, the ones that the kernel has told us it copied.
     pub copied: Cell<u64>,
-    /// Payloads that were sent plainly, all of them or what was left.
-    pub plain: Cell<u64>,
 }
 
 impl ZeroCopy {
@@ -106,25 +111,23 @@ impl Sender {
         &self.zero_copy
     }
 
-    /// The socket has all of the chunk when this returns. The outbox hears of it when the chunk's memory is needed no
-    /// more, which for one that went zero-copy is later.
-    pub async fn send<P>(&mut self, chunk: Chunk<P>, outbox: &Rc<Outbox<P>>) -> io::Result<()>
+    /// The socket has all of the batch when this returns, and the batch is empty. The outbox hears of what is out when its
+    /// memory is needed no more, which for a payload that went zero-copy is later.
+    pub async fn send<P>(&mut self, batch: &mut Batch<P>, outbox: &Rc<Outbox<P>>) -> io::Result<()>
     where
         P: Deref<Target = [u8]> + 'static,
     {
-        match chunk {
-            Chunk::Payload(payload) if self.zero_copy.is_worth_trying() => {
-                self.send_zero_copy(Rc::new(payload), outbox).await
+        while !batch.is_empty() {
+            let zero_copy_from = if self.zero_copy.is_worth_trying() { ZERO_COPY_BYTES_MIN } else { usize::MAX };
+            if let Some(payload) = batch.take_payload(zero_copy_from) {
+                self.send_zero_copy(Rc::new(payload), outbox).await?;
+                continue;
             }
-            chunk => {
-                if matches!(chunk, Chunk::Payload(_)) {
-                    self.zero_copy.plain.set(self.zero_copy.plain.get() + 1);
-                }
-                self.stream.write_all(chunk.bytes()).await?;
-                outbox.sent(chunk);
-                Ok(())
-            }
+            let sent = send_some(&mut self.stream, batch.segments_before(zero_copy_from)).await?;
+            batch.sent(sent);
+            outbox.released(sent);
         }
+        Ok(())
     }
 
     async fn send_zero_copy<P>(&mut self, payload: Rc<P>, outbox: &Rc<Outbox<P>>) -> io::Result<()>
@@ -152,7 +155,6 @@ impl Sender {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(taken) => handed += taken,
                 Err(error) if self.zero_copy.refused(&error) => {
-                    self.zero_copy.plain.set(self.zero_copy.plain.get() + 1);
                     return self.stream.write_all(&payload[handed..]).await;
                 }
                 Err(error) => return Err(error),
@@ -165,6 +167,32 @@ impl Sender {
     pub async fn shut_down(self) {
         let _ = self.stream.shutdown(std::net::Shutdown::Both).await;
     }
+}
+
+/// Sends what the socket takes of the segments, in order, by one call; waits if it takes nothing now. 0 when a signal
+/// came between.
+pub async fn send_some<'a>(
+    stream: &mut TcpStream,
+    mut segments: impl Iterator<Item = &'a [u8]> + Clone,
+) -> io::Result<usize> {
+    // glommio has no gathering send: ours is tried first, its own waits when the socket's buffer is full.
+    match send_now(stream, segments.clone()) {
+        Ok(sent) => Ok(sent),
+        Err(Errno::EINTR) => Ok(0),
+        Err(Errno::EAGAIN) => stream.write(segments.next().unwrap_or_default()).await,
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn send_now<'a>(stream: &TcpStream, segments: impl Iterator<Item = &'a [u8]>) -> nix::Result<usize> {
+    let mut slices = [IoSlice::new(&[]); SEGMENTS_MAX];
+    let mut count = 0;
+    for (slice, segment) in slices.iter_mut().zip(segments) {
+        *slice = IoSlice::new(segment);
+        count += 1;
+    }
+    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+    sendmsg::<()>(stream.as_raw_fd(), &slices[..count], &[], flags, None)
 }
 
 /// Waits until the kernel reads the payload no more.

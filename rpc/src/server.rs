@@ -10,7 +10,7 @@ use crate::error::FrameError;
 use crate::frame::{decode_request, encode_reply};
 use crate::local::{self, Via};
 use crate::message::{Answer, Envelope, Few, Operation, PROTOCOL, Refusal, Reply};
-use crate::outbox::Outbox;
+use crate::outbox::{Batch, Outbox};
 use crate::receive::ReceiveBuffer;
 use crate::runtime::Instant;
 use crate::runtime::glommio::now;
@@ -291,16 +291,13 @@ fn start<H: Handler>(
 }
 
 async fn send<H: Handler>(connection: Rc<Connection<H::Chunk>>, mut sender: Sender, handler: H) {
-    let (mut sending, mut chunks) = (Vec::new(), Vec::new());
-    while connection.outbox.take(&mut chunks).await {
+    let (mut sending, mut batch) = (Vec::new(), Batch::default());
+    while connection.outbox.take(&mut batch).await {
         // Just those whose answers were taken. The two lists are used in turn.
         std::mem::swap(&mut sending, &mut *connection.unsent.borrow_mut());
-        for chunk in chunks.drain(..) {
-            if let Err(error) = sender.send(chunk, &connection.outbox).await {
-                tracing::debug!(%error, "cannot send an answer");
-                connection.outbox.close();
-                break;
-            }
+        if let Err(error) = sender.send(&mut batch, &connection.outbox).await {
+            tracing::debug!(%error, "cannot send an answer");
+            connection.outbox.close();
         }
         if !sending.is_empty() {
             let now = now();

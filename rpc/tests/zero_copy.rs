@@ -17,8 +17,8 @@ use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::time::Duration;
 use torus_rpc::local::Via;
-use torus_rpc::outbox::{COPY_BYTES_MAX, Outbox};
-use torus_rpc::send::Sender;
+use torus_rpc::outbox::{Batch, Outbox};
+use torus_rpc::send::{Sender, ZERO_COPY_BYTES_MIN};
 
 const OVERWRITTEN: u8 = 0xee;
 /// As every user may set it; the kernel doubles it, and counts its own part.
@@ -114,12 +114,9 @@ async fn send(sender: &mut Sender, outbox: &Rc<Outbox<Payload>>, payload: Payloa
 
 /// As the rpc does it; is back when the socket has all of it.
 async fn send_what_waits(sender: &mut Sender, outbox: &Rc<Outbox<Payload>>) -> std::io::Result<()> {
-    let mut chunks = Vec::new();
-    assert!(outbox.take(&mut chunks).await);
-    for chunk in chunks {
-        sender.send(chunk, outbox).await?;
-    }
-    Ok(())
+    let mut batch = Batch::default();
+    assert!(outbox.take(&mut batch).await);
+    sender.send(&mut batch, outbox).await
 }
 
 async fn expect(peer: &mut TcpStream, number: usize, length: usize) {
@@ -154,13 +151,13 @@ fn a_payload_is_released_when_the_kernel_needs_it_no_more_and_not_when_it_was_se
         outbox.at_most(0).await;
         assert_eq!(pool.borrow().len(), 1);
         assert_eq!(pool.borrow()[0][0], OVERWRITTEN);
-        assert_eq!((sender.zero_copy().tried.get(), sender.zero_copy().plain.get()), (1, 0));
+        assert_eq!(sender.zero_copy().tried.get(), 1);
     });
 }
 
 #[test]
 fn payloads_arrive_as_they_were_sent_while_their_memory_is_used_again() {
-    let lengths: Vec<usize> = (0..200).map(|number| COPY_BYTES_MAX << (number % 6)).collect();
+    let lengths: Vec<usize> = (0..200).map(|number| ZERO_COPY_BYTES_MIN << (number % 6)).collect();
     run(async {
         let (here, mut there) = connected().await;
         let (mut sender, outbox, pool) = over(Sender::giving_up_after(u32::MAX, here));
@@ -178,7 +175,7 @@ fn payloads_arrive_as_they_were_sent_while_their_memory_is_used_again() {
             }
         };
         futures::future::join(sending, receiving).await;
-        assert_eq!((sender.zero_copy().tried.get(), sender.zero_copy().plain.get()), (200, 0));
+        assert_eq!(sender.zero_copy().tried.get(), 200);
         assert!(pool.borrow().len() < 200, "memory was used again");
     });
 }
@@ -194,7 +191,7 @@ fn what_the_kernel_copies_anyway_is_sent_plainly_after_a_few() {
             outbox.at_most(0).await;
         }
         let counts = sender.zero_copy();
-        assert_eq!((counts.tried.get(), counts.copied.get(), counts.plain.get()), (4, 4, 16));
+        assert_eq!((counts.tried.get(), counts.copied.get()), (4, 4));
     });
 }
 
@@ -209,12 +206,12 @@ fn within_the_host_zero_copy_is_not_tried_and_a_socket_that_cannot_is_asked_once
             };
             let (outbox, pool) = (Rc::default(), Pool::default());
             for number in 0..5 {
-                let payload = Payload::new(number, COPY_BYTES_MAX, &pool);
-                let received = expect(&mut there, number, COPY_BYTES_MAX);
+                let payload = Payload::new(number, ZERO_COPY_BYTES_MIN, &pool);
+                let received = expect(&mut there, number, ZERO_COPY_BYTES_MIN);
                 futures::future::join(send(&mut sender, &outbox, payload), received).await.0.unwrap();
                 outbox.at_most(0).await;
             }
-            assert_eq!((sender.zero_copy().tried.get(), sender.zero_copy().plain.get()), (tried, 5));
+            assert_eq!(sender.zero_copy().tried.get(), tried);
         });
     }
 }
@@ -332,7 +329,7 @@ fn small_frames_and_large_payloads_stay_in_their_order() {
         let (mut sender, outbox, pool) = over(Sender::giving_up_after(u32::MAX, here));
         let sending = async {
             for number in 0..50 {
-                let payload = Payload::new(number, COPY_BYTES_MAX, &pool);
+                let payload = Payload::new(number, ZERO_COPY_BYTES_MIN, &pool);
                 outbox.push(|out| out.push(number as u8), [payload]);
                 send_what_waits(&mut sender, &outbox).await.unwrap();
             }
@@ -343,7 +340,7 @@ fn small_frames_and_large_payloads_stay_in_their_order() {
                 let mut frame = [0];
                 there.read_exact(&mut frame).await.unwrap();
                 assert_eq!(frame, [number as u8]);
-                expect(&mut there, number, COPY_BYTES_MAX).await;
+                expect(&mut there, number, ZERO_COPY_BYTES_MIN).await;
             }
         };
         futures::future::join(sending, receiving).await;

@@ -12,7 +12,7 @@ use std::io::Read;
 use std::net::{SocketAddr, TcpListener};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
-use torus_rpc::outbox::Outbox;
+use torus_rpc::outbox::{Batch, Outbox};
 use torus_rpc::send::Sender;
 
 const PAYLOADS: [usize; 3] = [32 << 10, 128 << 10, 1 << 20];
@@ -82,15 +82,13 @@ async fn send(address: SocketAddr, payload_bytes: usize, copies_max: u32, run: D
     let outbox = Rc::new(Outbox::default());
     // Several, so that what is sent is not in the nearest cache.
     let payloads: Vec<Bytes> = (0..32 << 20 >> payload_bytes.ilog2()).map(|_| vec![7; payload_bytes].into()).collect();
-    let (mut sent_bytes, mut chunks) = (0, Vec::new());
+    let (mut sent_bytes, mut batch) = (0, Batch::default());
     let (before, end) = (own_cpu()?, Instant::now() + run);
     for payload in payloads.iter().cycle().take_while(|_| Instant::now() < end) {
         outbox.at_most(UNDER_WAY_BYTES).await;
         outbox.push(|_| {}, [payload.clone()]);
-        outbox.take(&mut chunks).await;
-        for chunk in chunks.drain(..) {
-            sender.send(chunk, &outbox).await.map_err(BenchError::wrap("sending"))?;
-        }
+        outbox.take(&mut batch).await;
+        sender.send(&mut batch, &outbox).await.map_err(BenchError::wrap("sending"))?;
         sent_bytes += payload_bytes;
     }
     outbox.at_most(0).await;

@@ -6,15 +6,13 @@ use crate::nbd::tls::{Tls, TlsFailure};
 use bytes::BytesMut;
 use futures::{AsyncReadExt, AsyncWriteExt};
 use glommio::net::TcpStream;
-use nix::errno::Errno as SystemErrno;
-use nix::sys::socket::{MsgFlags, Shutdown, sendmsg, shutdown};
-use std::io::{self, IoSlice};
+use nix::sys::socket::{Shutdown, shutdown};
+use std::io;
 use std::os::fd::AsRawFd;
 use std::rc::Rc;
 use thiserror::Error;
+use torus_rpc::send::send_some;
 
-/// Entries of one send; the kernel takes 1024, and a socket's buffer is full well before.
-const SEND_SEGMENTS_MAX: usize = 64;
 /// What is received at once over TLS: a few of its records.
 const CIPHERTEXT_BYTES: usize = 64 << 10;
 
@@ -123,19 +121,10 @@ impl Output {
         }
     }
 
-    /// glommio has no gathering send: ours is tried first, its own waits when the socket's buffer is full.
     async fn send_plain(&mut self, gather: &mut Gather) -> io::Result<()> {
         while !gather.is_empty() {
-            let segments = gather.segments();
-            let slices: Vec<IoSlice<'_>> =
-                segments.iter().take(SEND_SEGMENTS_MAX).map(|segment| IoSlice::new(segment)).collect();
-            let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-            let sent = match sendmsg::<()>(self.stream.as_raw_fd(), &slices, &[], flags, None) {
-                Ok(sent) => sent,
-                Err(SystemErrno::EINTR) => 0,
-                Err(SystemErrno::EAGAIN) => self.stream.write(&slices[0]).await?,
-                Err(error) => return Err(error.into()),
-            };
+            let segments = gather.segments().iter().map(|segment| &segment[..]);
+            let sent = send_some(&mut self.stream, segments).await?;
             gather.sent(sent);
         }
         Ok(())
