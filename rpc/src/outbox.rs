@@ -13,6 +13,7 @@ use std::task::{Poll, Waker};
 pub const COPY_BYTES_MAX: usize = 1024;
 /// Room for headers that is kept when they were sent.
 const KEPT_BYTES_MAX: usize = 64 * 1024;
+const KEPT_PIECES_MAX: usize = 1024;
 
 /// Bytes on their way out, in order.
 pub struct Batch<P = Bytes> {
@@ -59,14 +60,14 @@ impl<P: Deref<Target = [u8]>> Batch<P> {
         }
     }
 
-    /// What is not out yet, in order, up to a payload of at least so many bytes.
+    /// What is not out yet, in order, up to a payload of at least so many bytes; never without one that was begun.
     pub fn segments_before(&self, payload_bytes: usize) -> impl Iterator<Item = &[u8]> + Clone {
-        let is_before = move |piece: &&Piece<P>| match piece {
+        let is_before = move |&(piece, sent): &(&Piece<P>, usize)| match piece {
             Piece::Copied(_) => true,
-            Piece::Payload(payload) => payload.len() < payload_bytes,
+            Piece::Payload(payload) => payload.len() < payload_bytes || sent > 0,
         };
         let sent = std::iter::once(self.sent).chain(std::iter::repeat(0));
-        self.pieces.iter().take_while(is_before).zip(sent).map(|(piece, sent)| match piece {
+        self.pieces.iter().zip(sent).take_while(is_before).map(|(piece, sent)| match piece {
             Piece::Copied(range) => &self.copied[range.start + sent..range.end],
             Piece::Payload(payload) => &payload[sent..],
         })
@@ -101,11 +102,12 @@ impl<P: Deref<Target = [u8]>> Batch<P> {
         assert_eq!(self.sent, 0, "bytes were sent that nobody had");
     }
 
-    /// All of it is out; room for the next.
+    /// All of it is out. Room for the next is kept, but not for as much as ever waited.
     fn reset(&mut self) {
         assert!(self.is_empty(), "{} pieces were not sent", self.pieces.len());
         self.copied.clear();
         self.copied.shrink_to(KEPT_BYTES_MAX);
+        self.pieces.shrink_to(KEPT_PIECES_MAX);
     }
 }
 
@@ -152,9 +154,12 @@ impl<P: Deref<Target = [u8]>> Outbox<P> {
         }
     }
 
-    /// Everything that has gathered, once there is something; false after `close`. `into` is empty, and is what is
-    /// gathered in next: the two are used in turn.
+    /// Everything that has gathered, once there is something; false after `close`. `into` is empty unless it is closed,
+    /// and is what is gathered in next: the two are used in turn.
     pub async fn take(&self, into: &mut Batch<P>) -> bool {
+        if !self.closed.get() {
+            into.reset();
+        }
         std::future::poll_fn(|context| {
             if self.closed.get() {
                 return Poll::Ready(false);
@@ -164,7 +169,6 @@ impl<P: Deref<Target = [u8]>> Outbox<P> {
                 *self.sender.borrow_mut() = Some(context.waker().clone());
                 return Poll::Pending;
             }
-            into.reset();
             std::mem::swap(&mut *waiting, into);
             Poll::Ready(true)
         })
@@ -265,22 +269,37 @@ mod tests {
     }
 
     #[test]
+    fn a_payload_that_was_begun_is_always_next() {
+        let payload = Bytes::from(vec![2; 2 * COPY_BYTES_MAX]);
+        let outbox = Outbox::default();
+        outbox.push(|_| {}, [payload.clone(), payload.clone()]);
+        let mut batch = take(&outbox).unwrap();
+        batch.sent(1);
+        assert!(batch.take_payload(COPY_BYTES_MAX).is_none());
+        assert_eq!(lengths(&batch, COPY_BYTES_MAX), [payload.len() - 1]);
+        batch.sent(payload.len() - 1);
+        assert_eq!(batch.take_payload(COPY_BYTES_MAX), Some(payload));
+    }
+
+    #[test]
     fn what_was_sent_takes_no_memory_however_its_last_piece_went() {
         let outbox = Outbox::default();
         let mut batch = Batch::default();
         for _ in 0..3 {
             outbox.push(|out| out.push(1), [Bytes::from(vec![2; COPY_BYTES_MAX])]);
-            assert!(outbox.take(&mut batch).now_or_never().is_some());
+            assert_eq!(outbox.take(&mut batch).now_or_never(), Some(true));
+            assert_eq!(batch.copied, [1]);
             batch.sent(1);
             assert!(batch.take_payload(0).is_some());
         }
-        batch.reset();
-        assert!(batch.copied.is_empty() && outbox.waiting.borrow().copied.is_empty());
-        outbox.push(|out| out.resize(4 * KEPT_BYTES_MAX, 0), []);
-        assert!(outbox.take(&mut batch).now_or_never().is_some());
-        batch.sent(4 * KEPT_BYTES_MAX);
-        batch.reset();
-        assert!(batch.copied.capacity() <= KEPT_BYTES_MAX);
+        for _ in 0..4 * KEPT_PIECES_MAX {
+            outbox.push(|out| out.extend_from_slice(&[0; 100]), [Bytes::from(vec![2; COPY_BYTES_MAX])]);
+        }
+        assert_eq!(outbox.take(&mut batch).now_or_never(), Some(true));
+        batch.sent(4 * KEPT_PIECES_MAX * (100 + COPY_BYTES_MAX));
+        assert_eq!(outbox.take(&mut batch).now_or_never(), None, "nothing waits");
+        assert!(batch.copied.is_empty() && batch.copied.capacity() <= KEPT_BYTES_MAX);
+        assert!(batch.pieces.capacity() <= KEPT_PIECES_MAX);
     }
 
     #[test]
@@ -300,6 +319,6 @@ mod tests {
         let outbox = Outbox::<Bytes>::default();
         outbox.push(|out| out.push(1), []);
         outbox.close();
-        assert!(take(&outbox).unwrap().is_empty());
+        assert_eq!(outbox.take(&mut Batch::default()).now_or_never(), Some(false));
     }
 }

@@ -42,7 +42,8 @@ const COPIES_MAX: u32 = 4;
 pub struct ZeroCopy {
     copies_max: u32,
     copies_in_a_row: Cell<u32>,
-    is_unknown: Cell<bool>,
+    /// For good: whatever is said later of what was sent before.
+    has_given_up: Cell<bool>,
     /// Payloads that went zero-copy, all of them or in part.
     pub tried: Cell<u64>,
     /// Of these, the ones that the kernel has told us it copied.
@@ -50,8 +51,12 @@ pub struct ZeroCopy {
 }
 
 impl ZeroCopy {
+    fn giving_up_after(copies_max: u32) -> Self {
+        Self { copies_max, has_given_up: Cell::new(copies_max == 0), ..Self::default() }
+    }
+
     fn is_worth_trying(&self) -> bool {
-        !self.is_unknown.get() && self.copies_in_a_row.get() < self.copies_max
+        !self.has_given_up.get()
     }
 
     fn released(&self, was_copied: bool) {
@@ -65,7 +70,7 @@ impl ZeroCopy {
 
     fn gained_nothing(&self) {
         self.copies_in_a_row.set(self.copies_in_a_row.get() + 1);
-        if self.copies_in_a_row.get() == self.copies_max {
+        if self.copies_in_a_row.get() >= self.copies_max && !self.has_given_up.replace(true) {
             tracing::debug!(copies = self.copies_max, "zero-copy sends gain nothing on this connection; sent plainly");
         }
     }
@@ -75,7 +80,7 @@ impl ZeroCopy {
         match error.raw_os_error().map(Errno::from_raw) {
             Some(Errno::EINVAL | Errno::EOPNOTSUPP) => {
                 tracing::debug!(%error, "no zero-copy sends on this connection");
-                self.is_unknown.set(true);
+                self.has_given_up.set(true);
                 true
             }
             Some(Errno::ENOMEM | Errno::ENOBUFS) => {
@@ -104,7 +109,7 @@ impl Sender {
 
     /// After so many copies in a row all is sent plainly; 0: from the start.
     pub fn giving_up_after(copies_max: u32, stream: TcpStream) -> Self {
-        Self { stream, zero_copy: Rc::new(ZeroCopy { copies_max, ..ZeroCopy::default() }) }
+        Self { stream, zero_copy: Rc::new(ZeroCopy::giving_up_after(copies_max)) }
     }
 
     pub fn zero_copy(&self) -> &Rc<ZeroCopy> {
@@ -219,7 +224,7 @@ mod tests {
     use super::*;
 
     fn connection() -> ZeroCopy {
-        ZeroCopy { copies_max: COPIES_MAX, ..ZeroCopy::default() }
+        ZeroCopy::giving_up_after(COPIES_MAX)
     }
 
     #[test]
@@ -230,6 +235,9 @@ mod tests {
         }
         assert!(zero_copy.is_worth_trying());
         zero_copy.released(true);
+        assert!(!zero_copy.is_worth_trying());
+        // Of one that was sent before, and is acknowledged last.
+        zero_copy.released(false);
         assert!(!zero_copy.is_worth_trying());
     }
 
