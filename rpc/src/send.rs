@@ -174,19 +174,18 @@ impl Sender {
     }
 }
 
-/// Sends what the socket takes of the segments, in order, by one call; waits if it takes nothing now. 0 when a signal
-/// came between.
+/// Sends what the socket takes of the segments, in order, by one call, at least a byte; waits if it takes nothing now.
 pub async fn send_some<'a>(
     stream: &mut TcpStream,
     mut segments: impl Iterator<Item = &'a [u8]> + Clone,
 ) -> io::Result<usize> {
     // glommio has no gathering send: ours is tried first, its own waits when the socket's buffer is full.
-    match send_now(stream, segments.clone()) {
-        Ok(sent) => Ok(sent),
-        Err(Errno::EINTR) => Ok(0),
-        Err(Errno::EAGAIN) => stream.write(segments.next().unwrap_or_default()).await,
-        Err(error) => Err(error.into()),
-    }
+    let sent = match send_now(stream, segments.clone()) {
+        Ok(sent) => sent,
+        Err(Errno::EAGAIN | Errno::EINTR) => stream.write(segments.next().unwrap_or_default()).await?,
+        Err(error) => return Err(error.into()),
+    };
+    if sent == 0 { Err(io::ErrorKind::WriteZero.into()) } else { Ok(sent) }
 }
 
 fn send_now<'a>(stream: &TcpStream, segments: impl Iterator<Item = &'a [u8]>) -> nix::Result<usize> {

@@ -346,3 +346,33 @@ fn small_frames_and_large_payloads_stay_in_their_order() {
         futures::future::join(sending, receiving).await;
     });
 }
+
+/// More segments than one call takes, more bytes than the buffers, and payloads around each of the limits.
+#[test]
+fn many_payloads_of_all_lengths_arrive_in_order_wherever_a_send_is_cut() {
+    let lengths: Vec<usize> =
+        (0..300).map(|number| [1, 1023, 1024, 4096, 4097, 32767, 32768, 70_000][number % 8]).collect();
+    for (copies_max, is_tcp) in [(0, false), (0, true), (3, true), (u32::MAX, true)] {
+        run(async {
+            let (here, mut there) = if is_tcp { connected().await } else { within_the_host() };
+            let (mut sender, outbox, pool) = over(Sender::giving_up_after(copies_max, here));
+            for (number, length) in lengths.iter().enumerate() {
+                outbox.push(|out| out.extend([number as u8; 3]), [Payload::new(number, *length, &pool)]);
+            }
+            let sending = async {
+                send_what_waits(&mut sender, &outbox).await.unwrap();
+                outbox.at_most(0).await;
+            };
+            let receiving = async {
+                for (number, length) in lengths.iter().enumerate() {
+                    let mut frame = [0; 3];
+                    there.read_exact(&mut frame).await.unwrap();
+                    assert_eq!(frame, [number as u8; 3]);
+                    expect(&mut there, number, *length).await;
+                }
+            };
+            futures::future::join(sending, receiving).await;
+            assert_eq!(sender.zero_copy().tried.get() > 0, copies_max > 0);
+        });
+    }
+}
